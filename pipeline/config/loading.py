@@ -1,0 +1,153 @@
+"""Reads a typed, strict config: YAML < `key.sub=value` overrides. Owns every error a config file can have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipeline.errors import UserError, nearest
+
+
+class Strict(BaseModel):
+    """A node of a config tree: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InvalidConfig(ValueError):
+    """Carries a `UserError` out of a validator: pydantic forwards only ValueErrors."""
+
+    def __init__(self, where: str, fault: str, remedy: str) -> None:
+        super().__init__(fault)
+        self.user_error = UserError(where, fault, remedy)
+
+
+ConfigT = TypeVar("ConfigT", bound=Strict)
+
+
+def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Reads and validates one config file.
+
+    Args:
+        kind: the tree's root class.
+        path: a YAML file, or the bare name of a config shipped in `pipeline/configs/`.
+        overrides: `key.sub=value` strings; each value is read as YAML.
+
+    Raises:
+        UserError: missing file, YAML syntax, unknown key, wrong type or value, malformed override.
+    """
+    path = shipped_config(path)
+    values = read_yaml(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(kind, values, str(path))
+
+
+def shipped_config(path: str | Path) -> Path:
+    """The file itself, or the shipped config of that name."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    shipped = Path(__file__).parent.parent / "configs"
+    named = shipped / given.with_suffix(".yaml").name
+    if given.parent == Path() and named.is_file():
+        return named
+    names = sorted(p.stem for p in shipped.glob("*.yaml"))
+    raise UserError(path, "no such config file", f"give a YAML file or a shipped config ({', '.join(names)})")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file.
+
+    Raises:
+        UserError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 YAML file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(place, f"YAML syntax error ({problem})", "correct the file at this place") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(path, f"holds a {type(values).__name__}", "write a mapping of keys to values")
+    return values
+
+
+def validate_config(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
+    """Validates plain values into a tree; the first error becomes one `UserError` that names its key."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise _first_error(kind, error.errors(), source) from error
+
+
+def dump_config(config: Strict) -> str:
+    """The resolved tree as YAML, keys in the order of their declaration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override '{override}'", "is not of the form key.sub=value", "write for example train.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override '{override}'", "its value is not YAML", "quote the value") from error
+    node = values
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}'", f"'{part}' holds a value, not keys", "check the key")
+        node = child
+    node[parts[-1]] = value
+
+
+def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str) -> UserError:
+    # An unknown key explains the "missing key" that a misspelling also causes, so it is told first.
+    error = min(errors, key=lambda e: e["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in error["loc"]) or source
+    cause = error.get("ctx", {}).get("error")
+    if isinstance(cause, InvalidConfig):
+        return UserError(f"{source}: {cause.user_error.where}", cause.user_error.fault, cause.user_error.remedy)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(kind, error["loc"][:-1])
+        return UserError(
+            f"{source}: {key}",
+            f"unknown key (value {error['input']!r})",
+            nearest(str(error["loc"][-1]), known),
+        )
+    if error["type"] == "missing":
+        return UserError(f"{source}: {key}", "is missing", "add this key")
+    message = error["msg"].removeprefix("Value error, ")
+    return UserError(f"{source}: {key}", f"{message}, got {error['input']!r}", "correct this value")
+
+
+def _known_keys(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """Keys of the node at `loc`: follows fields, and steps over list indices, dict keys and union tags."""
+    node: type[BaseModel] | None = kind
+    for part in loc:
+        field = node.model_fields.get(str(part)) if node else None
+        if field is not None:
+            models = _models_in(field.annotation)
+            node = models[0] if models else None
+    return list(node.model_fields) if node else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]

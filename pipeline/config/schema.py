@@ -1,0 +1,276 @@
+"""The config tree of one experiment. Each number has its one owner here; no file is read and no torch imported."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+
+from pipeline.config.loading import InvalidConfig, Strict
+from pipeline.errors import UserError
+from pipeline.streams import (
+    Connector,
+    ConnectorKind,
+    IntegrationKind,
+    Preset,
+    Stream,
+    custom_streams,
+    preset_streams,
+)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _parse_fraction(value: Any) -> Any:
+    if isinstance(value, str) and "/" in value:
+        numerator, _, denominator = value.partition("/")
+        if numerator.strip().isdigit() and denominator.strip().isdigit() and int(denominator):
+            value = Fraction(int(numerator), int(denominator))
+    elif isinstance(value, float):
+        value = Fraction(value).limit_denominator(1000)  # 0.3333 means one third, as its writer meant it
+    if isinstance(value, Fraction) and not 0 < value <= 1:
+        raise ValueError("a fraction of the layers lies in (0, 1]")
+    return value
+
+
+LayerCount = Annotated[PositiveInt | Annotated[Fraction, PlainSerializer(str)] | None, BeforeValidator(_parse_fraction)]
+
+
+class ConnectorConfig(Strict):
+    """See `pipeline.streams.Connector`."""
+
+    kind: ConnectorKind = "mlp"
+    width: PositiveInt | None = None
+    summary_stride: PositiveInt = 1
+    num_queries: PositiveInt = 32
+    num_layers: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
+
+    def spec(self) -> Connector:
+        return Connector(**self.model_dump())
+
+
+class StreamConfig(Strict):
+    """One stream of a custom integration; see `pipeline.streams.Stream`."""
+
+    encoders: list[str] = Field(min_length=1)
+    integration: IntegrationKind
+    connector: ConnectorConfig = ConnectorConfig()
+    audio_layers: list[NonNegativeInt] = []
+    summary_of: NonNegativeInt | None = None
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters on the language model instead of training its own weights (through `peft`)."""
+
+    rank: PositiveInt = 8
+    alpha: PositiveInt = 16
+    dropout: Probability = 0.0
+    target_modules: list[str] = ["q_proj", "v_proj"]
+
+
+class ModelConfig(Strict):
+    """A language model plus streams.
+
+    Attributes:
+        language_model: a Hugging Face folder or Hub name.
+        encoders: feature columns read, in the order the preset expects.
+        integration: a preset, or `custom` with explicit `streams`.
+        first_audio_layer, num_audio_layers, layer_stride: the rule for audio_layers; num_audio_layers may be a
+            fraction of the layers ("1/3").
+        audio_layers: an explicit list instead of the rule.
+        summary_stride: frames merged into one summary token of `pal_v3`.
+        norm_audio_tokens: apply the layer's own input norm to the projected audio tokens.
+        system_text_sees_audio: lift the position rule for text before the audio.
+        audio_queries: ablation; audio tokens also query the audio of their clip.
+    """
+
+    language_model: str
+    encoders: list[str] = Field(default=["log_mel"], min_length=1)
+    integration: Preset | Literal["custom"] = "lal"
+    streams: list[StreamConfig] | None = None
+    connector: ConnectorConfig = ConnectorConfig()
+    first_audio_layer: NonNegativeInt | None = None
+    num_audio_layers: LayerCount = None
+    layer_stride: PositiveInt = 1
+    audio_layers: list[NonNegativeInt] | None = None
+    summary_stride: PositiveInt = 3
+    norm_audio_tokens: bool = True
+    system_text_sees_audio: bool = False
+    audio_queries: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if (self.integration == "custom") != (self.streams is not None):
+            raise InvalidConfig("model.streams", "goes with integration: custom, and only with it", "set both")
+        rule = (self.first_audio_layer, self.num_audio_layers, self.layer_stride)
+        if self.audio_layers is not None and rule != (None, None, 1):
+            raise InvalidConfig(
+                "model.audio_layers",
+                "is given beside first_audio_layer, num_audio_layers or layer_stride",
+                "give the list or the rule",
+            )
+        return self
+
+    def resolve_streams(self, num_layers: int) -> tuple[Stream, ...]:
+        """The explicit streams for a language model of `num_layers` layers.
+
+        Raises:
+            UserError: a layer that the model does not have, or encoders that do not suit the preset.
+        """
+        if self.streams is not None:
+            return custom_streams(
+                [
+                    Stream(
+                        tuple(s.encoders),
+                        s.integration,
+                        s.connector.spec(),
+                        tuple(s.audio_layers),
+                        s.summary_of,
+                    )
+                    for s in self.streams
+                ],
+                num_layers,
+            )
+        if self.integration != "custom":
+            return preset_streams(
+                self.integration,
+                self.encoders,
+                num_layers,
+                connector=self.connector.spec(),
+                summary_stride=self.summary_stride,
+                first_audio_layer=self.first_audio_layer,
+                num_audio_layers=self.num_audio_layers,
+                layer_stride=self.layer_stride,
+                audio_layers=None if self.audio_layers is None else tuple(self.audio_layers),
+            )
+        raise AssertionError("a custom integration has streams: the validator saw to it")
+
+
+class DataConfig(Strict):
+    """What is read and how a question becomes a conversation.
+
+    Attributes:
+        train, validation: prepared feature sets (folders that hold a `features.json`).
+        cache: local folder for shards that come from an object store.
+        system_prompt: text before the audio; empty for none.
+        tasks, datasets: keep only questions of these; None keeps all.
+        questions_per_sequence: questions of one clip packed into one sequence that shares its audio; 1 is the
+            common practice, one question with its own copy of the audio.
+        shuffle_block_clips: clips are shuffled inside blocks of this many, so that a remote shard is read once.
+        max_text_tokens: longer conversations are an error, never cut silently.
+    """
+
+    train: Path
+    validation: Path | None = None
+    cache: Path | None = None
+    system_prompt: str = "You listen to audio and answer questions about it."
+    tasks: list[str] | None = None
+    datasets: list[str] | None = None
+    questions_per_sequence: PositiveInt = 1
+    shuffle_block_clips: PositiveInt = 65536
+    max_text_tokens: PositiveInt = 1024
+    workers: NonNegativeInt = 0
+
+
+class CheckpointConfig(Strict):
+    """When a checkpoint is written and how many stay."""
+
+    every_steps: PositiveInt = 500
+    keep: PositiveInt = 2
+
+
+class TrainConfig(Strict):
+    """The optimisation; owner of batch, rate and precision.
+
+    Attributes:
+        trainable: `connector` (everything audio is trained, the language model is frozen), `all_but_ffn`, `all`.
+        steps, epochs: give one; an epoch sees every selected question once.
+        global_batch_size: questions per optimizer step over all ranks.
+        micro_batch_size: sequences per rank and forward pass.
+        warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
+        loss_on: `answer` tokens only, or also the `prompt` (all text).
+        zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
+    """
+
+    trainable: Literal["connector", "all_but_ffn", "all"] = "all"
+    lora: LoraConfig | None = None
+    steps: PositiveInt | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch_size: PositiveInt = 256
+    micro_batch_size: PositiveInt = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    connector_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    final_learning_rate_fraction: Probability = 0.1
+    warmup_fraction: Probability = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.95
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = False
+    loss_on: Literal["answer", "all_text"] = "answer"
+    seed: NonNegativeInt = 0
+    zero: str = "zero2"
+    log_every_steps: PositiveInt = 10
+    evaluate_every_steps: PositiveInt | None = None
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise InvalidConfig("train.steps", "needs exactly one of train.steps and train.epochs", "give one")
+        if self.lora is not None and self.trainable != "connector":
+            raise InvalidConfig(
+                "train.lora",
+                f"adapts a frozen language model but trainable is '{self.trainable}'",
+                "use connector",
+            )
+        return self
+
+
+class TrackingConfig(Strict):
+    """Where runs are recorded.
+
+    Attributes:
+        uri: an MLflow tracking URI; None means `sqlite:///<output>/../mlflow.db`, beside the output folder.
+        experiment: name of the MLflow experiment.
+        run_name: None means the name of the output folder.
+    """
+
+    uri: str | None = None
+    experiment: str = "pal"
+    run_name: str | None = None
+
+
+class ExperimentConfig(Strict):
+    """One training run; `output` receives checkpoints, metrics and the resolved config."""
+
+    output: Path
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    tracking: TrackingConfig = TrackingConfig()
+
+    def gradient_accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches per rank and optimizer step.
+
+        Raises:
+            UserError: the global batch does not divide.
+        """
+        per_pass = self.train.micro_batch_size * self.data.questions_per_sequence * world_size
+        steps, rest = divmod(self.train.global_batch_size, per_pass)
+        if rest or not steps:
+            raise UserError(
+                "train.global_batch_size",
+                f"{self.train.global_batch_size} questions do not divide into micro_batch_size "
+                f"{self.train.micro_batch_size} x questions_per_sequence {self.data.questions_per_sequence} x "
+                f"{world_size} ranks = {per_pass}",
+                f"use a multiple of {per_pass}",
+            )
+        return steps

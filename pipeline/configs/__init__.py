@@ -1,0 +1,1 @@
+"""YAML files of the experiments that ship with the software."""

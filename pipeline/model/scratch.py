@@ -1,0 +1,85 @@
+"""A small language model with random weights and its own tokenizer, saved in the real Hugging Face format.
+
+What the demo, the scaling experiments and the tests put where a pretrained Llama goes: nothing is downloaded, and
+every line that loads, trains and exports it is the line that loads the real one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (  # ChatML, as Qwen writes it
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def save_scratch_language_model(
+    folder: str | Path,
+    texts: Iterable[str],
+    *,
+    model_type: str = "llama",
+    hidden_size: int = 192,
+    intermediate_size: int = 512,
+    num_layers: int = 6,
+    num_heads: int = 6,
+    num_key_value_heads: int = 2,
+    vocab_size: int = 1024,
+    seed: int = 0,
+) -> None:
+    """Trains a byte-level BPE tokenizer on `texts` and writes it beside a randomly initialised decoder.
+
+    Args:
+        model_type: any decoder type of transformers (`llama`, `qwen2`, `qwen3`, ...).
+        vocab_size: at most; a small corpus of texts fills fewer.
+        seed: of the weights; the same seed and texts give the same files.
+    """
+    tokenizer = _train_tokenizer(texts, vocab_size)
+    config = AutoConfig.for_model(
+        model_type,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=hidden_size // num_heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

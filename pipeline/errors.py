@@ -1,9 +1,11 @@
-"""The one exception for a user's mistake. Owns its wording; `pipeline.cli` turns it into exit code 2."""
+"""The one exception for a user's mistake, and the exit codes. Every command is run through `run_command`."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -33,3 +35,23 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"choose from {', '.join(choices)}"
+
+
+def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Calls a command's `main(argv)`; a `UserError` becomes one line on stderr and exit code 2.
+
+    Args:
+        argv: arguments of the command; None means those of this process (`python -m pipeline.<module>`).
+
+    Returns:
+        the exit code: 0 done, 2 the user's mistake, 1 a failure at run time, 130 interrupted.
+    """
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"pal: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # `pal ... | head`
+        return EXIT_FAILURE

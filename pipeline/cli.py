@@ -1,0 +1,49 @@
+"""`pal <command>`: one thin door. Owns the list of commands, and imports a command only to run it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from pipeline.errors import EXIT_USER_ERROR, UserError, nearest, run_command
+
+# name -> (module whose main(argv) returns the exit code, help line)
+COMMANDS: dict[str, tuple[str, str]] = {
+    "synth": ("data_prep.synth", "write a synthetic audio corpus with ground truth"),
+    "prepare": ("data_prep.extract", "manifest -> features -> MDS shards, with Ray"),
+    "validate": ("data_prep.validate", "check every shard, hash, shape and count of a finished set"),
+    "train": ("pipeline.train", "train one model with DeepSpeed"),
+    "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),
+    "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
+    "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
+    "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),
+}
+
+USAGE = (
+    "usage: pal [-h] COMMAND ...\n\nTrain audio language models: prepare features, train integrations, compare them.\n"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 done; 2 the user's mistake, told in one line on stderr; 1 a failure at run time; 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE, "commands (each has --help):", sep="\n")
+        for name, (_, summary) in COMMANDS.items():
+            print(f"  {name:{width}}  {summary}")
+        return 0 if arguments else EXIT_USER_ERROR
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(f"pal: {UserError(name, 'is not a command', nearest(name, COMMANDS))}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return run_command(importlib.import_module(COMMANDS[name][0]).main, arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""`pal synth`: plans a corpus, renders it and puts the finished folder in place at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.synth.music import plan_music
+from data_prep.synth.plan import Plan, deck
+from data_prep.synth.questions import ask
+from data_prep.synth.signals import Samples, noise, num_samples
+from data_prep.synth.sounds import plan_sounds
+from data_prep.synth.speech import plan_speech
+from pipeline.errors import UserError
+
+REVISION = 1  # raise it with every change that alters a corpus
+RECORD = "synth.json"  # of a finished corpus
+STAMP = "settings.json"  # of an unfinished one
+DOMAINS: dict[str, Callable[[np.random.Generator], Iterator[Plan]]] = {
+    "sound": plan_sounds,
+    "music": plan_music,
+    "speech": plan_speech,
+}
+HELD_OUT_SHARE = 0.15
+SMALLEST_CORPUS = 30  # below it a domain has no held-out clip to speak of
+
+# Small files are commoner than large ones, so that a thousand clips stay near 200 MB.
+RATES_HZ = (16000, 16000, 16000, 16000, 22050, 22050, 32000, 32000, 44100, 48000)
+ENCODINGS = (
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_16"),
+    ("WAV", "PCM_24"),
+    ("WAV", "FLOAT"),
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_16"),
+    ("FLAC", "PCM_24"),
+)
+CHANNELS = (1, 1, 1, 2)
+GAIN_DB = (-5.0, 5.0)
+NOISE_DB = (-66.0, -60.0)  # before the gain; events lie near -30
+PEAK = 0.98
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A planned file: `seed` drives its rendering alone, so that clips can be made in any order."""
+
+    clip_id: str
+    domain: str
+    held_out: bool
+    seed: tuple[int, ...]
+    rate_hz: int
+    container: str
+    subtype: str
+    channels: int
+    gain_db: float
+    noise_db: float
+    plan: Plan
+    questions: list[dict[str, str]]
+
+    @property
+    def audio(self) -> str:
+        """Path relative to the corpus folder."""
+        return f"audio/{self.clip_id}.{self.container.lower()}"
+
+
+def plan_corpus(clips: int, seed: int) -> list[Clip]:
+    """Everything about a corpus but its samples; the domains take turns."""
+    rng = np.random.default_rng([seed, 0])
+    plans = {name: start(rng) for name, start in DOMAINS.items()}
+    held_out = {name: deck(rng, _shares(HELD_OUT_SHARE)) for name in DOMAINS}
+    rates, encodings, channels = deck(rng, RATES_HZ), deck(rng, ENCODINGS), deck(rng, CHANNELS)
+    corpus = []
+    for index in range(clips):
+        domain = list(DOMAINS)[index % len(DOMAINS)]
+        clip_id = f"{domain}-{index:06d}"
+        plan = next(plans[domain])
+        container, subtype = next(encodings)
+        corpus.append(
+            Clip(
+                clip_id=clip_id,
+                domain=domain,
+                held_out=next(held_out[domain]),
+                seed=(seed, 1, index),
+                rate_hz=next(rates),
+                container=container,
+                subtype=subtype,
+                channels=next(channels),
+                gain_db=float(rng.uniform(*GAIN_DB)),
+                noise_db=float(rng.uniform(*NOISE_DB)),
+                plan=plan,
+                questions=ask(clip_id, plan.facts(), rng),
+            )
+        )
+    return corpus
+
+
+def _shares(share: float) -> list[bool]:
+    return [index < round(20 * share) for index in range(20)]
+
+
+def render(clip: Clip) -> Samples:
+    """The samples of a clip, (samples, channels), background noise and level included."""
+    rng = np.random.default_rng(clip.seed)
+    samples = num_samples(clip.plan.duration_s, clip.rate_hz)
+    dry = clip.plan.render(clip.rate_hz, rng)
+    width_hz = clip.rate_hz / 16000  # the same noise level per Hz at every rate
+    background = 10 ** (clip.noise_db / 20) * np.sqrt(width_hz)
+    pans = 10 ** (rng.uniform(-3, 0, clip.channels) / 20)
+    wet = np.stack([dry * pan + background * noise(rng, samples) for pan in pans], axis=1)
+    wet *= 10 ** (clip.gain_db / 20)
+    return (wet * min(1.0, PEAK / float(np.abs(wet).max()))).astype(np.float32)
+
+
+def encode(clip: Clip) -> bytes:
+    """The audio file; the same clip always gives the same bytes."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, render(clip), clip.rate_hz, format=clip.container, subtype=clip.subtype)
+    data = bytearray(buffer.getvalue())
+    if clip.subtype == "FLOAT":
+        stamp = data.index(b"PEAK") + 12  # id, size, version, then the time of writing
+        data[stamp : stamp + 4] = bytes(4)
+    return bytes(data)
+
+
+def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
+    """Writes the corpus, or finds it finished.
+
+    The folder appears under its name when it is complete. A run that was stopped leaves `.NAME.unfinished` beside it,
+    and the next one with the same settings goes on from there.
+
+    Returns:
+        The content of `synth.json`.
+
+    Raises:
+        UserError: too few clips, or `out` holds something else.
+    """
+    if clips < SMALLEST_CORPUS:
+        raise UserError("--clips", f"{clips} is too few", f"ask for at least {SMALLEST_CORPUS}")
+    if seed < 0:
+        raise UserError("--seed", f"{seed} is negative", "give 0 or more")
+    settings = {"revision": REVISION, "clips": clips, "seed": seed}
+    finished = _read_record(out)
+    if finished is not None:
+        if {key: finished.get(key) for key in settings} != settings:
+            raise UserError(out, "holds a corpus with other settings", "choose another folder, or remove this one")
+        return finished
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(out, "is not empty and not a finished corpus", "choose another folder")
+
+    work = _start(out, settings)
+    corpus = plan_corpus(clips, seed)
+    for clip in corpus:
+        path = work / clip.audio
+        if not path.exists():
+            _write(path, encode(clip))
+    for name, held_out in (("train.jsonl", False), ("test.jsonl", True)):
+        _write_lines(work / name, [_manifest_row(clip) for clip in corpus if clip.held_out == held_out])
+    _write_lines(work / "truth.jsonl", [{"clip_id": clip.clip_id, **asdict(clip.plan)} for clip in corpus])
+    record = {**settings, **summary(corpus)}
+    _write(work / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    (work / STAMP).unlink()
+    work.rename(out)  # takes the place of an empty folder, too
+    return record
+
+
+def summary(corpus: list[Clip]) -> dict[str, Any]:
+    """Counts of a corpus, written or only planned."""
+    return {
+        "questions": sum(len(clip.questions) for clip in corpus),
+        "audio_hours": round(sum(clip.plan.duration_s for clip in corpus) / 3600, 4),
+        "train_clips": sum(not clip.held_out for clip in corpus),
+        "test_clips": sum(clip.held_out for clip in corpus),
+    }
+
+
+def _manifest_row(clip: Clip) -> dict[str, Any]:
+    return {
+        "clip_id": clip.clip_id,
+        "audio": clip.audio,
+        "dataset": "synth",
+        "domain": clip.domain,
+        "questions": clip.questions,
+    }
+
+
+def _read_record(out: Path) -> dict[str, Any] | None:
+    path = out / RECORD
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(path, f"is damaged ({error})", "remove the folder") from error
+    if not isinstance(record, dict):
+        raise UserError(path, "is damaged (not a table)", "remove the folder")
+    return record
+
+
+def _start(out: Path, settings: dict[str, int]) -> Path:
+    """The working folder, emptied unless a run with these settings left it."""
+    work = out.absolute().parent / f".{out.absolute().name}.unfinished"
+    stamp = work / STAMP
+    wanted = json.dumps(settings)
+    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
+        shutil.rmtree(work, ignore_errors=True)
+        (work / "audio").mkdir(parents=True)
+        _write(stamp, wanted.encode())
+    return work
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Under a temporary name first: a file with its own name is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.rename(path)
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    _write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -1,0 +1,330 @@
+"""`pal report EXPERIMENT`: the runs of one experiment as a table, Markdown, CSV and pictures.
+
+Reads MLflow and nothing else, so it reports runs of any machine; what it writes is logged back as a run `report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError, nearest, run_command
+
+if TYPE_CHECKING:  # mlflow and matplotlib take seconds to import, which `--help` must not
+    from matplotlib.figure import Figure
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+    from pipeline.plots import Bars, Point
+
+KIND_TAG = "pal.kind"  # marks the run that holds a report among the runs that it reports
+EVALUATION_FOLDER = "evaluation"  # artifacts: one <benchmark>.json per benchmark, written by `pal evaluate`
+LOSS = "train/loss"
+# column -> metric of the run
+COSTS = {
+    "final_loss": "final_loss",
+    "samples_per_s": "samples_per_s",
+    "peak_memory_gib": "peak_memory_gib",
+}
+NOT_COMPARED = ("output", "tracking.")  # parameters that differ from run to run without meaning
+
+NOTES = """Accuracy is the share of exact matches on held-out clips, in brackets its 95 % interval (bootstrap by clip).
+*Swapped audio*: the same questions asked about another clip of the same domain, what the model knows without hearing.
+*Commonest answer*: the commonest training answer to the same wording, which takes no model at all."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`)."""
+
+    label: str
+    run_id: str
+    status: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    losses: Sequence[tuple[int, float]]
+    evaluations: Mapping[str, Any]
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    out = arguments.out or Path("runs") / arguments.experiment / "report"
+    client, experiment = _open_experiment(arguments.experiment, arguments.uri)
+    runs = read_runs(client, experiment)
+    table, files = write_report(experiment.name, runs, out)
+    _log_back(client, experiment, files)
+    print_table(experiment.name, table)
+    print(f"report: {out / 'report.md'}")
+    if arguments.json:
+        results = {"table": table, "fits": {}, "files": [str(file) for file in files]}
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pal report", description="Tables and pictures of an experiment, from MLflow."
+    )
+    parser.add_argument("experiment", help="name of the MLflow experiment")
+    parser.add_argument("--uri", help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite:///runs/mlflow.db)")
+    parser.add_argument("--out", type=Path, help="folder to write (default: runs/EXPERIMENT/report)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    return parser
+
+
+def _open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experiment]:
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise UserError(uri, "there is no such MLflow database", "give --uri of the runs' tracking store")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(uri)
+    try:
+        experiment = client.get_experiment_by_name(name)
+        names = [other.name for other in client.search_experiments()] if experiment is None else []
+    except MlflowException as error:
+        raise UserError(uri, f"MLflow cannot read it ({error})", "check --uri and that the server runs") from error
+    if experiment is None:
+        raise UserError(f"experiment '{name}'", f"is not in {uri}", nearest(name, names))
+    return client, experiment
+
+
+def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
+    """Every training run of the experiment, oldest first; runs of one name get their id into the label.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Run] = []
+    token = None
+    while token is None or token:
+        page = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        found += [run for run in page if run.data.tags.get(KIND_TAG) != "report"]
+        token = page.token or ""
+    if not found:
+        raise UserError(f"experiment '{experiment.name}'", "has no runs", "train one with `pal train`")
+    names = [run.info.run_name for run in found]
+    return [
+        TrainedRun(
+            label=name if names.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
+            run_id=run.info.run_id,
+            status=run.info.status,
+            params=run.data.params,
+            metrics=run.data.metrics,
+            losses=_loss_history(client, run),
+            evaluations=_evaluations(client, run),
+        )
+        for name, run in zip(names, found, strict=True)
+    ]
+
+
+def _loss_history(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
+    if LOSS not in run.data.metrics:
+        return []
+    # A step that was trained again after a resume is logged again: the last entry counts.
+    history = sorted(client.get_metric_history(run.info.run_id, LOSS), key=lambda metric: metric.timestamp)
+    return sorted({metric.step: metric.value for metric in history}.items())
+
+
+def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
+    evaluations = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for artifact in client.list_artifacts(run.info.run_id, EVALUATION_FOLDER):
+            if artifact.path.endswith(".json"):
+                file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
+                evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return evaluations
+
+
+def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
+    """One row per run and benchmark, plain JSON; accuracies are 0 to 1, absent values None."""
+    differing = _differing_parameters(runs)
+    domains = sorted({d for run in runs for scores in run.evaluations.values() for d in scores["by_domain"]})
+    rows = []
+    for run in runs:
+        shared: Row = {"run": run.label, "run_id": run.run_id, "status": run.status}
+        shared |= {key: run.params.get(key) for key in differing}
+        shared |= {column: run.metrics.get(metric) for column, metric in COSTS.items()}
+        for benchmark, scores in run.evaluations.items() or [(None, None)]:
+            rows.append(shared | {"benchmark": benchmark} | _scores_row(scores, domains))
+    return rows
+
+
+def _scores_row(scores: Mapping[str, Any] | None, domains: Sequence[str]) -> Row:
+    if scores is None:
+        scores = {"accuracy": None, "ci95": (None, None), "by_domain": {}}
+    low, high = scores["ci95"]
+    return {
+        "accuracy": scores["accuracy"],
+        "ci95_low": low,
+        "ci95_high": high,
+        **{f"accuracy_{domain}": scores["by_domain"].get(domain, {}).get("accuracy") for domain in domains},
+        "swapped_audio_accuracy": scores.get("swapped_audio", {}).get("accuracy"),
+        "commonest_answer_accuracy": scores.get("commonest_answer", {}).get("accuracy"),
+    }
+
+
+def _differing_parameters(runs: Sequence[TrainedRun]) -> list[str]:
+    """What the experiment varied: parameters whose values are not the same in all runs."""
+    keys = sorted({key for run in runs for key in run.params if not key.startswith(NOT_COMPARED)})
+    return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
+
+
+def write_report(experiment: str, runs: Sequence[TrainedRun], out: Path) -> tuple[list[Row], list[Path]]:
+    """Writes report.md, report.csv and the pictures that the runs' figures allow.
+
+    Returns:
+        the table, and the files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    table = make_table(runs)
+    pictures = []
+    for name, figure in _pictures(experiment, runs).items():
+        pictures.append(out / f"{name}.png")
+        figure.savefig(pictures[-1])
+    csv_file, markdown_file = out / "report.csv", out / "report.md"
+    with csv_file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    markdown_file.write_text(_markdown(experiment, runs, table, pictures), encoding="utf-8")
+    return table, [markdown_file, csv_file, *pictures]
+
+
+def _pictures(experiment: str, runs: Sequence[TrainedRun]) -> dict[str, Figure]:
+    from pipeline.plots import Curve, plot_accuracy_against, plot_accuracy_by_domain, plot_loss_curves
+
+    figures = {}
+    curves = [Curve(run.label, *zip(*run.losses, strict=True)) for run in runs if run.losses]
+    if curves:
+        figures["loss"] = plot_loss_curves(curves, f"Training loss: {experiment}")
+    for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
+        evaluated = [run for run in runs if benchmark in run.evaluations]
+        of = f"{experiment}, {benchmark}"
+        for cost, x_label in (
+            ("peak_memory_gib", "peak training memory per rank (GiB)"),
+            ("samples_per_s", "training throughput (questions/s)"),
+        ):
+            points = [_point(run, benchmark, cost) for run in evaluated if COSTS[cost] in run.metrics]
+            if points:
+                name = x_label.partition(" (")[0]
+                figures[f"accuracy_{cost}_{benchmark}"] = plot_accuracy_against(
+                    points, x_label, f"Accuracy against {name}: {of}"
+                )
+        bars = [_bars(run.label, run.evaluations[benchmark]) for run in evaluated]
+        guess = evaluated[0].evaluations[benchmark].get("commonest_answer", {"by_domain": {}})["by_domain"]
+        figures[f"accuracy_by_domain_{benchmark}"] = plot_accuracy_by_domain(
+            bars, {domain: scores["accuracy"] for domain, scores in guess.items()}, f"Accuracy by domain: {of}"
+        )
+    return figures
+
+
+def _point(run: TrainedRun, benchmark: str, cost: str) -> Point:
+    from pipeline.plots import Point
+
+    scores = run.evaluations[benchmark]
+    return Point(run.label, run.metrics[COSTS[cost]], scores["accuracy"], *scores["ci95"])
+
+
+def _bars(label: str, scores: Mapping[str, Any]) -> Bars:
+    from pipeline.plots import Bars
+
+    heard, swapped = (
+        {domain: (group["accuracy"], *group["ci95"]) for domain, group in part["by_domain"].items()}
+        for part in (scores, scores.get("swapped_audio", {"by_domain": {}}))
+    )
+    return Bars(label, heard, swapped)
+
+
+def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and texts of what a person compares; the terminal and the Markdown file show the same."""
+    domains = [c.removeprefix("accuracy_") for c in table[0] if c.startswith("accuracy_")]
+    columns: dict[str, Callable[[Row], str]] = {"run": lambda row: row["run"]}
+    if any(row["status"] != "FINISHED" for row in table):
+        columns["status"] = lambda row: row["status"]
+    if len({row["benchmark"] for row in table}) > 1:
+        columns["benchmark"] = lambda row: row["benchmark"] or "-"
+    columns["accuracy %\n(95 % interval)"] = _accuracy_cell
+    columns |= {f"{domain}\n%": _percent_cell(f"accuracy_{domain}") for domain in domains}
+    columns["swapped\naudio %"] = _percent_cell("swapped_audio_accuracy")
+    columns["commonest\nanswer %"] = _percent_cell("commonest_answer_accuracy")
+    columns["final\nloss"] = _number_cell("final_loss", ".3f")
+    columns["questions\nper s"] = _number_cell("samples_per_s", ".1f")
+    columns["peak\nGiB"] = _number_cell("peak_memory_gib", ".2f")
+    return list(columns), [[cell(row) for cell in columns.values()] for row in table]
+
+
+def _number_cell(column: str, form: str, scale: float = 1) -> Callable[[Row], str]:
+    return lambda row: "-" if row[column] is None else f"{scale * row[column]:{form}}"
+
+
+def _percent_cell(column: str) -> Callable[[Row], str]:
+    return _number_cell(column, ".1f", 100)
+
+
+def _accuracy_cell(row: Row) -> str:
+    if row["accuracy"] is None:
+        return "-"
+    return f"{100 * row['accuracy']:.1f} ({100 * row['ci95_low']:.1f} to {100 * row['ci95_high']:.1f})"
+
+
+def print_table(experiment: str, table: Sequence[Row]) -> None:
+    """The comparison on the terminal."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    headings, rows = _cells(table)
+    view = Table(*headings, title=f"Experiment {experiment}", box=SIMPLE_HEAD)
+    for column in view.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        view.add_row(*row)
+    console = Console()
+    console.width = max(console.width, 200)  # a narrow terminal may break a line, but no figure is cut off
+    console.print(view)
+
+
+def _markdown(experiment: str, runs: Sequence[TrainedRun], table: Sequence[Row], pictures: Sequence[Path]) -> str:
+    parts = [f"# Experiment {experiment}", _markdown_table(*_cells(table)), NOTES]
+    differing = _differing_parameters(runs)
+    if differing:
+        rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
+        parts += ["## What differs between the runs", _markdown_table(["run", *differing], rows)]
+    parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _log_back(client: MlflowClient, experiment: Experiment, files: Sequence[Path]) -> None:
+    """Keeps the report in the experiment: one run of that kind, its files replaced by each new report."""
+    kept = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'report'", max_results=1)
+    run = kept[0] if kept else client.create_run(experiment.experiment_id, tags={KIND_TAG: "report"}, run_name="report")
+    for file in files:
+        client.log_artifact(run.info.run_id, str(file), "report")
+    client.set_terminated(run.info.run_id)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,127 @@
+"""A report is what MLflow holds: every run in every file, values unchanged, logged back, made twice the same."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.errors import UserError
+from pipeline.report import COSTS, EVALUATION_FOLDER, LOSS, main
+
+VARIANTS = {"plits": (0.90, 1.4), "lal": (0.92, 0.8), "pal_v3": (0.94, 0.9)}
+
+
+def scores(accuracy: float) -> dict[str, Any]:
+    group = {"accuracy": accuracy, "ci95": [accuracy - 0.03, accuracy + 0.02], "questions": 60, "clips": 10}
+    return {**group, "by_task": {"what": group}, "by_domain": {"music": group, "sound": group}}
+
+
+def log_run(
+    client: MlflowClient, experiment: str, name: str, accuracy: float | None, memory: float, folder: Path
+) -> None:
+    run = client.create_run(experiment, run_name=name)
+    run_id = run.info.run_id
+    for key, value in (("model.integration", name), ("train.seed", "0"), ("output", f"runs/{name}")):
+        client.log_param(run_id, key, value)
+    for step in (1, 2, 3, 2, 3):  # steps 2 and 3 again, as after a resume
+        client.log_metric(run_id, LOSS, 4 / step, step=step)
+    for column, value in (("final_loss", 0.1), ("samples_per_s", 30.0), ("peak_memory_gib", memory)):
+        client.log_metric(run_id, COSTS[column], value)
+    if accuracy is not None:
+        file = folder / "held-out.json"
+        file.write_text(
+            json.dumps({**scores(accuracy), "swapped_audio": scores(0.3), "commonest_answer": scores(0.35)})
+        )
+        client.log_artifact(run_id, str(file), EVALUATION_FOLDER)
+    client.set_terminated(run_id, "FINISHED" if accuracy is not None else "FAILED")
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    client = MlflowClient(uri)
+    artifacts = (folder / "artifacts").as_uri()
+    experiment = client.create_experiment("demo", artifact_location=artifacts)
+    for name, (accuracy, memory) in VARIANTS.items():
+        log_run(client, experiment, name, accuracy, memory, folder)
+    mixed = client.create_experiment("mixed", artifact_location=artifacts)
+    log_run(client, mixed, "lal", 0.5, 1.0, folder)
+    log_run(client, mixed, "lal", None, 1.0, folder)
+    client.create_experiment("empty", artifact_location=artifacts)
+    return uri
+
+
+def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, results_file = tmp_path / "report", tmp_path / "report.json"
+    assert main(["demo", "--uri", uri, "--out", str(out), "--json", str(results_file)]) == 0
+    results = json.loads(results_file.read_text())
+    assert set(results) == {"table", "fits", "files"}
+    assert [row["run"] for row in results["table"]] == list(VARIANTS)
+    row = results["table"][1]
+    assert row["accuracy"] == pytest.approx(0.92)
+    assert (row["ci95_low"], row["ci95_high"]) == pytest.approx((0.89, 0.94))
+    assert row["accuracy_music"] == pytest.approx(0.92)
+    assert (row["swapped_audio_accuracy"], row["commonest_answer_accuracy"]) == (0.3, 0.35)
+    assert (row["peak_memory_gib"], row["samples_per_s"], row["final_loss"]) == (0.8, 30.0, 0.1)
+    assert row["model.integration"] == "lal"
+    assert "train.seed" not in row, "a parameter that all runs share tells nothing"
+    assert "output" not in row
+
+    names = {Path(file).name for file in results["files"]}
+    assert names == {
+        "report.md",
+        "report.csv",
+        "loss.png",
+        "accuracy_peak_memory_gib_held-out.png",
+        "accuracy_samples_per_s_held-out.png",
+        "accuracy_by_domain_held-out.png",
+    }
+    assert all(Path(file).stat().st_size > 100 for file in results["files"])
+    markdown = (out / "report.md").read_text()
+    assert all(f"]({name})" in markdown for name in names if name.endswith(".png"))
+    assert "| lal | 92.0 (89.0 to 94.0) | 92.0 | 92.0 | 30.0 | 35.0 | 0.100 | 30.0 | 0.80 |" in markdown
+    with (out / "report.csv").open() as stream:
+        assert [float(line["accuracy"]) for line in csv.DictReader(stream)] == [a for a, _ in VARIANTS.values()]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in VARIANTS)
+    assert "92.0 (89.0 to 94.0)" in printed
+
+
+def test_report_is_logged_back_once_and_not_reported(uri: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main(["demo", "--uri", uri, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    assert len(json.loads((tmp_path / "r.json").read_text())["table"]) == len(VARIANTS)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("demo")
+    kept = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "report"]
+    assert len(kept) == 1
+    assert {Path(file.path).name for file in client.list_artifacts(kept[0].info.run_id, "report")} >= {"report.md"}
+
+
+def test_unevaluated_and_namesake_runs_are_shown(uri: str, tmp_path: Path) -> None:
+    assert main(["mixed", "--uri", uri, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    done, failed = json.loads((tmp_path / "r.json").read_text())["table"]
+    assert done["run"] != failed["run"]
+    assert (done["status"], failed["status"]) == ("FINISHED", "FAILED")
+    assert failed["accuracy"] is None
+    assert done["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("experiment", "fault"),
+    [("empty", "has no runs"), ("demmo", "did you mean 'demo'")],
+)
+def test_no_runs_is_the_users_mistake(uri: str, tmp_path: Path, experiment: str, fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        main([experiment, "--uri", uri, "--out", str(tmp_path)])
+
+
+def test_missing_database_is_not_created(tmp_path: Path) -> None:
+    database = tmp_path / "mlflow.db"
+    with pytest.raises(UserError, match="no such MLflow database"):
+        main(["demo", "--uri", f"sqlite:///{database}", "--out", str(tmp_path)])
+    assert not database.exists()

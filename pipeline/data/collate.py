@@ -1,0 +1,90 @@
+"""Rows of token ids and their clips' features -> one batch as the model reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.data.chat import IGNORE, Row
+from pipeline.data.shards import Clip
+from pipeline.features import Question
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its tokens, the questions in it, its clip and the clip's features (None for a row of text only)."""
+
+    row: Row
+    questions: Sequence[Question]
+    clip: Clip | None
+    features: Mapping[str, NDArray[np.float16]]
+
+
+def collate(
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    widths: Mapping[str, int],
+    feature_dtype: torch.dtype,
+    pad_left: bool = False,
+) -> Batch:
+    """A batch of B rows, T tokens the longest.
+
+    Args:
+        pad_token_id: fills input_ids where attention_mask is 0.
+        widths: encoder -> width, for batches without a clip.
+        feature_dtype: of the audio features; float32 and float16 are written straight from the shard's bytes.
+        pad_left: pad on the left, as generation wants it.
+
+    Returns:
+        input_ids, attention_mask, labels (-100 where no loss), segment_ids: (B, T) int64. audio_features: encoder ->
+        (total frames, width), clips one after the other without padding. audio_lengths: encoder -> (clips,) int64.
+        For the host: question_ids and tasks, one entry a question, row by row; clip_ids and audio_s, one entry a clip.
+    """
+    longest = max(len(example.row.input_ids) for example in examples)
+    shape = (len(examples), longest)
+    tokens = {
+        "input_ids": np.full(shape, pad_token_id, np.int64),
+        "attention_mask": np.zeros(shape, np.int64),
+        "labels": np.full(shape, IGNORE, np.int64),
+        "segment_ids": np.zeros(shape, np.int64),
+    }
+    for number, example in enumerate(examples):
+        length = len(example.row.input_ids)
+        place = np.s_[number, longest - length :] if pad_left else np.s_[number, :length]
+        tokens["input_ids"][place] = example.row.input_ids
+        tokens["attention_mask"][place] = 1
+        tokens["labels"][place] = example.row.labels
+        tokens["segment_ids"][place] = example.row.segment_ids
+
+    with_audio = [(example.clip, example.features) for example in examples if example.clip is not None]
+    questions = [question for example in examples for question in example.questions]
+    return {
+        **{name: torch.from_numpy(values) for name, values in tokens.items()},
+        "audio_features": {
+            name: _concatenate([features[name] for _, features in with_audio], width, feature_dtype)
+            for name, width in widths.items()
+        },
+        "audio_lengths": {
+            name: torch.tensor([len(features[name]) for _, features in with_audio], dtype=torch.int64)
+            for name in widths
+        },
+        "question_ids": [question.question_id for question in questions],
+        "tasks": [question.task for question in questions],
+        "clip_ids": [clip.clip_id for clip, _ in with_audio],
+        "audio_s": [float(clip.duration_s) for clip, _ in with_audio],
+    }
+
+
+def _concatenate(arrays: Sequence[NDArray[np.float16]], width: int, dtype: torch.dtype) -> torch.Tensor:
+    # One copy out of the read-only shard bytes; numpy has no bfloat16, so that takes a second one.
+    target = np.float32 if dtype is torch.float32 else np.float16
+    whole = np.concatenate([np.empty((0, width), target), *arrays], dtype=target, casting="same_kind")
+    return torch.from_numpy(whole).to(dtype)

@@ -1,0 +1,190 @@
+"""Batches for training and evaluation: the order of `order.py`, carried out by torch's DataLoader and its workers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import DataConfig
+from pipeline.data.chat import Chat
+from pipeline.data.collate import Batch, Example, collate
+from pipeline.data.order import Ints, Visit, VisitOrder, micro_batches
+from pipeline.data.shards import FeatureSet
+from pipeline.errors import UserError
+
+_PREFETCHED_BATCHES = 4  # per worker
+
+
+class TrainingLoader:
+    """This rank's micro-batches, without end; resumes at any number of ranks.
+
+    Args:
+        features: the set to train on.
+        chat: writes the conversations.
+        data: selection, packing, shuffling and workers.
+        seed: of the order.
+        visits_per_step: rows of a global batch, over all ranks.
+        micro_batch_size: rows of one batch.
+        feature_dtype: of the audio features.
+
+    Raises:
+        UserError: unknown task or dataset, nothing selected, a global batch that does not divide.
+    """
+
+    def __init__(
+        self,
+        features: FeatureSet,
+        chat: Chat,
+        data: DataConfig,
+        *,
+        seed: int,
+        visits_per_step: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        feature_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        selected = features.table.select(data.tasks, data.datasets)
+        self.order = VisitOrder(
+            features.table.clip,
+            selected,
+            features.shard_sizes,
+            questions_per_sequence=data.questions_per_sequence,
+            block_clips=data.shuffle_block_clips,
+            seed=seed,
+        )
+        settings = f"{data.questions_per_sequence} {data.shuffle_block_clips} {seed} {features.shard_sizes}"
+        self._fingerprint = hashlib.sha256(settings.encode() + selected.tobytes()).hexdigest()[:16]
+        self._data = data
+        self._examples = _Rows(features, chat, feature_dtype)
+        self._lengths = features.table.characters
+        self._visits_per_step = visits_per_step
+        self._micro_batch_size = micro_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._batches_per_step, rest = divmod(visits_per_step, micro_batch_size * world_size)
+        if rest:
+            raise UserError(
+                "train.global_batch_size",
+                f"{visits_per_step} sequences do not divide into {micro_batch_size} x {world_size} ranks",
+                f"use a multiple of {micro_batch_size * world_size} sequences",
+            )
+        self._start = 0  # visits consumed before the current iterator
+        self._yielded = 0  # batches since
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every selected question is seen once."""
+        return self.order.visits_per_epoch / self._visits_per_step
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Goes on from the loaded state; a second iterator goes on from the last complete step."""
+        self._start, self._yielded = self._visits_consumed, 0
+        plan = micro_batches(
+            self.order,
+            self._lengths,
+            start=self._start,
+            visits_per_step=self._visits_per_step,
+            micro_batch_size=self._micro_batch_size,
+            rank=self._rank,
+            world_size=self._world_size,
+        )
+        for batch in _load(self._examples, plan, self._data.workers):
+            self._yielded += 1
+            yield batch
+
+    @property
+    def _visits_consumed(self) -> int:
+        return self._start + self._yielded // self._batches_per_step * self._visits_per_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Visits consumed by complete steps; the same on every rank, and not affected by what is prefetched."""
+        return {"visits": self._visits_consumed, "order": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on after that many visits.
+
+        Raises:
+            UserError: the state belongs to another order (set, selection, packing, shuffling or seed).
+        """
+        if state["order"] != self._fingerprint:
+            raise UserError(
+                "data",
+                "is not the order of questions that the checkpoint was written with",
+                "resume with the same feature set, tasks, datasets, questions_per_sequence, shuffle_block_clips, seed",
+            )
+        self._start, self._yielded = state["visits"], 0
+
+
+def evaluation_batches(
+    features: FeatureSet,
+    chat: Chat,
+    selected: Ints,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    feature_dtype: torch.dtype = torch.float32,
+) -> Iterator[Batch]:
+    """Each selected question once over all ranks, one a row, in storage order: for a validation loss.
+
+    Every rank gets the same number of batches, so that collectives stay in step: a rank that runs out gets a row with
+    a clip and no question, hence no label.
+    """
+    clip = features.table.clip
+    rows = [Visit(int(clip[question]), np.array([question])) for question in selected[rank::world_size]]
+    num_rows = -(-len(selected) // world_size)
+    rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (num_rows - len(rows))
+    plan = (rows[first : first + batch_size] for first in range(0, num_rows, batch_size))
+    yield from _load(_Rows(features, chat, feature_dtype), plan, workers)
+
+
+class _Rows(Dataset[Batch | UserError]):
+    """Visits -> batch. A user's error is returned and not raised: torch rewrites the exceptions
+    that cross from a worker."""
+
+    def __init__(self, features: FeatureSet, chat: Chat, feature_dtype: torch.dtype) -> None:
+        self._features = features
+        self._chat = chat
+        self._feature_dtype = feature_dtype
+
+    def __getitem__(self, visits: Sequence[Visit]) -> Batch | UserError:
+        try:
+            return collate(
+                [self._example(visit) for visit in visits],
+                pad_token_id=self._chat.pad_token_id,
+                widths=self._features.widths,
+                feature_dtype=self._feature_dtype,
+            )
+        except UserError as error:
+            return error
+
+    def _example(self, visit: Visit) -> Example:
+        clip = self._features.clip(visit.clip)
+        questions = [clip.questions[number] for number in self._features.table.number[visit.questions]]
+        return Example(self._chat.row(questions), questions, clip, self._features.features(visit.clip, clip.clip_id))
+
+
+def _load(rows: _Rows, plan: Iterator[list[Visit]], workers: int) -> Iterator[Batch]:
+    loader = DataLoader(
+        rows,
+        sampler=plan,  # any iterable of indices; ours are whole micro-batches
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_PREFETCHED_BATCHES if workers else None,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -186,33 +186,38 @@ class Chat:
         prompt, whole = (
             self._render_ltu(system_prompt) if self._tokenizer.chat_template is None else self._render(system_prompt)
         )
-        head, question, middle = prompt.partition(_QUESTION)
-        head, placeholder, before = head.partition(AUDIO_TOKEN)
-        gap, answer, tail = whole.removeprefix(prompt).partition(_ANSWER)
+        order = [whole.find(mark) for mark in (AUDIO_TOKEN, _QUESTION, _ANSWER)]
+        if any(whole.count(mark) != 1 for mark in (AUDIO_TOKEN, _QUESTION, _ANSWER)) or order != sorted(order):
+            raise self._unusable("does not show audio, question and answer once each, in this order")
+        head, _, user = prompt.partition(AUDIO_TOKEN)
+        before, _, middle = user.partition(_QUESTION)
+        gap, _, tail = whole.removeprefix(prompt).partition(_ANSWER)
         if not whole.startswith(prompt) or gap.strip():
             raise self._unusable("writes another prompt for generation than for training")
         # White space after the end of the turn is never generated.
         tail = tail.rstrip() or self._tokenizer.eos_token or ""
-        marks = (AUDIO_TOKEN, _QUESTION, _ANSWER)
-        if not (placeholder and question and answer and tail) or any(whole.count(mark) != 1 for mark in marks):
-            raise self._unusable("does not show audio, question, answer and an end of turn once each, in this order")
-        return _Parts(head + placeholder, before, middle, gap, tail)
+        if not tail:
+            raise self._unusable("does not end an answer, and the tokenizer has no end of text")
+        return _Parts(head + AUDIO_TOKEN, before, middle, gap, tail)
 
     def _render(self, system_prompt: str) -> tuple[str, str]:
         """The generation prompt and the whole conversation, with marks for question and answer."""
         user = AUDIO_TOKEN + _QUESTION
-        turns = [{"role": "user", "content": user}]
-        try:
-            if system_prompt:
-                turns.insert(0, {"role": "system", "content": system_prompt})
-            return self._apply_template(turns, prompt=True), self._apply_template(turns, prompt=False)
-        except jinja2.TemplateError:  # Gemma's knows no system role: its text goes to the head of the user's turn
-            turns = [{"role": "user", "content": f"{system_prompt}\n\n{user}"}]
-            return self._apply_template(turns, prompt=True), self._apply_template(turns, prompt=False)
+        ways = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]]
+        # Gemma's template knows no system role: its text goes to the head of the user's turn.
+        ways.append([{"role": "user", "content": f"{system_prompt}\n\n{user}"}])
+        if not system_prompt:
+            ways = [[{"role": "user", "content": user}]]
+        for turns in ways:
+            try:
+                whole = self._apply_template([*turns, {"role": "assistant", "content": _ANSWER}], prompt=False)
+            except jinja2.TemplateError:
+                continue
+            if system_prompt.strip() in whole:
+                return self._apply_template(turns, prompt=True), whole
+        raise self._unusable("renders no system text and question")
 
     def _apply_template(self, turns: list[dict[str, str]], *, prompt: bool) -> str:
-        if not prompt:
-            turns = [*turns, {"role": "assistant", "content": _ANSWER}]
         text: str = self._tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=prompt, **_TEMPLATE_OPTIONS
         )

@@ -137,17 +137,9 @@ def micro_batches(
 
     Args:
         length_of_question: (questions of the whole set,) relative length of a row with this question.
-
-    Raises:
-        UserError: the global batch does not divide into micro-batches.
+        visits_per_step: a multiple of micro_batch_size * world_size.
     """
     per_pass = micro_batch_size * world_size
-    if visits_per_step % per_pass:
-        raise UserError(
-            "train.global_batch_size",
-            f"{visits_per_step} sequences do not divide into {micro_batch_size} sequences x {world_size} ranks",
-            f"use a multiple of {per_pass} sequences",
-        )
     while True:
         visits = order.visits(start, start + visits_per_step)
         lengths = np.array([length_of_question[visit.questions].sum() for visit in visits])

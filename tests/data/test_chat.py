@@ -38,7 +38,18 @@ THINKING = CHATML.replace(
     "{{ message['content'] | trim }}",
     "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | trim }}",
 )
-TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "mistral": MISTRAL, "thinking": THINKING, "ltu": None}
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + CHATML.removeprefix(
+    "{% for message in messages %}"
+).replace("message[", "m[").replace("{% endfor %}", "{% endif %}{% endfor %}")
+TEMPLATES = {
+    "no_system": NO_SYSTEM,
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+    "thinking": THINKING,
+    "ltu": None,
+}
 
 
 @pytest.fixture(params=list(TEMPLATES))
@@ -144,9 +155,10 @@ def test_a_placeholder_in_a_text_is_refused(chatml):
 @pytest.mark.parametrize(
     ("template", "fault"),
     [
-        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "once each"),
+        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "renders no"),
         ("{% for m in messages %}{{ m['content'] * 2 }}<|im_end|>{% endfor %}", "once each"),
         ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "once each"),
+        ("{{ raise_exception('no') }}", "renders no"),
         (CHATML.replace("<|im_start|>assistant\n{% endif", "Your answer:{% endif"), "another prompt for generation"),
     ],
 )

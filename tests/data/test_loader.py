@@ -1,0 +1,167 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from feature_sets import byte_tokenizer, frames_of, write_feature_set
+
+from pipeline.config import DataConfig
+from pipeline.data.chat import Chat, load_tokenizer
+from pipeline.data.collate import collate
+from pipeline.data.loader import TrainingLoader, evaluation_batches
+from pipeline.data.shards import FeatureSet
+from pipeline.errors import UserError
+
+COUNTS = [3, 1, 2, 6, 4, 0, 5, 2, 3, 1]
+WIDTHS = {"log_mel": 8, "clap": 4}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> FeatureSet:
+    return FeatureSet(write_feature_set(tmp_path_factory.mktemp("set"), COUNTS, encoders=WIDTHS), list(WIDTHS))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Chat:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    byte_tokenizer().save_pretrained(folder)
+    return Chat(load_tokenizer(folder), "You listen.", max_text_tokens=500)
+
+
+def loader(features, chat, rank=0, world_size=1, visits_per_step=8, seed=0, **data) -> TrainingLoader:
+    config = DataConfig(train=features.folder, **{"questions_per_sequence": 2, **data})
+    return TrainingLoader(
+        features,
+        chat,
+        config,
+        seed=seed,
+        visits_per_step=visits_per_step,
+        micro_batch_size=2,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def take(loaders: list[TrainingLoader], num_steps: int, visits_per_step: int = 8) -> list[list[str]]:
+    """Question ids of each global batch, sorted."""
+    per_rank = visits_per_step // (2 * len(loaders))
+    iterators = [iter(this) for this in loaders]
+    return [
+        sorted(
+            question
+            for iterator in iterators
+            for batch in itertools.islice(iterator, per_rank)
+            for question in batch["question_ids"]
+        )
+        for _ in range(num_steps)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exactly_once_an_epoch_at_any_world_size(features, chat, world_size, workers):
+    loaders = [loader(features, chat, rank, world_size, workers=workers) for rank in range(world_size)]
+    per_epoch = loaders[0].order.visits_per_epoch
+    steps = take(loaders, per_epoch)  # eight epochs: whole ones end where a global batch ends
+    seen = [question for step in steps for question in step]
+    expected = [f"clip-{clip}/{number}" for clip, count in enumerate(COUNTS) for number in range(count)]
+    assert sorted(seen) == sorted(expected * 8)
+
+
+def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat):
+    straight = take([loader(features, chat)], 9)
+    two = [loader(features, chat, rank, 2, workers=rank) for rank in range(2)]
+    assert take(two, 4) == straight[:4]
+    states = [this.state_dict() for this in two]
+    assert states[0] == states[1] and states[0]["visits"] == 32
+    four = [loader(features, chat, rank, 4) for rank in range(4)]
+    for this in four:
+        this.load_state_dict(states[0])
+    assert take(four, 5) == straight[4:]
+
+
+def test_a_step_begun_is_a_step_repeated(features, chat):
+    this = loader(features, chat)
+    list(itertools.islice(this, 4 + 3))
+    state = this.state_dict()
+    other = loader(features, chat)
+    other.load_state_dict(state)
+    assert state["visits"] == 8
+    assert take([other], 2) == take([loader(features, chat)], 3)[1:]
+    assert take([this], 2) == take([loader(features, chat)], 3)[1:]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"tasks": ["what"]}, {"questions_per_sequence": 1}])
+def test_a_state_of_another_order_is_refused(features, chat, change):
+    with pytest.raises(UserError, match="is not the order"):
+        loader(features, chat, **change).load_state_dict(loader(features, chat).state_dict())
+
+
+def test_batches_are_what_the_model_reads(features, chat):
+    batch = next(iter(loader(features, chat)))
+    shape = batch["input_ids"].shape
+    assert all(batch[name].shape == shape for name in ("attention_mask", "labels", "segment_ids"))
+    assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels", "segment_ids"))
+    clips = [int(clip_id.removeprefix("clip-")) for clip_id in batch["clip_ids"]]
+    assert (batch["input_ids"] == chat.audio_token_id).sum(1).tolist() == [1, 1]
+    assert batch["audio_s"] == [1.0 + clip for clip in clips]
+    for name, width in WIDTHS.items():
+        expected = [frames_of(clip, width) for clip in clips]
+        assert batch["audio_lengths"][name].tolist() == [len(frames) for frames in expected]
+        assert (batch["audio_features"][name].numpy() == np.concatenate(expected)).all()
+        assert batch["audio_features"][name].dtype == torch.float32
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and (batch["input_ids"][padding] == chat.pad_token_id).all()
+    assert (batch["labels"][padding] == -100).all() and (batch["labels"][:, 0] == -100).all()
+    answers = [chat.decode(row[row != -100].tolist()) for row in batch["labels"]]
+    assert "".join(answers) == "".join(
+        f"answer {question.removeprefix('clip-').replace('/', '.')}" for question in batch["question_ids"]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_features_take_the_dtype_asked_for(features, chat, dtype):
+    (batch,) = evaluation_batches(features, chat, np.array([0, 4]), batch_size=2, feature_dtype=dtype)
+    expected = torch.from_numpy(np.concatenate([frames_of(0, 8), frames_of(2, 8)])).to(dtype)
+    assert batch["audio_features"]["log_mel"].dtype == dtype
+    assert torch.equal(batch["audio_features"]["log_mel"], expected)
+
+
+def test_left_padding_for_generation(features, chat):
+    examples = [loader(features, chat)._examples._example(visit) for visit in loader(features, chat).order.visits(0, 4)]
+    options = {"pad_token_id": chat.pad_token_id, "widths": WIDTHS, "feature_dtype": torch.float32}
+    right, left = collate(examples, **options), collate(examples, pad_left=True, **options)
+    for name in ("input_ids", "labels", "segment_ids"):
+        for row in range(4):
+            real = [batch[name][row][batch["attention_mask"][row] == 1] for batch in (right, left)]
+            assert torch.equal(*real)
+    assert (left["attention_mask"].diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_sees_each_question_once_in_equally_many_batches(features, chat, world_size):
+    selected = features.table.select()
+    ranks = [
+        list(evaluation_batches(features, chat, selected, batch_size=3, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    seen = [question for rank in ranks for batch in rank for question in batch["question_ids"]]
+    assert len(seen) == len(set(seen)) == len(selected)
+    assert len({len(rank) for rank in ranks}) == 1
+    for batch in itertools.chain(*ranks):  # fillers carry a clip and no label
+        labelled = (batch["labels"] != -100).any(1)
+        assert labelled.sum() == len(batch["question_ids"])
+        assert len(batch["clip_ids"]) == len(batch["input_ids"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_error_comes_out_of_a_worker_as_itself(features, tmp_path, workers):
+    byte_tokenizer().save_pretrained(tmp_path)
+    short = Chat(load_tokenizer(tmp_path), "You listen.", max_text_tokens=60)
+    with pytest.raises(UserError, match=r"question 'clip-\d/\d': is \d+ text tokens long"):
+        next(iter(loader(features, short, workers=workers)))
+
+
+def test_a_global_batch_that_does_not_divide_is_named(features, chat):
+    with pytest.raises(UserError, match="multiple of 8 sequences"):
+        loader(features, chat, world_size=4, visits_per_step=12)

@@ -1,0 +1,78 @@
+"""`pal scratch CONFIG OUT MANIFEST...`: a small language model with random weights, its tokenizer trained on the
+questions of manifests. What demo and scaling experiments put where a pretrained language model goes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pipeline.config import DataConfig, Strict, load_config
+from pipeline.errors import UserError, run_command
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class ScratchConfig(Strict):
+    """Arguments of `pipeline.model.scratch.save_scratch_language_model`."""
+
+    model_type: str = "llama"
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_layers: PositiveInt
+    num_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    vocab_size: PositiveInt
+    seed: int = 0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="pal scratch", description="A small language model with random weights.")
+    parser.add_argument("config", help="YAML file, or a shipped one by its name (demo_language_model)")
+    parser.add_argument("out", type=Path, help="folder to write, in the Hugging Face format")
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="JSON lines with questions")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    arguments = parser.parse_args(argv)
+    config = load_config(ScratchConfig, arguments.config)
+    texts = [DataConfig.model_fields["system_prompt"].default]
+    for manifest in arguments.manifests:
+        texts += _texts(manifest)
+
+    from pipeline.model.scratch import save_scratch_language_model
+
+    save_scratch_language_model(arguments.out, texts, **config.model_dump())
+    parameters = _count_parameters(arguments.out / "model.safetensors")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"parameters": parameters}) + "\n", encoding="utf-8")
+    print(f"{arguments.out} holds a {config.model_type} with {parameters / 1e6:.2f} million parameters")
+    return 0
+
+
+def _count_parameters(file: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as tensors:
+        return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+
+
+def _texts(manifest: Path) -> Iterator[str]:
+    """Questions and answers of a manifest, for the tokenizer."""
+    try:
+        for line in manifest.read_text(encoding="utf-8").splitlines():
+            for question in json.loads(line)["questions"]:
+                yield question["question"]
+                yield question["answer"]
+    except OSError as error:
+        raise UserError(manifest, f"cannot be read ({error})", "give a manifest, for example of `pal synth`") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(manifest, f"is not a manifest ({error!r})", "give JSON lines with questions") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

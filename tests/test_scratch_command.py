@@ -1,0 +1,52 @@
+"""`pal scratch`: a folder that transformers loads, the same from the same config, one line for a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.errors import UserError
+from pipeline.scratch import main
+
+CONFIG = """
+hidden_size: 16
+intermediate_size: 32
+num_layers: 2
+num_heads: 2
+num_key_value_heads: 1
+vocab_size: 300
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    row = {"clip_id": "c", "audio": "c.wav", "questions": [{"question": "What is it?", "answer": "a whistle"}] * 3}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    return [str(tmp_path / "small.yaml"), str(tmp_path / "model"), str(tmp_path / "train.jsonl")]
+
+
+def test_it_is_a_language_model_that_knows_the_words(inputs: list[str], tmp_path: Path) -> None:
+    assert main([*inputs, "--json", str(tmp_path / "figures.json")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(inputs[1])
+    tokenizer = AutoTokenizer.from_pretrained(inputs[1])
+    assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == model.num_parameters()
+    ids = tokenizer("a whistle")["input_ids"]
+    assert tokenizer.decode(ids) == "a whistle"
+    assert len(ids) < len("a whistle"), "its tokenizer has seen the manifest"
+    weights = (Path(inputs[1]) / "model.safetensors").read_bytes()
+    assert main(inputs) == 0
+    assert (Path(inputs[1]) / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [(None, "cannot be read"), ("{", "not a manifest"), ("[]", "not a manifest")]
+)
+def test_a_bad_manifest_is_one_line(inputs: list[str], text: str | None, fault: str) -> None:
+    manifest = Path(inputs[2])
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
+    with pytest.raises(UserError, match=fault):
+        main(inputs)

@@ -1,0 +1,270 @@
+"""Checkpoint directories: atomic, self-describing, verified before use. Knows nothing of what the files hold.
+
+A checkpoint is `step-000600/` with a `COMPLETE.json` that lists every file with size and hash. It is written under a
+temporary name and renamed last, so a directory of that name is whole; one whose files have changed since is skipped."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UserError
+
+RECORD = "COMPLETE.json"
+RUN = "run.json"
+LOCK = ".lock"
+_NAME = re.compile(r"step-(\d{6,})")
+_READ_BYTES = 8 << 20
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    size: int
+    sha256: str
+
+
+class CheckpointRecord(_Record):
+    """`COMPLETE.json`.
+
+    Attributes:
+        step: optimizer steps done.
+        config_sha256: identity of the run; see `RunRecord`.
+        data: where the loader stands, in its own words.
+        progress: counters of the trainer that go on after a resume.
+        run_id: of MLflow; None while the server has not answered.
+        versions: packages that wrote it.
+        files: path inside the directory -> size and hash.
+    """
+
+    format_version: int = 1
+    step: int
+    world_size: int
+    zero_stage: int
+    config_sha256: str
+    data: dict[str, Any]
+    progress: dict[str, float]
+    run_id: str | None
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """An empty temporary directory for the checkpoint of `step`; what an interrupted save left is removed."""
+    for left_over in folder.glob(".step-*.tmp"):
+        shutil.rmtree(left_over)
+    temporary = folder / f".{checkpoint_name(step)}.tmp"
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def files_of(temporary: Path) -> list[str]:
+    """Every file below, as sorted relative paths, so that ranks can share the work of `measure`."""
+    return sorted(str(p.relative_to(temporary)) for p in temporary.rglob("*") if p.is_file())
+
+
+def measure(temporary: Path, names: Sequence[str]) -> dict[str, FileRecord]:
+    """Forces files to disk and records size and hash."""
+    records = {}
+    for name in names:
+        with (temporary / name).open("rb") as file:
+            os.fsync(file.fileno())
+        records[name] = _measure_file(temporary / name)
+    return records
+
+
+def commit(temporary: Path, record: CheckpointRecord) -> Path:
+    """Writes `COMPLETE.json` and gives the directory its name; after this returns the checkpoint survives anything."""
+    _write_durably(temporary / RECORD, record.model_dump_json(indent=1))
+    final = temporary.parent / checkpoint_name(record.step)
+    if final.exists():  # only a damaged one can be here: a whole one would have been resumed from
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync_directory(final.parent)
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Removes a save that failed, to give its space back."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first; nothing is verified."""
+    if not folder.is_dir():
+        return []
+    named = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / RECORD).is_file()]
+    return [path for _, path in sorted(named, reverse=True)]
+
+
+def read_record(checkpoint: Path) -> CheckpointRecord:
+    """What a checkpoint says of itself.
+
+    Raises:
+        UserError: not a complete checkpoint of this format.
+    """
+    try:
+        return CheckpointRecord.model_validate_json((checkpoint / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError) as error:
+        fault = f"is not a complete checkpoint ({str(error).splitlines()[0]})"
+        raise UserError(checkpoint, fault, "give a step-* folder that a training run wrote") from error
+
+
+def verify(checkpoint: Path) -> CheckpointRecord:
+    """Reads every file and compares it with the record.
+
+    Raises:
+        UserError: a file is missing, has another size or another hash.
+    """
+    record = read_record(checkpoint)
+    for name, expected in record.files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(path, "is missing from the checkpoint", "use an older checkpoint")
+        if path.stat().st_size != expected.size or _measure_file(path) != expected:
+            raise UserError(path, "is damaged: size or hash differs from its record", "use an older checkpoint")
+    return record
+
+
+def newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, CheckpointRecord] | None:
+    """The newest checkpoint that verifies; each damaged one that is passed over is told through `warn`."""
+    for checkpoint in list_checkpoints(folder):
+        try:
+            return checkpoint, verify(checkpoint)
+        except UserError as error:
+            warn(f"{error}; going back to the checkpoint before")
+    return None
+
+
+def retain(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for checkpoint in list_checkpoints(folder)[keep:]:
+        # The record goes first: a removal that is interrupted leaves no directory that looks complete.
+        (checkpoint / RECORD).unlink()
+        shutil.rmtree(checkpoint)
+
+
+def _measure_file(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+            size += len(block)
+    return FileRecord(size=size, sha256=digest.hexdigest())
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the output folder ------------------------------------------------------------------------------------------
+
+
+class RunRecord(_Record):
+    """`run.json` of an output folder.
+
+    Attributes:
+        identity: every setting that changes what is computed, as flat keys. Settings that only change how the run is
+            watched or kept may differ between starts.
+        run_id: of MLflow; None until the server has answered.
+    """
+
+    identity: dict[str, Any]
+    run_id: str | None = None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+
+def read_run(output: Path) -> RunRecord | None:
+    """The run that owns an output folder, or None.
+
+    Raises:
+        UserError: the record is damaged.
+    """
+    path = output / RUN
+    if not path.exists():
+        return None
+    try:
+        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, ValidationError) as error:
+        fault = f"is damaged ({str(error).splitlines()[0]})"
+        raise UserError(path, fault, "choose another output folder") from error
+
+
+def write_run(output: Path, record: RunRecord) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    _write_durably(output / RUN, record.model_dump_json(indent=1))
+
+
+def require_same_run(output: Path, identity: dict[str, Any]) -> None:
+    """Checks that an output folder is new, or belongs to a run with these settings.
+
+    Raises:
+        UserError: it belongs to another run, or holds something else.
+    """
+    owner = read_run(output)
+    if owner is None:
+        if list_checkpoints(output):
+            raise UserError(output, f"holds checkpoints but no {RUN}", "choose another output folder")
+        return
+    for key in sorted(identity.keys() | owner.identity.keys()):
+        here, there = identity.get(key), owner.identity.get(key)
+        if here != there:
+            fault = f"belongs to another run: {key} is {there!r} there and {here!r} in this config"
+            raise UserError(output, fault, "choose another output folder, or remove this one")
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Holds an output folder. The system releases it with the process, however that ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(output, f"is in use by {holder}", "wait for it, or choose another output folder") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

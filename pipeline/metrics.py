@@ -1,0 +1,98 @@
+"""What a training run reports: rates, waiting, memory. Reads clocks and counters; never the values of tensors."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+@dataclass
+class Work:
+    """Work done in a span of time, on one rank or added up over ranks.
+
+    Attributes:
+        wait_s: time spent waiting for data, within elapsed_s.
+        elapsed_s: time of training, without checkpoints and validation.
+    """
+
+    questions: float = 0.0
+    text_tokens: float = 0.0
+    audio_s: float = 0.0
+    wait_s: float = 0.0
+    elapsed_s: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def rates(self, world_size: int) -> dict[str, float]:
+        """Metrics of work added up over `world_size` ranks; empty when no time was measured."""
+        if not self.elapsed_s:
+            return {}
+        wall_s = self.elapsed_s / world_size
+        return {
+            "samples_per_s": self.questions / wall_s,
+            "text_tokens_per_s": self.text_tokens / wall_s,
+            "audio_s_per_s": self.audio_s / wall_s,
+            "data_wait_fraction": self.wait_s / self.elapsed_s,
+        }
+
+
+WORK_FIELDS = tuple(f.name for f in fields(Work))
+
+
+class Meter:
+    """Measures this rank's work, lap by lap."""
+
+    def __init__(self) -> None:
+        self._work = Work()
+        self._since = time.perf_counter()
+
+    def count(self, questions: int, text_tokens: int, audio_s: float) -> None:
+        self._work.questions += questions
+        self._work.text_tokens += text_tokens
+        self._work.audio_s += audio_s
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._work.wait_s += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here (checkpoints, validation) is not training."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def lap(self) -> Work:
+        """Work since the lap before."""
+        now = time.perf_counter()
+        work, self._work = self._work, Work()
+        work.elapsed_s, self._since = now - self._since, now
+        return work
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this rank ever held: allocated on its GPU, or resident of its process (Linux) on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    # Not getrusage: its maximum is inherited from the launcher that started this process.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
+
+
+def duration(seconds: float) -> str:
+    """`1 h 05 min`, `2 min 10 s` or `7 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -1,0 +1,223 @@
+"""The one door to MLflow for writing. Training never waits for it and never fails because of it.
+
+Every record is appended to `<output>/metrics.jsonl` first; a thread ships that file to MLflow and remembers how far it
+came in `<output>/tracking.json`. The file is the queue: what a dead server did not take is sent by the next start."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.config import TrackingConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+METRICS = "metrics.jsonl"
+STATE = "tracking.json"
+SHIP_EVERY_S = 2.0
+RETRY_EVERY_S = 15.0
+EXIT_WAIT_S = 20.0
+_RECORDS_PER_CALL = 200
+_LONGEST_VALUE = 6000  # MLflow cuts longer parameter values
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+def tracking_uri(config: TrackingConfig, output: Path) -> str:
+    """The configured URI, or the sqlite file beside the output folder."""
+    return config.uri or f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b.c` keys; lists stay values."""
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs |= flat(value, f"{prefix}{key}.")
+        else:
+            pairs[f"{prefix}{key}"] = value
+    return pairs
+
+
+class Tracker:
+    """Records of one run. Only rank 0 has one.
+
+    Args:
+        config, output: where the run is recorded.
+        run_id: of the run to go on with; None starts a new one.
+        params: flat settings.
+        tags: what else describes the run.
+        artifacts: name -> text, stored with the run.
+        on_run_id: called from the shipping thread as soon as the run has an id.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        output: Path,
+        *,
+        run_id: str | None,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        artifacts: Mapping[str, str],
+        on_run_id: Callable[[str], None],
+    ) -> None:
+        self.run_id = run_id
+        self.failure: str | None = None
+        """Why the last attempt to reach MLflow failed; None when it worked."""
+        self._config, self._output = config, output
+        self._params, self._tags, self._artifacts = params, tags, artifacts
+        self._on_run_id = on_run_id
+        output.mkdir(parents=True, exist_ok=True)
+        _remove_cut_record(output / METRICS)
+        self._file = (output / METRICS).open("a", encoding="utf-8")
+        self._status: Status | None = None
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._ship, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records metrics of an optimizer step; returns at once."""
+        record = {"step": step, "time": round(time.time(), 3), "metrics": dict(metrics)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self, status: Status) -> bool:
+        """Ends the run, waiting at most `EXIT_WAIT_S` for the server.
+
+        Returns:
+            False when something is left for the next start.
+        """
+        self._file.close()
+        self._status = status
+        self._wake.set()
+        self._thread.join(EXIT_WAIT_S)
+        return not self._thread.is_alive() and self.failure is None
+
+    def _ship(self) -> None:
+        shipper = _Shipper(self._config, self._output)
+        opened = False
+        while True:
+            status = self._status
+            try:
+                if not opened:
+                    self.run_id = shipper.open_run(self.run_id, self._params, self._tags, self._artifacts)
+                    self._on_run_id(self.run_id)
+                    opened = True
+                shipper.send_new_records()
+                if status is not None:
+                    shipper.end_run(status)
+                self.failure = None
+            except Exception as error:  # MLflow raises errors of many libraries, and none of them may stop a run
+                self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if status is not None:
+                return
+            self._wake.wait(SHIP_EVERY_S if self.failure is None else RETRY_EVERY_S)
+
+
+def _remove_cut_record(path: Path) -> None:
+    """Drops a last line without its end, which a killed process leaves."""
+    if path.is_file():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def end_run(config: TrackingConfig, output: Path, run_id: str, status: Status) -> None:
+    """Sets the status of a run whose own process cannot any more, and sends what it left behind."""
+    shipper = _Shipper(config, output)
+    shipper.attach(run_id)
+    shipper.send_new_records()
+    shipper.end_run(status)
+
+
+class _Shipper:
+    """Moves `metrics.jsonl` to MLflow, and knows how far it came. Every method may raise."""
+
+    def __init__(self, config: TrackingConfig, output: Path) -> None:
+        self._config, self._output = config, output
+        self._uri = tracking_uri(config, output)
+        self._run_id = ""
+        self._client: MlflowClient | None = None
+
+    @property
+    def client(self) -> MlflowClient:
+        if self._client is None:
+            # Short, since a dead server otherwise holds one call for minutes.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+            os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self._uri)
+        return self._client
+
+    def open_run(
+        self, run_id: str | None, params: Mapping[str, Any], tags: Mapping[str, str], artifacts: Mapping[str, str]
+    ) -> str:
+        from mlflow.entities import Param, RunTag
+
+        if run_id is None:
+            name = self._config.run_name or self._output.name
+            run_id = self.client.create_run(self._experiment(), run_name=name).info.run_id
+        else:
+            self.client.update_run(run_id, status="RUNNING")
+        self._run_id = run_id
+        known = self.client.get_run(run_id).data.params  # MLflow refuses to change a parameter
+        new = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in params.items() if key not in known]
+        for first in range(0, len(new), 100):
+            self.client.log_batch(run_id, params=new[first : first + 100])
+        self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        for name, text in artifacts.items():
+            self.client.log_text(run_id, text, name)
+        return run_id
+
+    def attach(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    def _experiment(self) -> str:
+        found = self.client.get_experiment_by_name(self._config.experiment)
+        if found is not None:
+            return found.experiment_id
+        # With a database file MLflow would put artifacts into ./mlruns of whoever started it.
+        folder = (self._output.absolute().parent / "mlartifacts").as_uri() if self._uri.startswith("sqlite") else None
+        return self.client.create_experiment(self._config.experiment, artifact_location=folder)
+
+    def send_new_records(self) -> None:
+        from mlflow.entities import Metric
+
+        path = self._output / METRICS
+        sent = self._read_offset()
+        with path.open("rb") as file:
+            file.seek(sent)
+            while lines := [line for line in file.readlines(1 << 16) if line.endswith(b"\n")]:
+                records = [json.loads(line) for line in lines]
+                metrics = [
+                    Metric(key, value, int(record["time"] * 1000), record["step"])
+                    for record in records
+                    for key, value in record["metrics"].items()
+                    if math.isfinite(value)
+                ]
+                for first in range(0, len(metrics), _RECORDS_PER_CALL):
+                    self.client.log_batch(self._run_id, metrics=metrics[first : first + _RECORDS_PER_CALL])
+                sent += sum(map(len, lines))
+                self._write_offset(sent)
+                file.seek(sent)  # a line that is being written now is read again when it is whole
+
+    def end_run(self, status: Status) -> None:
+        self.client.set_terminated(self._run_id, status)
+
+    def _read_offset(self) -> int:
+        path = self._output / STATE
+        return json.loads(path.read_text(encoding="utf-8"))["sent_bytes"] if path.is_file() else 0
+
+    def _write_offset(self, sent: int) -> None:
+        temporary = self._output / f".{STATE}.tmp"
+        temporary.write_text(json.dumps({"sent_bytes": sent}), encoding="utf-8")
+        temporary.rename(self._output / STATE)

@@ -1,0 +1,179 @@
+"""Checkpoints are whole or absent, damage is found, and an output folder has one owner."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline import checkpoint
+from pipeline.checkpoint import CheckpointRecord, RunRecord
+from pipeline.errors import UserError
+
+
+def record(step: int, files: dict[str, checkpoint.FileRecord]) -> CheckpointRecord:
+    return CheckpointRecord(
+        step=step,
+        world_size=2,
+        zero_stage=2,
+        config_sha256="0" * 64,
+        data={"visits": step * 32},
+        progress={"questions": step * 32.0},
+        run_id=None,
+        versions={"torch": "2"},
+        files=files,
+    )
+
+
+def save(folder: Path, step: int) -> Path:
+    temporary = checkpoint.begin(folder, step)
+    (temporary / "engine").mkdir()
+    for rank in range(2):
+        (temporary / "engine" / f"rank-{rank}.pt").write_bytes(bytes([step % 256, rank]) * 5000)
+    files = checkpoint.measure(temporary, checkpoint.files_of(temporary))
+    return checkpoint.commit(temporary, record(step, files))
+
+
+def newest_step(folder: Path, warnings: list[str] | None = None) -> int | None:
+    found = checkpoint.newest_good(folder, (warnings if warnings is not None else []).append)
+    return found[1].step if found else None
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 600)
+    assert path.name == "step-000600"
+    assert checkpoint.verify(path) == checkpoint.read_record(path)
+    assert set(checkpoint.read_record(path).files) == {"engine/rank-0.pt", "engine/rank-1.pt"}
+
+
+def test_the_newest_counts_by_step_and_not_by_name(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert newest_step(tmp_path) == 1_000_000
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record"])
+def test_a_damaged_newest_falls_back_loudly(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "engine" / "rank-1.pt"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[1234] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (path / checkpoint.RECORD).write_text("{")
+    warnings: list[str] = []
+    assert newest_step(tmp_path, warnings) == 1
+    assert len(warnings) == 1 and "step-000002" in warnings[0]
+
+
+def test_a_damaged_step_is_replaced_when_training_reaches_it_again(tmp_path: Path) -> None:
+    (save(tmp_path, 2) / "engine" / "rank-0.pt").unlink()
+    save(tmp_path, 2)
+    assert newest_step(tmp_path) == 2
+
+
+def _killed_while_saving(folder: Path, at: str) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if at == "files":
+        checkpoint.begin(folder, 2).joinpath("half.pt").write_bytes(b"x")
+        die()
+    elif at == "record":
+        checkpoint._sync_directory = die  # type: ignore[assignment]
+    else:
+        Path.rename = die  # type: ignore[assignment, method-assign]
+    save(folder, 2)
+
+
+@pytest.mark.parametrize("at", ["files", "record", "rename"])
+def test_killed_while_saving_leaves_the_last_good_one(tmp_path: Path, at: str) -> None:
+    save(tmp_path, 1)
+    process = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(tmp_path, at))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert newest_step(tmp_path) == 1
+    save(tmp_path, 2)
+    assert newest_step(tmp_path) == 2
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 2)
+    assert newest_step(tmp_path) == 1
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    checkpoint.retain(tmp_path, 2)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000003"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_retention_interrupted_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.retain(tmp_path, 1)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    checkpoint.require_same_run(tmp_path / "new", {"train.seed": 0})
+    checkpoint.write_run(tmp_path, RunRecord(identity={"train.seed": 0, "model.encoders": ["log_mel"]}))
+    checkpoint.require_same_run(tmp_path, {"train.seed": 0, "model.encoders": ["log_mel"]})
+    with pytest.raises(UserError, match=r"train\.seed is 0 there and 1"):
+        checkpoint.require_same_run(tmp_path, {"train.seed": 1, "model.encoders": ["log_mel"]})
+
+
+def test_checkpoints_without_an_owner_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"run\.json"):
+        checkpoint.require_same_run(tmp_path, {})
+
+
+def _hold(folder: Path, ready: object, done: object) -> None:
+    with checkpoint.lock(folder):
+        ready.set()  # type: ignore[attr-defined]
+        done.wait(30)  # type: ignore[attr-defined]
+
+
+def test_two_jobs_on_one_output_are_refused(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, done))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match=f"process {process.pid}"), checkpoint.lock(tmp_path):
+        pass
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)  # however the holder ends, the folder is free again
+    process.join()
+    with checkpoint.lock(tmp_path):
+        pass

@@ -1,0 +1,12 @@
+"""The integrations of audio into a language model. Needs torch and transformers only."""
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.model.configuration import PalConfig
+from pipeline.model.modeling import PalForCausalLM
+from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
+
+AutoConfig.register(PalConfig.model_type, PalConfig)
+AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
+
+__all__ = ["PalConfig", "PalForCausalLM", "TrainableSet", "count_parameters", "set_trainable"]

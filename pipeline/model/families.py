@@ -1,0 +1,110 @@
+"""What differs between families of language models, for audio that enters beside their own text path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts of one family that its config does not state.
+
+    Attributes:
+        input_norm: attribute of the norm before attention in a decoder layer; None where attention reads the
+            residual stream itself (OLMo 2 norms afterwards).
+        key_norm: None, `head` (each head by itself) or `width` (all heads together).
+    """
+
+    input_norm: str | None = "input_layernorm"
+    key_norm: str | None = None
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(key_norm="head"),
+    "gemma2": Family(),
+    "gemma3_text": Family(key_norm="head"),
+    "olmo2": Family(input_norm=None, key_norm="width"),
+}
+
+# These change their frequencies with the longest position of a call, so keys made in two calls would disagree.
+VARIABLE_ROPE = ("dynamic", "longrope")
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """The family of a language model.
+
+    Raises:
+        UserError: a family, or a variant of one, whose attention this software does not compute exactly.
+    """
+    remedy = f"use a decoder of {', '.join(FAMILIES)}"
+    if config.model_type not in FAMILIES:
+        raise UserError("model.language_model", f"family '{config.model_type}' is not supported", remedy)
+    if config.model_type == "gemma3_text" and config.use_bidirectional_attention:
+        raise UserError("model.language_model", "attends to later text (use_bidirectional_attention)", remedy)
+    settings_of = config.to_dict()  # transformers 4 says rope_scaling, if anything; 5 says rope_parameters
+    rope = settings_of.get("rope_parameters") or settings_of.get("rope_scaling") or {}
+    for settings in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+        kind = settings.get("rope_type") or settings.get("type")
+        if kind in VARIABLE_ROPE:
+            raise UserError("model.language_model", f"its '{kind}' rope changes with the length of a text", remedy)
+    return FAMILIES[config.model_type]
+
+
+def audio_embedding_scale(language_model: PreTrainedModel) -> Tensor | None:
+    """What the model multiplies `inputs_embeds` with, so that audio tokens can be divided by it first; None for nothing.
+
+    transformers 4 scales Gemma 2's embeddings inside the decoder, later versions (and Gemma 3) inside the embedding.
+    """
+    config = language_model.config
+    embedding = language_model.get_input_embeddings()
+    if config.model_type != "gemma2" or hasattr(embedding, "embed_scale"):
+        return None
+    return torch.tensor(config.hidden_size**0.5)
+
+
+def rope(language_model: PreTrainedModel, layer: int, like: Tensor, position_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin), each (B, N, head_dim), of the given layer at these positions."""
+    decoder = language_model.model
+    if language_model.config.model_type != "gemma3_text":
+        return decoder.rotary_emb(like, position_BN)
+    layer_type = language_model.config.layer_types[layer]
+    if hasattr(decoder, "rotary_emb_local"):  # transformers 4
+        local = layer_type == "sliding_attention"
+        return (decoder.rotary_emb_local if local else decoder.rotary_emb)(like, position_BN)
+    return decoder.rotary_emb(like, position_BN, layer_type)
+
+
+def rope_kind(config: PretrainedConfig, layer: int) -> str:
+    """Layers of one kind share their rope."""
+    return config.layer_types[layer] if config.model_type == "gemma3_text" else "all"
+
+
+def rotate(x_BNHD: Tensor, cos_BND: Tensor, sin_BND: Tensor) -> Tensor:
+    """Rotary embedding, half by half as in all families here; in the precision of cos (float32 in some)."""
+    first, second = x_BNHD.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return (x_BNHD * cos_BND.unsqueeze(2) + rotated * sin_BND.unsqueeze(2)).to(x_BNHD.dtype)
+
+
+def project_keys_values(attention: nn.Module, family: Family, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys (not rotated) and values, (N, kv_heads, head_dim), by the layer's own modules.
+
+    They are called as modules, so that ZeRO-3's and LoRA's hooks are at work.
+    """
+    head_dim = attention.head_dim
+    k = attention.k_proj(x_ND)
+    if family.key_norm == "width":
+        k = attention.k_norm(k)
+    k_NHD = k.unflatten(-1, (-1, head_dim))
+    if family.key_norm == "head":
+        k_NHD = attention.k_norm(k_NHD)
+    return k_NHD, attention.v_proj(x_ND).unflatten(-1, (-1, head_dim))

@@ -1,0 +1,258 @@
+"""`PalForCausalLM`: a language model of transformers plus streams of audio. No forward of the language model is patched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pipeline.model.attention import ATTENTION_NAME
+from pipeline.model.audio_streams import AudioStream, check_features
+from pipeline.model.configuration import PalConfig
+from pipeline.model.context import AttentionContext, AudioKeys
+from pipeline.model.families import audio_embedding_scale, family_of
+from pipeline.model.generation import Decoding, PalGeneration
+from pipeline.model.layout import Layout, build_layout
+from pipeline.streams import Stream, custom_streams
+
+
+class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
+    """A language model that hears through streams (arXiv 2506.10423).
+
+    Args:
+        config: what to build.
+        language_model: a loaded model to take; None builds one with random weights.
+
+    Raises:
+        UserError: an unsupported family, layers beyond the model, or streams that cannot be built.
+    """
+
+    config_class = PalConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: PalConfig, language_model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        family_of(config.language_model_config)
+        self.specs = custom_streams(config.stream_specs(), config.language_model_config.num_hidden_layers)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(
+                config.language_model_config, attn_implementation=ATTENTION_NAME
+            )
+        self.language_model = language_model
+        self.streams = nn.ModuleList(AudioStream(spec, config) for spec in self.specs)
+        self.post_init()
+
+    @classmethod
+    def from_language_model(
+        cls,
+        name: str,
+        *,
+        streams: Sequence[Stream],
+        encoder_widths: dict[str, int],
+        audio_token_id: int,
+        encoder_grids: dict[str, Sequence[int]] | None = None,
+        norm_audio_tokens: bool = True,
+        system_text_sees_audio: bool = False,
+        audio_queries: bool = False,
+        feature_fingerprints: dict[str, str] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> PalForCausalLM:
+        """A pretrained language model with fresh streams.
+
+        Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) transformers loads the weights partition by partition.
+
+        Args:
+            name: a Hugging Face folder or Hub name.
+
+        Raises:
+            UserError: see `PalForCausalLM`.
+        """
+        config = AutoConfig.from_pretrained(name)
+        family_of(config)
+        language_model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation=ATTENTION_NAME
+        )
+        pal_config = PalConfig(
+            language_model.config,
+            streams,
+            encoder_widths,
+            audio_token_id,
+            encoder_grids,
+            norm_audio_tokens,
+            system_text_sees_audio,
+            audio_queries,
+            feature_fingerprints,
+            base_language_model=str(name),
+        )
+        model = cls(pal_config, language_model)
+        model.streams.to(dtype)
+        model.generation_config = language_model.generation_config
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers asks this for modules without saved weights; the language model answers for itself.
+        for index, stream in enumerate(self.streams):
+            if stream is module:
+                stream.initialise(f"streams.{index}")
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes each layer in the backward pass, the projections of its audio included.
+
+        Always without reentrance: the reentrant form drops gradients of tensors that travel by keyword.
+        """
+        self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.language_model.gradient_checkpointing_disable()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        audio_features: dict[str, Tensor] | None = None,
+        audio_lengths: dict[str, Tensor] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        decoding: Decoding | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Loss, or logits, of a batch.
+
+        Args:
+            input_ids: (B, T); each clip is one placeholder token `audio_token_id`.
+            attention_mask: (B, T), 1 = real token; None means all are.
+            labels: (B, T), -100 where no loss; shifted by one in here. Given, no logits are returned: the vocabulary
+                is computed for tokens that carry loss alone.
+            segment_ids: (B, T); 0 = shared prefix, 1, 2, ... = conversations packed behind it.
+            audio_features: encoder -> (total_frames, width), all clips one after the other.
+            audio_lengths: encoder -> (num_clips,) frames; clips in the order of the placeholders, row by row.
+            num_items_in_batch: what the summed loss is divided by; None means the tokens that carry loss here.
+            inputs_embeds, past_key_values, decoding, use_cache, return_dict: of `generate`, for its steps.
+
+        Returns:
+            `loss`, or `logits` (B, T, vocabulary): of each token the prediction of the next (a placeholder predicts
+            what follows the clip; at padding they mean nothing).
+
+        Raises:
+            UserError: placeholders and clips disagree, or features are unfit.
+        """
+        if decoding is not None:
+            return self._decoding_step(input_ids, inputs_embeds, past_key_values, decoding)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        tokens, counts, frames, dummy = self.audio_tokens(audio_features or {}, audio_lengths or {})
+        layout = build_layout(
+            input_ids.cpu(),
+            attention_mask.cpu(),
+            None if segment_ids is None else segment_ids.cpu(),
+            None if labels is None else labels.cpu(),
+            audio_token_id=self.config.audio_token_id,
+            streams=self.specs,
+            token_counts=counts,
+            frame_counts=frames,
+        ).to(input_ids.device)
+        inputs_embeds = self.embed(layout, tokens, dummy)
+        hidden_BTD = self._run_layers(inputs_embeds, self.attention_context(layout, tokens, dummy), layout)
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        if labels is None:
+            return CausalLMOutputWithPast(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
+        logits = self.vocabulary_logits(hidden_ND[layout.predictors])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, layout.targets, reduction="sum")
+        return CausalLMOutputWithPast(loss=loss / (num_items_in_batch or max(len(layout.targets), 1)))
+
+    def audio_tokens(
+        self, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], bool]:
+        """Runs every connector.
+
+        Returns:
+            for each stream its tokens (N, width), tokens and frames of each clip (num_clips,) on the CPU; and whether
+            they are a stand-in, because the batch holds no clip.
+        """
+        lengths = {name: n.cpu() for name, n in audio_lengths.items()}
+        clips = check_features(self.specs, self.config.encoder_widths, audio_features, lengths) if lengths else 0
+        dummy = clips == 0
+        if dummy:
+            lengths = {name: torch.ones(1, dtype=torch.long) for name in self.config.encoder_widths}
+            audio_features = {
+                name: torch.zeros(1, width, device=self.device) for name, width in self.config.encoder_widths.items()
+            }
+        tokens, counts, frames = [], [], []
+        for spec, stream in zip(self.specs, self.streams, strict=True):
+            stream_lengths = [lengths[name] for name in spec.encoders]
+            features = [audio_features[name].to(self.dtype) for name in spec.encoders]
+            tokens.append(stream.connector(features, stream_lengths))
+            none = torch.empty(0, dtype=torch.long)
+            counts.append(none if dummy else stream.connector.token_counts(stream_lengths))
+            frames.append(none if dummy else stream_lengths[0])
+        return tokens, counts, frames, dummy
+
+    def embed(self, layout: Layout, tokens: Sequence[Tensor], dummy: bool) -> Tensor:
+        """(B, T, d): text embeddings with the tokens of PLITS at their entries."""
+        x_BTD = self.get_input_embeddings()(layout.token_ids)
+        scale = audio_embedding_scale(self.language_model)
+        for spec, x_ND, entries, sources in zip(
+            self.specs, tokens, layout.sequence_entries, layout.sequence_sources, strict=True
+        ):
+            if spec.integration != "plits":
+                continue
+            if dummy:
+                x_BTD = x_BTD + x_ND.sum() * 0
+                continue
+            x_ND = x_ND[sources] if len(sources) != len(x_ND) else x_ND
+            x_ND = x_ND if scale is None else x_ND / scale.to(x_ND)
+            x_BTD = x_BTD.flatten(0, 1).index_copy(0, entries, x_ND.to(x_BTD.dtype)).view_as(x_BTD)
+        return x_BTD
+
+    def attention_context(self, layout: Layout, tokens: Sequence[Tensor], dummy: bool) -> AttentionContext:
+        """The context of a pass over all entries of a layout."""
+        audio = AudioKeys(
+            self.language_model,
+            list(self.streams),
+            tokens,
+            layout.beside,
+            norm_audio_tokens=self.config.norm_audio_tokens,
+            dummy=dummy,
+        )
+        return AttentionContext(
+            layout.places,
+            layout.places,
+            audio,
+            plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
+            max_position=layout.max_position,
+            system_text_sees_audio=self.config.system_text_sees_audio,
+        )
+
+    def _run_layers(self, inputs_embeds: Tensor, context: AttentionContext, layout: Layout) -> Tensor:
+        return self.language_model.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=layout.places.position.clamp(min=0),
+            use_cache=False,
+            pal=context,
+        ).last_hidden_state
+
+    def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits over the vocabulary, bounded where the family bounds them (Gemma 2)."""
+        logits = self.get_output_embeddings()(hidden_ND)
+        softcap = getattr(self.config.language_model_config, "final_logit_softcapping", None)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap

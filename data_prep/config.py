@@ -1,0 +1,113 @@
+"""The config tree of one preparation: manifest -> audio -> encoders -> shards. No torch, no file is read here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.config.loading import InvalidConfig, Strict
+from pipeline.features import CLIPS
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+ColumnName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+ManifestFormat = Literal["auto", "jsonl", "openaqa"]
+
+RESERVED_FOLDERS = {CLIPS, "plan", "commits"}
+
+
+class LogMelConfig(Strict):
+    """Log-mel frames, stacked: no weights, the encoder that needs no download.
+
+    Attributes:
+        num_mels: mel bins; a stored frame is num_mels x frames_per_token wide.
+        frames_per_token: neighbouring frames stacked into one stored frame.
+        mean, std: fixed normalisation of log(mel power + 1e-6), the same for every clip.
+    """
+
+    kind: Literal["log_mel"] = "log_mel"
+    sample_rate_hz: PositiveInt = 16000
+    num_mels: PositiveInt = 64
+    frames_per_token: PositiveInt = 4
+    hop_ms: PositiveFloat = 10.0
+    window_ms: PositiveFloat = 25.0
+    mean: float = -4.0
+    std: PositiveFloat = 4.5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LogMelConfig:
+        for key in ("hop_ms", "window_ms"):
+            samples = getattr(self, key) * self.sample_rate_hz / 1000
+            if samples != int(samples):
+                raise InvalidConfig(key, f"is {samples} samples at {self.sample_rate_hz} Hz", "use whole samples")
+        if self.window_ms < self.hop_ms:
+            raise InvalidConfig("window_ms", "is shorter than hop_ms", "let windows cover all samples")
+        return self
+
+
+EncoderConfig = LogMelConfig
+
+
+class WorkersConfig(Strict):
+    """What the Ray actors get; each loads its encoders once, decodes with its CPUs and writes its own shards.
+
+    Attributes:
+        min: actors that must have started for the run to go on.
+        max: bound on actors; None takes what the cluster's CPUs (and GPUs) hold.
+        cpus, gpus: resources of one actor; gpus may be a fraction, so that actors share a GPU.
+        start_timeout_s: how long to wait for `min` actors.
+    """
+
+    min: PositiveInt = 1
+    max: PositiveInt | None = None
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    start_timeout_s: PositiveFloat = 600.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WorkersConfig:
+        if self.max is not None and self.max < self.min:
+            raise InvalidConfig("workers.max", f"{self.max} is below workers.min {self.min}", "raise it")
+        return self
+
+
+class PrepareConfig(Strict):
+    """One feature set.
+
+    Attributes:
+        manifest: one manifest, or several that are read one after the other.
+        format: `auto` tells it from the file's name and first row.
+        audio_root: folder that relative audio paths start from, and that none may leave; None means the folder of
+            each manifest, and then absolute paths are taken as they are.
+        output: folder of the feature set.
+        encoders: feature column -> encoder.
+        partition_clips: clips of one unit of work; a crash costs at most one partition of each worker.
+        batch_s: seconds of (padded) audio per encoder pass.
+        max_clip_s: longer clips are rejected; None takes any length.
+        max_attempts: how often a clip may kill its worker before it is rejected.
+        max_reject_fraction: the run fails when more of the clips are rejected.
+    """
+
+    manifest: str | Annotated[list[str], Field(min_length=1)]
+    format: ManifestFormat = "auto"
+    audio_root: str | None = None
+    output: str
+    encoders: Annotated[dict[ColumnName, EncoderConfig], Field(min_length=1)] = {"log_mel": LogMelConfig()}
+    workers: WorkersConfig = WorkersConfig()
+    partition_clips: PositiveInt = 2000
+    batch_s: PositiveFloat = 120.0
+    max_clip_s: PositiveFloat | None = None
+    max_attempts: PositiveInt = 3
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrepareConfig:
+        for name in self.encoders:
+            if name in RESERVED_FOLDERS:
+                raise InvalidConfig(f"encoders.{name}", "is a folder of the feature set itself", "rename this column")
+        return self
+
+    @property
+    def manifests(self) -> list[str]:
+        return [self.manifest] if isinstance(self.manifest, str) else list(self.manifest)

@@ -1,0 +1,157 @@
+"""`pal validate SHARDS`: every file, hash, shape, count and the order of clips of a finished feature set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.commits import COMMITS, INDEX, Commit, column_names, merged_index, read_record
+from data_prep.storage import LocalStore, open_store
+from pipeline.errors import EXIT_FAILURE, run_command
+from pipeline.features import CLIPS, FeatureContract, load_contract
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 for a sound set and 1 for one with problems."""
+    parser = argparse.ArgumentParser(prog="pal validate", description=__doc__)
+    parser.add_argument("shards", help="folder of the feature set")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write clips, questions and problems")
+    args = parser.parse_args(argv)
+    contract = load_contract(args.shards)
+    problems = find_problems(args.shards, contract)
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    sys.stdout.write(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems\n")
+    if args.json is not None:
+        figures = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return EXIT_FAILURE if problems else 0
+
+
+def find_problems(root: str | Path, contract: FeatureContract) -> list[str]:
+    """What is wrong with a finished set, one line each, the file first; empty when it is sound.
+
+    A file whose bytes are not those that were committed is reported, and not looked into.
+    """
+    store = open_store(root)
+    columns = column_names(contract.encoders)
+    commits, problems = _commits(store, columns)
+    damaged = {name: line for commit in commits for name, line in _damaged_files(store, commit)}
+    problems += damaged.values()
+    for column in columns:
+        problems += _index_problems(store, column, commits, damaged)
+    totals = _Totals()
+    for commit in commits:
+        folders = [f"{name}/{column.folder}/" for name, column in commit.columns.items()]
+        if not any(name.startswith(tuple(folders)) for name in damaged):
+            problems += _content_problems(store, commit, contract, totals)
+    if not problems:
+        problems += _total_problems(contract, commits, totals)
+    return problems
+
+
+class _Totals:
+    def __init__(self) -> None:
+        self.clip_ids: set[str] = set()
+        self.question_ids: set[str] = set()
+        self.questions = 0
+
+
+def _commits(store: LocalStore, columns: list[str]) -> tuple[list[Commit], list[str]]:
+    commits: list[Commit] = []
+    problems = []
+    for name in store.list(COMMITS):
+        commit = read_record(store, f"{COMMITS}/{name}")
+        if commit is None or name != f"{commit.partition:05}.json" or sorted(commit.columns) != sorted(columns):
+            problems.append(f"{COMMITS}/{name}: is not a commit record of this set")
+        else:
+            commits.append(commit)
+    found = {commit.partition for commit in commits}
+    for partition in range(max(found, default=0) + 1):
+        if partition not in found and not problems:
+            problems.append(f"{COMMITS}/{partition:05}.json: is missing")
+    return commits, problems
+
+
+def _damaged_files(store: LocalStore, commit: Commit) -> Iterator[tuple[str, str]]:
+    from data_prep.shards import hash_file
+
+    for column, committed in commit.columns.items():
+        for file in committed.files:
+            name = f"{column}/{committed.folder}/{file.name}"
+            size = store.size(name)
+            if size is None:
+                yield name, f"{name}: is missing"
+            elif size != file.bytes:
+                yield name, f"{name}: has {size} bytes, {file.bytes} were committed"
+            elif hash_file(store.root / name).xxh64 != file.xxh64:
+                yield name, f"{name}: does not have the hash that was committed"
+
+
+def _index_problems(store: LocalStore, column: str, commits: list[Commit], damaged: dict[str, str]) -> Iterator[str]:
+    name = f"{column}/{INDEX}"
+    if any(f"{column}/{commit.columns[column].folder}/{INDEX}" in damaged for commit in commits):
+        return  # reported already, and there is nothing to compare with
+    if store.size(name) is None:
+        yield f"{name}: is missing"
+    elif store.read(name) != merged_index(store, column, commits):
+        yield f"{name}: is not the index of the committed partitions"
+
+
+def _content_problems(store: LocalStore, commit: Commit, contract: FeatureContract, totals: _Totals) -> Iterator[str]:
+    from data_prep.shards import read_partition
+
+    def folder(column: str) -> str:
+        return f"{column}/{commit.columns[column].folder}"
+
+    order = []
+    for sample in read_partition(store.root / folder(CLIPS)):
+        clip_id = sample["clip_id"]
+        order.append(clip_id)
+        if clip_id in totals.clip_ids:
+            yield f"{folder(CLIPS)}: clip {clip_id} is in the set twice"
+        totals.clip_ids.add(clip_id)
+        for question in sample["questions"]:
+            totals.questions += 1
+            if question["question_id"] in totals.question_ids:
+                yield f"{folder(CLIPS)}: question {question['question_id']} of clip {clip_id} is in the set twice"
+            totals.question_ids.add(question["question_id"])
+    for name, encoder in contract.encoders.items():
+        ids = []
+        for sample in read_partition(store.root / folder(name)):
+            ids.append(sample["clip_id"])
+            fault = _feature_fault(sample["features"], encoder.width)
+            if fault:
+                yield f"{folder(name)}: features of clip {sample['clip_id']} {fault}"
+        if ids != order:
+            yield f"{folder(name)}: its clips are not those of {folder(CLIPS)} in their order"
+    if len(order) != commit.clips:
+        yield f"{folder(CLIPS)}: holds {len(order)} clips, {commit.clips} were committed"
+
+
+def _feature_fault(features: Any, width: int) -> str | None:
+    import numpy as np
+
+    if features.dtype != np.float16:
+        return f"are {features.dtype}, not float16"
+    if features.ndim != 2 or features.shape[1] != width:
+        return f"have shape {features.shape}, not (frames, {width})"
+    if not np.isfinite(features).all():
+        return "are not finite"
+    return None
+
+
+def _total_problems(contract: FeatureContract, commits: list[Commit], totals: _Totals) -> Iterator[str]:
+    rejected = sum(len(commit.rejects) for commit in commits)
+    if len(totals.clip_ids) != contract.clips or rejected > contract.rejected:
+        yield f"features.json: counts {contract.clips} clips, the shards hold {len(totals.clip_ids)}"
+    if totals.questions != contract.questions:
+        yield f"features.json: counts {contract.questions} questions, the shards hold {totals.questions}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,270 @@
+"""Runs partitions on Ray actors. The one door to Ray: starts or joins a cluster, replaces dead actors, counts attempts.
+
+Only rows, progress and commit records travel: actors read the plan, decode, encode and write shards themselves, so
+that nothing fills the object store. The driver hands an actor the next partition when it asks, which is all the
+back-pressure there is to need.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_prep.commits import Commit, Progress
+from data_prep.config import PrepareConfig
+from data_prep.plan import Plan
+from pipeline.errors import UserError
+from pipeline.features import EncoderContract
+
+OBJECT_STORE_BYTES = 100 << 20  # nothing but records passes through it
+MAX_START_FAILURES = 3
+
+
+class PreparationFailed(RuntimeError):
+    """A failure at run time, in one line."""
+
+
+@dataclass
+class _Task:
+    """A partition that is not committed yet.
+
+    Attributes:
+        position: clips before it were done in the attempt that died last.
+        deaths: of workers, in a row, at this position.
+        probe: the clip that goes through alone next, to find the one that kills its worker; None when not searching.
+        attempts: deaths by clip that was alone with its worker.
+        killers: clips given up, with the reason's detail.
+    """
+
+    partition: int
+    position: int = 0
+    deaths: int = 0
+    probe: int | None = None
+    attempts: dict[int, int] = field(default_factory=dict)
+    killers: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Actor:
+    handle: Any
+    task: _Task | None = None
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[None]:
+    """The cluster of RAY_ADDRESS, the one this process is connected to, or a fresh one on this machine.
+
+    A fresh one is closed to other users by a token that is never written down, unless RAY_AUTH_MODE says otherwise.
+    """
+    joins = "RAY_ADDRESS" in os.environ
+    if not joins and "RAY_AUTH_MODE" not in os.environ:  # read when ray is imported
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    local = {} if joins else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS")
+        raise UserError("RAY_ADDRESS", f"no cluster answers at {address}", "start it, or unset RAY_ADDRESS") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Cluster:
+    """Works through partitions with as many actors as the config and the cluster allow."""
+
+    def __init__(self, config: PrepareConfig, contracts: dict[str, EncoderContract], plan: Plan) -> None:
+        self._config = config
+        self._plan = plan
+        self._contracts = contracts
+        self._actors: dict[Any, _Actor] = {}  # by what it is doing: an object reference or a generator of them
+        self._start_failures = 0
+        self._first_ready = False
+
+    def run(
+        self,
+        partitions: list[int],
+        on_commit: Callable[[Commit], None],
+        on_progress: Callable[[dict[int, Progress], int], None],
+    ) -> None:
+        """Does these partitions; each reaches `on_commit` once, in any order.
+
+        Args:
+            on_progress: receives the partitions under work and the number of actors.
+
+        Raises:
+            PreparationFailed: actors cannot be placed or started, or keep dying without a clip to blame.
+        """
+        import ray
+
+        waiting = deque(_Task(partition) for partition in partitions)
+        under_work: dict[int, Progress] = {}
+        started = time.monotonic()
+        try:
+            while waiting or any(actor.task for actor in self._actors.values()):
+                self._fit_actors(waiting)
+                ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
+                for reference in ready:
+                    self._advance(reference, waiting, under_work, on_commit)
+                if not self._first_ready and time.monotonic() - started > self._config.workers.start_timeout_s:
+                    raise PreparationFailed(
+                        f"no worker started within workers.start_timeout_s {self._config.workers.start_timeout_s} s: "
+                        f"the cluster cannot place {self._resources()}"
+                    )
+                on_progress(under_work, len(self._actors))
+        finally:
+            for actor in self._actors.values():
+                ray.kill(actor.handle)
+
+    def _resources(self) -> str:
+        return f"{self._config.workers.cpus} CPUs and {self._config.workers.gpus} GPUs"
+
+    def _bound(self) -> int:
+        import ray
+
+        workers = self._config.workers
+        if workers.max is not None:
+            return workers.max
+        resources = ray.cluster_resources()
+        fits = int(resources.get("CPU", 0) / workers.cpus)
+        if workers.gpus:
+            fits = min(fits, int(resources.get("GPU", 0) / workers.gpus))
+        return max(fits, workers.min)
+
+    def _fit_actors(self, waiting: deque[_Task]) -> None:
+        """Starts actors while there is work for more of them; those without work left have ended by themselves."""
+        busy = sum(actor.task is not None for actor in self._actors.values())
+        while len(self._actors) < min(self._bound(), len(waiting) + busy):
+            handle = _remote_worker(self._config).remote(self._config, self._contracts)
+            self._actors[handle.start.remote()] = _Actor(handle)
+
+    def _advance(
+        self,
+        reference: Any,
+        waiting: deque[_Task],
+        under_work: dict[int, Progress],
+        on_commit: Callable[[Commit], None],
+    ) -> None:
+        """Takes one result (or the death) of an actor and gives it its next work."""
+        import ray
+        from ray.exceptions import RayActorError, RayTaskError
+
+        actor = self._actors.pop(reference)
+        task = actor.task
+        try:
+            is_stream = isinstance(reference, ray.ObjectRefGenerator)
+            result = ray.get(next(reference) if is_stream else reference)
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, UserError) else PreparationFailed(_last_line(error)) from error
+        except RayActorError as error:
+            ray.kill(actor.handle)
+            if task is None:
+                self._start_failures += 1
+                if self._start_failures >= MAX_START_FAILURES:
+                    raise PreparationFailed(f"workers die while starting: {_last_line(error)}") from error
+            else:
+                under_work.pop(task.partition, None)
+                self._mourn(task)
+                waiting.appendleft(task)
+            return
+        if task is None:
+            self._first_ready, self._start_failures = True, 0
+        elif isinstance(result, Commit):
+            under_work.pop(task.partition, None)
+            on_commit(result)
+            actor.task = None
+        elif task.probe is not None:
+            task.probe += 1
+        else:
+            under_work[task.partition] = result
+            if result.position > task.position:
+                task.position, task.deaths = result.position, 0
+            self._actors[reference] = actor  # the stream goes on
+            return
+        self._next(actor, waiting)
+
+    def _next(self, actor: _Actor, waiting: deque[_Task]) -> None:
+        import ray
+
+        if actor.task is None:
+            if not waiting:
+                ray.kill(actor.handle)
+                return
+            actor.task = waiting.popleft()
+        task = actor.task
+        if task.probe is not None and task.probe >= self._plan.partitions[task.partition].clips:
+            task.probe = None
+        if task.probe is not None:
+            self._actors[actor.handle.probe.remote(task.partition, task.probe)] = actor
+        else:
+            plan_sha256 = self._plan.partitions[task.partition].sha256
+            self._actors[actor.handle.extract.remote(task.partition, plan_sha256, task.killers)] = actor
+
+    def _mourn(self, task: _Task) -> None:
+        """Draws the conclusion from a death: machines are lost, so the first one only means another try.
+
+        After the second one at the same place the clips from there on go through alone, until one kills its worker
+        `max_attempts` times.
+
+        Raises:
+            PreparationFailed: the partition kills its worker though each clip alone does not.
+        """
+        limit = self._config.max_attempts
+        if task.probe is not None:
+            task.attempts[task.probe] = task.attempts.get(task.probe, 0) + 1
+            if task.attempts[task.probe] >= limit:
+                task.killers[task.probe] = f"killed its worker in {limit} of {limit} attempts"
+                task.probe, task.deaths = None, 0
+            return
+        task.deaths += 1
+        if task.deaths >= 2:
+            task.probe = task.position
+        if task.deaths >= 2 + limit:
+            raise PreparationFailed(
+                f"partition {task.partition} kills its worker near clip {task.position} though each clip passes alone, "
+                "probably for want of memory: lower batch_s"
+            )
+
+
+def _remote_worker(config: PrepareConfig) -> Any:
+    import ray
+
+    return ray.remote(_Worker).options(
+        num_cpus=config.workers.cpus, num_gpus=config.workers.gpus, max_restarts=0, max_task_retries=0
+    )
+
+
+class _Worker:
+    """The actor: a thin shell around PartitionWorker, which is imported and built inside it only."""
+
+    def __init__(self, config: PrepareConfig, contracts: dict[str, EncoderContract]) -> None:
+        self._config, self._contracts = config, contracts
+
+    def start(self) -> None:
+        from data_prep.partition import PartitionWorker
+
+        self._worker = PartitionWorker(self._config, self._contracts)
+
+    def extract(self, partition: int, plan_sha256: str, killers: dict[int, str]) -> Iterator[Progress | Commit]:
+        yield from self._worker.extract(partition, plan_sha256, killers)
+
+    def probe(self, partition: int, position: int) -> None:
+        self._worker.probe(partition, position)
+
+
+def _last_line(error: Exception) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -74,17 +74,27 @@ def write_feature_set(
         }
         for clip, count in enumerate(questions_per_clip)
     ]
+    frames = {name: [frames_of(clip, width) for clip in range(len(rows))] for name, width in encoders.items()}
+    return write_rows(folder, rows, frames, clips_per_shard=clips_per_shard)
+
+
+def write_rows(
+    folder: Path, rows: list[dict], frames: dict[str, list[np.ndarray]], *, clips_per_shard: int = 4
+) -> Path:
+    """A set of these clips (columns of `CLIP_COLUMNS`), with frames (encoder -> one array for each clip)."""
     _write_column(folder / CLIPS, CLIP_COLUMNS, rows, clips_per_shard)
-    for name, width in encoders.items():
-        samples = [{"clip_id": row["clip_id"], "features": frames_of(clip, width)} for clip, row in enumerate(rows)]
+    for name, arrays in frames.items():
+        samples = [{"clip_id": row["clip_id"], "features": a} for row, a in zip(rows, arrays, strict=True)]
         _write_column(folder / name, FEATURE_COLUMNS, samples, clips_per_shard)
     contract = FeatureContract(
         encoders={
-            name: EncoderContract(kind=name, revision="1", sample_rate_hz=16000, frame_rate_hz=25.0, width=width)
-            for name, width in encoders.items()
+            name: EncoderContract(
+                kind=name, revision="1", sample_rate_hz=16000, frame_rate_hz=25.0, width=arrays[0].shape[1]
+            )
+            for name, arrays in frames.items()
         },
         clips=len(rows),
-        questions=sum(questions_per_clip),
+        questions=sum(len(row["questions"]) for row in rows),
         rejected=0,
         audio_hours=0.0,
         manifest_sha256="0" * 64,

@@ -47,6 +47,8 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
                 config.language_model_config, attn_implementation=ATTENTION_NAME
             )
         self.language_model = language_model
+        # transformers 4 clears it on the config of a part when the config of the whole is built
+        language_model.set_attn_implementation(ATTENTION_NAME)
         self.streams = nn.ModuleList(AudioStream(spec, config) for spec in self.specs)
         self.post_init()
 

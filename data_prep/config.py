@@ -32,8 +32,8 @@ class LogMelConfig(Strict):
     frames_per_token: PositiveInt = 4
     hop_ms: PositiveFloat = 10.0
     window_ms: PositiveFloat = 25.0
-    mean: float = -4.0
-    std: PositiveFloat = 4.5
+    mean: float = -7.5
+    std: PositiveFloat = 3.5
 
     @model_validator(mode="after")
     def _consistent(self) -> LogMelConfig:

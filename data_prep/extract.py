@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of the run")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and the expected size")
     parser.add_argument("--retry-rejects", action="store_true", help="do partitions with rejected clips once more")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load_config(PrepareConfig, args.config, args.overrides)
     if args.dry_run:
         sys.stdout.write(dump_config(config))
@@ -106,7 +106,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
             )
             sweep(store, column_names(contracts), commits.values())
             _extract(config, contracts, plan, commits, todo)
-        contract = _finish(config, contracts, plan, [commits[i] for i in range(len(plan.partitions))], store)
+        contract = finish(config, contracts, plan, [commits[i] for i in range(len(plan.partitions))], store)
     wall_s = time.monotonic() - start
     return {
         "clips": plan.clips,
@@ -179,7 +179,7 @@ def _extract(
         line.close()
 
 
-def _finish(
+def finish(
     config: PrepareConfig,
     contracts: dict[str, EncoderContract],
     plan: Plan,

@@ -83,7 +83,8 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: LocalStore
         UserError: a fault of the manifest; no clips at all; too many audio files that do not exist.
     """
     store.remove(PLAN)
-    seen: set[str] = set()
+    seen_clips: set[str] = set()
+    seen_questions: set[str] = set()
     rejects: list[RejectedClip] = []
     partitions: list[PlannedPartition] = []
     pending: list[Clip] = []
@@ -97,12 +98,20 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: LocalStore
         pending.clear()
 
     for clip in read_clips(config):
-        reason = "duplicate_id" if clip.clip_id in seen else "outside_root" if clip.audio is None else None
-        if reason is not None:
-            detail = "clip_id occurred before" if reason == "duplicate_id" else "the audio path leaves audio_root"
+        question_ids = [question.question_id for question in clip.questions]
+        if clip.clip_id in seen_clips:
+            reason, detail = "duplicate_id", "clip_id occurred before"
+        elif len(set(question_ids)) < len(question_ids) or not seen_questions.isdisjoint(question_ids):
+            reason, detail = "duplicate_id", "a question_id occurred before"
+        elif clip.audio is None:
+            reason, detail = "outside_root", "the audio path leaves audio_root"
+        else:
+            reason = ""
+        if reason:
             rejects.append(RejectedClip(clip_id=clip.clip_id, reason=reason, detail=detail, audio=clip.audio))
             continue
-        seen.add(clip.clip_id)
+        seen_clips.add(clip.clip_id)
+        seen_questions.update(question_ids)
         pending.append(clip)
         if len(pending) == config.partition_clips:
             flush()

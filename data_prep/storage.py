@@ -110,7 +110,7 @@ class LocalStore:
             yield
 
 
-def open_store(url: str) -> LocalStore:
+def open_store(url: str | Path) -> LocalStore:
     return LocalStore(url)
 
 

@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 
 RECORD = "COMPLETE.json"
 RUN = "run.json"
+CONFIG = "config.yaml"  # the resolved config, in every checkpoint and in the output folder
 LOCK = ".lock"
 _NAME = re.compile(r"step-(\d{6,})")
 _READ_BYTES = 8 << 20
@@ -71,9 +72,14 @@ def begin(folder: Path, step: int) -> Path:
     """An empty temporary directory for the checkpoint of `step`; what an interrupted save left is removed."""
     for left_over in folder.glob(".step-*.tmp"):
         shutil.rmtree(left_over)
-    temporary = folder / f".{checkpoint_name(step)}.tmp"
+    temporary = temporary_path(folder, step)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def temporary_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is while it is written."""
+    return folder / f".{checkpoint_name(step)}.tmp"
 
 
 def files_of(temporary: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 
 
@@ -47,3 +48,10 @@ def read_ranks() -> Ranks:
         local_rank=int(env.get("LOCAL_RANK", "0")),
         local_world_size=int(local_world_size),
     )
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

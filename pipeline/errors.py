@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # a signal ended a run that can go on; sysexits.h calls it EX_TEMPFAIL, "try again"
 
 
 class UserError(Exception):

@@ -35,15 +35,13 @@ def tracking_uri(config: TrackingConfig, output: Path) -> str:
     return config.uri or f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `a.b.c` keys; lists stay values."""
-    pairs: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            pairs |= flat(value, f"{prefix}{key}.")
-        else:
-            pairs[f"{prefix}{key}"] = value
-    return pairs
+def read_metrics(output: Path) -> list[tuple[int, dict[str, float]]]:
+    """Every recorded step with its metrics, in order; of a step trained again after a resume the last record."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in (output / METRICS).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        steps.setdefault(record["step"], {}).update(record["metrics"])
+    return sorted(steps.items())
 
 
 class Tracker:

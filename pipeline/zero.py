@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrainConfig
-from pipeline.distributed import Ranks
+from pipeline.distributed import Ranks, free_port
 from pipeline.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -164,8 +164,8 @@ def rate_factor(step: int, total_steps: int, warmup_fraction: float, final_fract
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def init_process_group(ranks: Ranks, timeout_s: float) -> torch.device:
-    """Joins the process group (gloo on CPU, NCCL on GPUs) and returns this rank's device.
+def init_process_group(ranks: Ranks, timeout_s: float) -> None:
+    """Joins the process group: gloo on CPU, NCCL on GPUs.
 
     A collective that waits longer than `timeout_s` for another rank raises instead of hanging.
     """
@@ -180,20 +180,13 @@ def init_process_group(ranks: Ranks, timeout_s: float) -> torch.device:
         os.environ["MASTER_PORT"] = str(free_port())
     get_accelerator().set_device(ranks.local_rank)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
-    return _torch().device(get_accelerator().current_device_name())
 
 
-def free_port() -> int:
-    """A TCP port that nothing on this machine listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def on_gpu() -> bool:
+    """Whether DeepSpeed runs on a GPU here."""
+    from deepspeed.accelerator import get_accelerator
 
-
-def _torch() -> Any:
-    import torch
-
-    return torch
+    return get_accelerator().device_name() != "cpu"
 
 
 class Engine:
@@ -226,10 +219,6 @@ class Engine:
         self.skipped_steps = 0
 
     @property
-    def module(self) -> torch.nn.Module:
-        return self._engine.module
-
-    @property
     def loss_share(self) -> float:
         """What one micro-batch's loss counts in the gradient.
 
@@ -258,6 +247,14 @@ class Engine:
     def barrier(self) -> None:
         """Returns when every rank is here."""
         self.sum_over_ranks([0.0])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout in here."""
+        self._engine.eval()
+        with self._torch.no_grad():
+            yield
+        self._engine.train()
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The scalar loss of one micro-batch that lies on `device`."""
@@ -327,3 +324,15 @@ class Engine:
         """Leaves the process group."""
         self._engine.destroy()
         self._torch.distributed.destroy_process_group()
+
+
+def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Trained parameters by name from what `Engine.save` wrote, in fp32, without an engine or a process group."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if list((folder / STATE).glob("*optim_states.pt")):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)
+    # Without ZeRO there are no partitions to put together. The file is our own: its hash was verified before.
+    (file,) = (folder / STATE).glob("mp_rank_*_model_states.pt")
+    return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=False)["module"].items()}

@@ -118,7 +118,3 @@ def test_a_dead_process_is_marked_by_another(tmp_path: Path, ids: list[str]) -> 
     tracking.end_run(TrackingConfig(experiment="e"), output, ids[0], "FAILED")
     assert client(output).get_run(ids[0]).info.status == "FAILED"
     assert history(output, ids[0]) == [(7, 3.0)]
-
-
-def test_flat_keys() -> None:
-    assert tracking.flat({"a": {"b": 1, "c": {"d": [2]}}, "e": None}) == {"a.b": 1, "a.c.d": [2], "e": None}

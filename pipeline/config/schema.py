@@ -164,6 +164,7 @@ class DataConfig(Strict):
             common practice, one question with its own copy of the audio.
         shuffle_block_clips: clips are shuffled inside blocks of this many, so that a remote shard is read once.
         max_text_tokens: longer conversations are an error, never cut silently.
+        validation_questions: the validation loss is taken on this many questions, spread over the set.
     """
 
     train: Path
@@ -175,6 +176,7 @@ class DataConfig(Strict):
     questions_per_sequence: PositiveInt = 1
     shuffle_block_clips: PositiveInt = 65536
     max_text_tokens: PositiveInt = 1024
+    validation_questions: PositiveInt = 1024
     workers: NonNegativeInt = 0
 
 
@@ -196,6 +198,7 @@ class TrainConfig(Strict):
         warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
         loss_on: `answer` tokens only, or also the `prompt` (all text).
         zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
+        collective_timeout_s: a rank that waits longer for another one ends the job instead of hanging.
     """
 
     trainable: Literal["connector", "all_but_ffn", "all"] = "all"
@@ -219,6 +222,7 @@ class TrainConfig(Strict):
     zero: str = "zero2"
     log_every_steps: PositiveInt = 10
     evaluate_every_steps: PositiveInt | None = None
+    collective_timeout_s: PositiveInt = 1800
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -1,0 +1,141 @@
+"""Puts the parts of a run together, on every rank in the same way: data, model, DeepSpeed engine."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from pipeline import zero
+from pipeline.config import ExperimentConfig, TrainConfig
+from pipeline.data.chat import Chat, load_tokenizer
+from pipeline.data.loader import TrainingLoader
+from pipeline.data.shards import FeatureSet
+from pipeline.distributed import Ranks
+from pipeline.features import FeatureContract
+from pipeline.model import PalConfig, PalForCausalLM, set_trainable
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer works with; `deepspeed_config` is what the engine was built from."""
+
+    features: FeatureSet
+    validation: FeatureSet | None
+    model: PalForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    loader: TrainingLoader
+    engine: zero.Engine
+    deepspeed_config: dict[str, Any]
+    total_steps: int
+
+
+def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
+    """Builds everything of one rank. The process group must exist.
+
+    Raises:
+        UserError: data, language model and config do not fit each other.
+    """
+    train = config.train
+    features = FeatureSet(config.data.train, config.model.encoders)
+    validation = FeatureSet(config.data.validation, config.model.encoders) if config.data.validation else None
+    tokenizer, chat = build_chat(config)
+    loader = TrainingLoader(
+        features,
+        chat,
+        config.data,
+        seed=train.seed,
+        visits_per_step=train.global_batch_size // config.data.questions_per_sequence,
+        micro_batch_size=train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        feature_dtype=feature_dtype(train),
+    )
+    torch.manual_seed(train.seed)
+    model = build_model(config, features.contract, chat.audio_token_id)
+    deepspeed_config = zero.render(
+        train.zero,
+        train,
+        world_size=ranks.world_size,
+        accumulation=config.gradient_accumulation_steps(ranks.world_size),
+        on_gpu=zero.on_gpu(),
+    )
+    engine = zero.Engine(model, parameter_groups(model, train), deepspeed_config)
+    steps = train.steps or math.ceil((train.epochs or 0) * loader.steps_per_epoch)
+    return Parts(features, validation, model, tokenizer, chat, loader, engine, deepspeed_config, steps)
+
+
+def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]:
+    """The language model's tokenizer, and what writes conversations with it."""
+    tokenizer = load_tokenizer(config.model.language_model)
+    data = config.data
+    chat = Chat(tokenizer, data.system_prompt, max_text_tokens=data.max_text_tokens, loss_on=config.train.loss_on)
+    return tokenizer, chat
+
+
+def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
+    """The language model with its weights and fresh streams, frozen as `train.trainable` says."""
+    model = PalForCausalLM.from_language_model(
+        config.model.language_model,
+        **_model_settings(config, contract, audio_token_id),
+        dtype=DTYPES[config.train.precision],
+    )
+    set_trainable(model, config.train.trainable)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def build_empty_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
+    """The same model without weights (on torch's meta device), for counting."""
+    language_model = AutoConfig.from_pretrained(config.model.language_model)
+    with torch.device("meta"):
+        model = PalForCausalLM(PalConfig(language_model, **_model_settings(config, contract, audio_token_id)))
+    set_trainable(model, config.train.trainable)
+    return model
+
+
+def _model_settings(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> dict[str, Any]:
+    num_layers = AutoConfig.from_pretrained(config.model.language_model).num_hidden_layers
+    encoders = {name: contract.encoders[name] for name in config.model.encoders}
+    return {
+        "streams": config.model.resolve_streams(num_layers),
+        "encoder_widths": {name: encoder.width for name, encoder in encoders.items()},
+        "audio_token_id": audio_token_id,
+        "encoder_grids": {name: encoder.grid for name, encoder in encoders.items() if encoder.grid},
+        "norm_audio_tokens": config.model.norm_audio_tokens,
+        "system_text_sees_audio": config.model.system_text_sees_audio,
+        "audio_queries": config.model.audio_queries,
+        "feature_fingerprints": {name: encoder.fingerprint for name, encoder in encoders.items()},
+    }
+
+
+def feature_dtype(train: TrainConfig) -> torch.dtype:
+    """Half precision keeps the shards' own bytes; the model casts on its device."""
+    return torch.float32 if train.precision == "fp32" else torch.float16
+
+
+def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[zero.ParameterGroup]:
+    """Trained parameters by rate (audio side, language model) and decay (matrices; never norms and biases)."""
+    groups = []
+    rates = {"streams": train.connector_learning_rate or train.learning_rate, "language_model": train.learning_rate}
+    for side, rate in rates.items():
+        own = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{side}.")]
+        matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        groups.append(zero.ParameterGroup(f"{side}.matrices", matrices, rate, train.weight_decay))
+        groups.append(zero.ParameterGroup(f"{side}.vectors", vectors, rate, 0.0))
+    return groups
+
+
+def validation_questions(features: FeatureSet, config: ExperimentConfig) -> np.ndarray:
+    """Indices of the questions that the validation loss is taken on, spread evenly over the set."""
+    everything = features.table.select(config.data.tasks, config.data.datasets)
+    count = min(len(everything), config.data.validation_questions)
+    return everything[np.linspace(0, len(everything) - 1, count).astype(np.int64)]

@@ -1,0 +1,112 @@
+"""`pal export CHECKPOINT OUT`: a training checkpoint as a Hugging Face folder, read back and compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import checkpoint, zero
+from pipeline.config import ExperimentConfig, load_config
+from pipeline.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.features import load_contract
+
+if TYPE_CHECKING:  # imports torch, which `--help` must not
+    from pipeline.model import PalForCausalLM
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    source = find_checkpoint(arguments.checkpoint)
+    require_free(arguments.out)
+    figures = export(source, arguments.out)
+    print(f"{arguments.out} holds {figures['parameters']:,} parameters of {source}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0 if figures["max_abs_difference"] == 0 else EXIT_FAILURE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="pal export", description="Write the weights of a checkpoint as a Hugging Face folder, and verify them."
+    )
+    parser.add_argument("checkpoint", type=Path, help="a step-* folder, or a run's output folder (its newest is taken)")
+    parser.add_argument("out", type=Path, help="the folder to write; an earlier export there is replaced")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    return parser
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint, whole by its hashes; of an output folder the newest good one.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_dir():
+        raise UserError(path, "does not exist", "give a step-* folder or a run's output folder")
+    if (path / checkpoint.RECORD).is_file():
+        checkpoint.verify(path)
+        return path
+    found = checkpoint.newest_good(path, lambda warning: print(f"pal: {warning}", file=sys.stderr))
+    if found is None:
+        raise UserError(path, "holds no complete checkpoint", "give a step-* folder or a run's output folder")
+    return found[0]
+
+
+def require_free(out: Path) -> None:
+    """Refuses to overwrite anything but an earlier export.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    config = out / "config.json"
+    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "pal":
+        raise UserError(out, "exists and is not an exported model", "choose another folder")
+
+
+def export(source: Path, out: Path) -> dict[str, Any]:
+    """Writes the model of a checkpoint to `out`, reads it back and compares every tensor.
+
+    Returns:
+        parameters, and max_abs_difference between what was meant and what was read.
+    """
+    from pipeline import assembly
+    from pipeline.model import PalForCausalLM, count_parameters
+
+    config = load_config(ExperimentConfig, source / checkpoint.CONFIG)
+    contract = load_contract(config.data.train)
+    tokenizer, chat = assembly.build_chat(config)
+    model = assembly.build_model(config, contract, chat.audio_token_id)
+    _load_trained(model, zero.trained_weights(source), source)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    read_back = PalForCausalLM.from_pretrained(temporary, dtype=model.dtype)
+    difference = _largest_difference(model, read_back)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
+
+
+def _load_trained(model: PalForCausalLM, trained: dict[str, Any], source: Path) -> None:
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if wanted - trained.keys():
+        missing = sorted(wanted - trained.keys())
+        raise UserError(source, f"lacks trained weights ({missing[0]} and others)", "use the config it was written by")
+    model.load_state_dict({name: tensor for name, tensor in trained.items() if name in wanted}, strict=False)
+
+
+def _largest_difference(one: PalForCausalLM, other: PalForCausalLM) -> float:
+    others = other.state_dict()
+    return max(float((p.float() - others[name].float()).abs().max()) for name, p in one.state_dict().items())
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,176 @@
+"""Starts the `deepspeed` launcher for one job and stays its parent: console, signals, the end. Imports no torch.
+
+Parent and ranks talk through the launcher's inherited pipes: ranks' lines that begin with `CONSOLE` are shown, all
+others go to `launcher.log`; a byte on stdin asks the ranks to save and end, and the end of stdin tells them that the
+parent is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from pipeline.distributed import free_port
+from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+
+CONSOLE = "pal> "
+LOG = "launcher.log"
+FAILURES = "failures"  # folder of an output: one file for each rank that ended with an error
+_SUPERVISED = "PAL_SUPERVISED"
+_LOG_TAIL_LINES = 15
+
+
+def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
+    """Host -> ranks on it.
+
+    Raises:
+        UserError: missing file or malformed line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error.strerror})", "give a hostfile") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if match is None or match[1] in hosts:
+            raise UserError(f"{path}:{number}", "is not a new host", "write one `HOST slots=N` a line")
+        hosts[match[1]] = nproc or int(match[2])
+    if not hosts:
+        raise UserError(path, "names no host", "write one `HOST slots=N` a line")
+    return hosts
+
+
+def supervise(
+    arguments: Sequence[str], output: Path, *, nproc: int | None, hostfile: Path | None, on_gpu: bool
+) -> tuple[int, str]:
+    """Runs `pipeline.train ARGUMENTS` on every rank until it ends.
+
+    Returns:
+        the exit code, and what to tell the user about a failure (empty when there was none).
+    """
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+    command += ["--master_port", str(free_port()), "--hostfile", str(hostfile or os.devnull)]
+    command += ["--num_accelerators", str(nproc)] if nproc else []
+    command += ["pipeline.train", *arguments]
+    output.mkdir(parents=True, exist_ok=True)
+    for left_over in (output / FAILURES).glob("*.json"):
+        left_over.unlink()
+    with (output / LOG).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            command,
+            env=_environment(nproc or 1, on_gpu),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # a Ctrl-C of the terminal reaches the ranks through us, once
+        )
+        with _forward_signals(process):
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.write(line)
+                if line.startswith(CONSOLE):
+                    print(line.removeprefix(CONSOLE), end="", flush=True)
+            code = process.wait()
+    return _explain(code, output)
+
+
+def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+    own = {_SUPERVISED: "1", "PYTHONUNBUFFERED": "1"}
+    if not on_gpu:
+        own["DS_ACCELERATOR"] = "cpu"
+    # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **own}
+
+
+@contextlib.contextmanager
+def _forward_signals(process: subprocess.Popen[str]) -> Iterator[None]:
+    """The first signal asks the ranks to save and end; the second ends them at once."""
+    asked = False
+
+    def forward(number: int, _: object) -> None:
+        nonlocal asked
+        if asked:
+            os.killpg(process.pid, signal.SIGKILL)
+            return
+        asked = True
+        print("saving a checkpoint before ending (again: end at once)", file=sys.stderr, flush=True)
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.write("s")
+            process.stdin.flush()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _explain(code: int, output: Path) -> tuple[int, str]:
+    if code == 0:
+        return 0, ""
+    failures = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((output / FAILURES).glob("*.json"))]
+    # Ranks that lost a peer fail too, with a message about the network: the first failure is the cause.
+    first = min(failures, key=lambda failure: failure["time"], default=None)
+    if first is not None and first["code"] == EXIT_USER_ERROR:
+        return EXIT_USER_ERROR, first["message"]
+    if first is not None and first["code"] == EXIT_STOPPED:
+        return EXIT_STOPPED, first["message"]
+    log = output / LOG
+    if first is not None:
+        return EXIT_FAILURE, f"rank {first['rank']} failed at step {first['step']}: {first['message']} (see {log})"
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+    text = "\n".join(f"  | {line}" for line in tail)
+    return EXIT_FAILURE, f"a rank died without a word: killed, or out of memory? The end of {log}:\n{text}"
+
+
+# ---- on a rank ----------------------------------------------------------------------------------------------------
+
+
+def say(line: str) -> None:
+    """Prints a line for the person who watches the job."""
+    prefix = CONSOLE if _SUPERVISED in os.environ else ""
+    print(f"{prefix}{line}", flush=True)
+
+
+def watch_parent(stop: Callable[[], None]) -> None:
+    """Listens to `supervise`: calls `stop` when it asks for the end, ends this process when it is gone."""
+    if _SUPERVISED not in os.environ:
+        return
+
+    def listen() -> None:
+        while os.read(0, 1):
+            stop()
+        os._exit(EXIT_FAILURE)
+
+    threading.Thread(target=listen, name="parent", daemon=True).start()
+
+
+def leave(output: Path, rank: int, step: int, code: int, message: str) -> int:
+    """Records why this rank ends, for the parent; without one, says it on stderr. Returns `code`."""
+    if _SUPERVISED not in os.environ:
+        print(f"pal: {message}", file=sys.stderr)
+    record = {"rank": rank, "step": step, "code": code, "message": message, "time": time.time()}
+    with contextlib.suppress(OSError):  # a full disk must not hide the reason, which is in the log as well
+        (output / FAILURES).mkdir(parents=True, exist_ok=True)
+        (output / FAILURES / f"rank-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+    return code

@@ -1,0 +1,283 @@
+"""The training loop: resume, step, log, validate, save. Runs once on every rank of a job."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, astuple
+from itertools import islice
+from typing import Any
+
+import torch
+
+from pipeline import assembly, checkpoint, provenance, zero
+from pipeline.checkpoint import CheckpointRecord, RunRecord
+from pipeline.config import ExperimentConfig, dump_config
+from pipeline.data.loader import evaluation_batches
+from pipeline.data.shards import FeatureSet
+from pipeline.distributed import Ranks
+from pipeline.errors import UserError
+from pipeline.metrics import Meter, Work, duration, peak_memory_gib
+from pipeline.tracking import Status, Tracker, read_metrics
+
+MODEL, RESULTS = "model", "train.json"
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
+IGNORED_LABEL = -100
+FINAL_LOSS_RECORDS = 10
+Batch = dict[str, Any]
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the run is saved and can go on."""
+
+
+class Trainer:
+    """One run on one rank. The process group must exist and, on rank 0, the output folder be locked.
+
+    Args:
+        config: checked before by `pipeline.train`.
+        say: prints a line for the person who watches; called on rank 0 only.
+
+    Raises:
+        UserError: the data does not fit the config or the checkpoint.
+    """
+
+    def __init__(self, config: ExperimentConfig, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self.config, self.train, self.ranks, self.output = config, config.train, ranks, config.output
+        self.say = say if ranks.is_main else lambda _: None
+        self.parts = assembly.assemble(config, ranks)
+        self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
+        self.step = 0
+        self.work = Work()  # of all ranks since the run began, over resumes
+        self.meter = Meter()
+        self.stop_requested = False
+        identity = provenance.run_identity(config, self.parts.features.contract.fingerprint)
+        self.run = checkpoint.read_run(self.output) or RunRecord(identity=identity)
+        self._resume()
+        self.tracker = self._start_tracking() if ranks.is_main else None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request_stop)
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Trains to the last step; returns the figures of `train.json` on rank 0, nothing elsewhere.
+
+        Raises:
+            Stopped: a signal ended the run early.
+        """
+        status: Status = "FAILED"
+        try:
+            batches = iter(self.loader)
+            self.meter.lap()
+            while self.step < self.total_steps:
+                stop = self._optimizer_step(batches)
+                last = self.step == self.total_steps
+                evaluate = last or self._due("evaluate_every_steps")
+                if stop or last or evaluate or self.step % self.train.checkpoint.every_steps == 0:
+                    self._save()  # before validation, which might run out of memory
+                if stop and not last:
+                    status = "KILLED"
+                    raise Stopped(f"stopped by a signal at step {self.step}; saved, start it again to go on")
+                if evaluate and self.parts.validation is not None:
+                    self._validate(self.parts.validation)
+            results = self._finish()
+            status = "FINISHED"
+            return results
+        finally:
+            if self.tracker is not None and not self.tracker.close(status):
+                self.say(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
+
+    def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
+        """One step on one global batch; returns whether a rank was asked to stop."""
+        with self.meter.waiting():
+            micro_batches = list(islice(batches, self.engine.accumulation))
+        answer_tokens = sum(_count_answer_tokens(batch) for batch in micro_batches)
+        total_tokens, stop = self.engine.sum_over_ranks([answer_tokens, self.stop_requested])
+        # Dropout depends on seed, step and rank alone, so that a resumed run draws what it would have drawn.
+        torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
+        loss = torch.zeros((), device=self.engine.device)
+        for number, batch in enumerate(micro_batches, start=1):
+            loss += self.engine.backward(self._inputs(batch, total_tokens * self.engine.loss_share))
+            if number < len(micro_batches):
+                self.engine.micro_step()
+            text_tokens = int(batch["attention_mask"].sum()) - len(batch["clip_ids"])
+            self.meter.count(len(batch["question_ids"]), text_tokens, sum(batch["audio_s"]))
+        self.step += 1
+        schedule = self.train.warmup_fraction, self.train.final_learning_rate_fraction
+        factor = zero.rate_factor(self.step, self.total_steps, *schedule)
+        applied = self.engine.step(factor)
+        if self._due("log_every_steps") or self.step in (1, self.total_steps) or not applied:
+            self._log_step(loss, factor)
+        return stop > 0
+
+    def _due(self, setting: str) -> bool:
+        every_steps = getattr(self.train, setting)
+        return every_steps is not None and self.step % every_steps == 0
+
+    def _inputs(self, batch: Batch, num_items: float) -> Batch:
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: move(v) for name, v in value.items()}
+            return value.to(self.engine.device, non_blocking=True)
+
+        return {name: move(batch[name]) for name in MODEL_INPUTS} | {"num_items_in_batch": num_items}
+
+    def _validate(self, features: FeatureSet) -> None:
+        """Records the mean loss of an answer token on held-out questions."""
+        with self.meter.paused(), self.engine.evaluating():
+            batches = evaluation_batches(
+                features,
+                self.parts.chat,
+                assembly.validation_questions(features, self.config),
+                batch_size=self.train.micro_batch_size,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+                feature_dtype=assembly.feature_dtype(self.train),
+            )
+            loss = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+            answer_tokens = 0
+            for batch in batches:
+                loss += self.engine.forward(self._inputs(batch, 1.0))
+                answer_tokens += _count_answer_tokens(batch)
+            total_loss, total_tokens = self.engine.sum_over_ranks([float(loss), answer_tokens])
+        self._record({"validation/loss": total_loss / total_tokens})
+        self.say(f"step {self.step:>6}/{self.total_steps}  validation loss {total_loss / total_tokens:.4f}")
+
+    # ---- what is told ---------------------------------------------------------------------------------------------
+
+    def _log_step(self, loss: torch.Tensor, factor: float) -> None:
+        mine = [float(loss) * self.engine.loss_share, *astuple(self.meter.lap())]
+        mean_loss, *work = self.engine.sum_over_ranks(mine)
+        rates = Work(*work).rates(self.ranks.world_size)
+        self.work += Work(*work)
+        norm = float(self.engine.gradient_norm)
+        self._record(
+            {
+                "train/loss": mean_loss,
+                "train/gradient_norm": norm,
+                "train/skipped_steps": self.engine.skipped_steps,
+                "train/peak_memory_gib": peak_memory_gib(self.engine.device),
+                **{f"train/learning_rate/{g.name}": g.learning_rate * factor for g in self.engine.groups},
+                **{f"train/{name}": value for name, value in rates.items()},
+            }
+        )
+        step_s = self.work.elapsed_s / self.ranks.world_size / self.step
+        self.say(
+            f"step {self.step:>6}/{self.total_steps}  loss {mean_loss:7.4f}  "
+            f"lr {self.train.learning_rate * factor:.2e}  grad {norm:6.3f}  "
+            f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
+            f"{duration(step_s * (self.total_steps - self.step))} left"
+        )
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        if self.tracker is not None:
+            self.tracker.log(self.step, metrics)
+
+    def _start_tracking(self) -> Tracker:
+        checkpoint.write_run(self.output, self.run)
+        resolved = dump_config(self.config)
+        (self.output / checkpoint.CONFIG).write_text(resolved, encoding="utf-8")
+        streams = self.parts.model.config.stream_specs()
+        return Tracker(
+            self.config.tracking,
+            self.output,
+            run_id=self.run.run_id,
+            params={
+                **provenance.flatten(self.config.model_dump(mode="json")),
+                "resolved.steps": self.total_steps,
+                "resolved.audio_layers": [list(stream.audio_layers) for stream in streams],
+                "resolved.world_size": self.ranks.world_size,
+            },
+            tags={
+                "pal.kind": "train",
+                "pal.integration": self.config.model.integration,
+                "pal.features": self.parts.features.contract.fingerprint,
+                **provenance.git_state(),
+                **{f"version.{name}": version for name, version in provenance.package_versions().items()},
+            },
+            artifacts={
+                checkpoint.CONFIG: resolved,
+                "deepspeed.json": json.dumps(self.parts.deepspeed_config, indent=2),
+            },
+            on_run_id=self._keep_run_id,
+        )
+
+    def _keep_run_id(self, run_id: str) -> None:
+        if run_id != self.run.run_id:
+            self.run = self.run.model_copy(update={"run_id": run_id})
+            checkpoint.write_run(self.output, self.run)
+
+    # ---- what is kept ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        with self.meter.paused():
+            temporary = checkpoint.temporary_path(self.output, self.step)
+            if self.ranks.is_main:
+                checkpoint.begin(self.output, self.step)
+                (temporary / checkpoint.CONFIG).write_text(dump_config(self.config), encoding="utf-8")
+            self.engine.barrier()
+            self.engine.save(temporary)
+            share = checkpoint.files_of(temporary)[self.ranks.rank :: self.ranks.world_size]
+            measured = self.engine.gather_over_ranks(checkpoint.measure(temporary, share))
+            if self.ranks.is_main:
+                record = CheckpointRecord(
+                    step=self.step,
+                    world_size=self.ranks.world_size,
+                    zero_stage=self.engine.stage,
+                    config_sha256=self.run.sha256,
+                    data=self.loader.state_dict(),
+                    progress={**asdict(self.work), "skipped_steps": self.engine.skipped_steps},
+                    run_id=self.run.run_id,
+                    versions=provenance.package_versions(),
+                    files={name: file for part in measured for name, file in part.items()},
+                )
+                checkpoint.commit(temporary, record)
+                checkpoint.retain(self.output, self.train.checkpoint.keep)
+            self.engine.barrier()
+
+    def _resume(self) -> None:
+        found = checkpoint.newest_good(self.output, self.say) if self.ranks.is_main else None
+        found = self.engine.gather_over_ranks(found)[0]
+        if found is None:
+            return
+        path, record = found
+        if record.world_size != self.ranks.world_size:
+            fault = f"was written by {record.world_size} ranks, this job has {self.ranks.world_size}"
+            raise UserError(path, fault, f"resume with {record.world_size} ranks (--nproc)")
+        self.engine.load(path)
+        self.loader.load_state_dict(record.data)
+        progress = dict(record.progress)
+        self.engine.skipped_steps = int(progress.pop("skipped_steps"))
+        self.step, self.work = record.step, Work(**progress)
+        self.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+
+    def _finish(self) -> dict[str, Any]:
+        """Exports the model and writes `train.json`."""
+        peaks = self.engine.gather_over_ranks(peak_memory_gib(self.engine.device))
+        state = self.engine.gathered_state()
+        if state is None:
+            return {}
+        self.parts.model.save_pretrained(self.output / MODEL, state_dict=state)
+        self.parts.tokenizer.save_pretrained(self.output / MODEL)
+        losses = [metrics["train/loss"] for _, metrics in read_metrics(self.output) if "train/loss" in metrics]
+        figures = {
+            "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),
+            **self.work.rates(self.ranks.world_size),
+            "peak_memory_gib": max(peaks),
+        }
+        self._record(figures)
+        newest = str(checkpoint.list_checkpoints(self.output)[0])
+        results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
+        (self.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        return results
+
+    def request_stop(self, *_: object) -> None:
+        """Ends the run after this step, saved; a signal handler, and what the parent calls."""
+        self.stop_requested = True
+
+
+def _count_answer_tokens(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORED_LABEL).sum())

@@ -38,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, (_, summary) in COMMANDS.items():
             print(f"  {name:{width}}  {summary}")
         return 0 if arguments else EXIT_USER_ERROR
-    name = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words])
     if name not in COMMANDS:
-        print(f"pal: {UserError(name, 'is not a command', nearest(name, COMMANDS))}", file=sys.stderr)
+        print(
+            f"pal: {UserError(name, 'is not a command', nearest(' '.join(arguments[:2]), COMMANDS))}", file=sys.stderr
+        )
         return EXIT_USER_ERROR
-    return run_command(importlib.import_module(COMMANDS[name][0]).main, arguments[1:])
+    module, _ = COMMANDS[name]
+    return run_command(importlib.import_module(module).main, arguments[words:])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ENCODINGS = (
     ("FLAC", "PCM_24"),
 )
 CHANNELS = (1, 1, 1, 2)
-GAIN_DB = (-5.0, 5.0)
+GAIN_DB = (-4.0, 4.0)
 NOISE_DB = (-66.0, -60.0)  # before the gain; events lie near -30
 PEAK = 0.98
 
@@ -72,7 +72,15 @@ class Clip:
 
 
 def plan_corpus(clips: int, seed: int) -> list[Clip]:
-    """Everything about a corpus but its samples; the domains take turns."""
+    """Everything about a corpus but its samples; the domains take turns.
+
+    Raises:
+        UserError: too few clips, or a negative seed.
+    """
+    if clips < SMALLEST_CORPUS:
+        raise UserError("--clips", f"{clips} is too few", f"ask for at least {SMALLEST_CORPUS}")
+    if seed < 0:
+        raise UserError("--seed", f"{seed} is negative", "give 0 or more")
     rng = np.random.default_rng([seed, 0])
     plans = {name: start(rng) for name, start in DOMAINS.items()}
     held_out = {name: deck(rng, _shares(HELD_OUT_SHARE)) for name in DOMAINS}
@@ -142,12 +150,8 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
         The content of `synth.json`.
 
     Raises:
-        UserError: too few clips, or `out` holds something else.
+        UserError: `out` holds something else, or the settings cannot work.
     """
-    if clips < SMALLEST_CORPUS:
-        raise UserError("--clips", f"{clips} is too few", f"ask for at least {SMALLEST_CORPUS}")
-    if seed < 0:
-        raise UserError("--seed", f"{seed} is negative", "give 0 or more")
     settings = {"revision": REVISION, "clips": clips, "seed": seed}
     finished = _read_record(out)
     if finished is not None:
@@ -157,8 +161,8 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "is not empty and not a finished corpus", "choose another folder")
 
-    work = _start(out, settings)
     corpus = plan_corpus(clips, seed)
+    work = _start(out, settings)
     for clip in corpus:
         path = work / clip.audio
         if not path.exists():

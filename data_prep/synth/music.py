@@ -12,15 +12,14 @@ from data_prep.synth.signals import Samples, at_level, decay, faded, mix_in, noi
 
 # Difficulty
 INSTRUMENTS = ("flute", "organ", "piano", "trumpet", "xylophone")
-CONTOURS = ("rising", "falling", "up then down", "down then up")
+CONTOURS = ("rising", "falling", "up then down")
 TEMPI = {"slow": 0.60, "medium": 0.38, "fast": 0.24}  # seconds from note to note
 DYNAMICS = {"louder": 1, "softer": -1, "steady": 0}
-NOTES = (3, 4, 5, 6)
-DUET_SHARE = 0.5  # of the clips: another instrument takes over half-way
-STEP_SEMITONES = 3.5
-LOWEST_HZ = (330.0, 440.0)
+NOTES = (3, 4, 5)
+SPAN_OCTAVES = 2.0  # from the lowest note to the highest
+LOWEST_HZ = (300.0, 360.0)
 LEVEL_DB = -26.0
-DYNAMIC_RANGE_DB = 18.0
+DYNAMIC_RANGE_DB = 24.0
 NOTE_SHARE = 0.75  # of the time from note to note; the rest is silent
 
 HARMONICS: dict[str, tuple[float, ...]] = {
@@ -40,24 +39,20 @@ class Note:
     duration_s: float
     frequency_hz: float
     level_db: float
-    instrument: str
 
 
 @dataclass(frozen=True)
 class MusicPlan(Plan):
+    instrument: str
     contour: str
     tempo: str
     dynamics: str
     notes: tuple[Note, ...]
 
     def facts(self) -> list[Fact]:
-        first, last = self.notes[0].instrument, self.notes[-1].instrument
-        who = [Fact("music.what", first)]
-        if first != last:
-            who = [Fact("music.first", first), Fact("music.last", last)]
         return [
-            *who,
-            Fact("music.count", ("three", "four", "five", "six")[len(self.notes) - 3]),
+            Fact("music.what", self.instrument),
+            Fact("music.count", ("three", "four", "five")[len(self.notes) - 3]),
             Fact("music.contour", self.contour),
             Fact("music.tempo", self.tempo),
             Fact("music.dynamics", self.dynamics),
@@ -71,7 +66,7 @@ class MusicPlan(Plan):
     def render(self, rate_hz: int, rng: np.random.Generator) -> Samples:
         clip = np.zeros(num_samples(self.duration_s, rate_hz), dtype=np.float32)
         for note in self.notes:
-            wave = _play(note, num_samples(note.duration_s, rate_hz), rate_hz, rng)
+            wave = _play(self.instrument, note, num_samples(note.duration_s, rate_hz), rate_hz, rng)
             mix_in(clip, at_level(wave, rate_hz, note.level_db), note.start_s, rate_hz)
         return clip
 
@@ -83,10 +78,7 @@ def plan_music(rng: np.random.Generator) -> Iterator[MusicPlan]:
     while True:
         count, contour, tempo, dynamic = next(counts), next(contours), next(tempi), next(dynamics)
         beat_s = TEMPI[tempo] * rng.uniform(0.95, 1.05)
-        instrument = next(instruments)
-        follower = str(rng.choice([name for name in INSTRUMENTS if name != instrument]))
-        handover = count // 2 if rng.random() < DUET_SHARE else count
-        steps = _steps(contour, count, rng)
+        heights = _heights(contour, count, rng)
         base_hz = rng.uniform(*LOWEST_HZ)
         levels_db = LEVEL_DB + DYNAMICS[dynamic] * np.linspace(-0.5, 0.5, count) * DYNAMIC_RANGE_DB
         start_s = rng.uniform(0.1, 0.2)
@@ -94,35 +86,31 @@ def plan_music(rng: np.random.Generator) -> Iterator[MusicPlan]:
             Note(
                 start_s=float(start_s + index * beat_s),
                 duration_s=float(beat_s * NOTE_SHARE),
-                frequency_hz=float(base_hz * 2 ** (steps[index] * STEP_SEMITONES / 12)),
+                frequency_hz=float(base_hz * 2 ** (heights[index] * SPAN_OCTAVES)),
                 level_db=float(levels_db[index] + rng.uniform(-0.7, 0.7)),
-                instrument=instrument if index < handover else follower,
             )
             for index in range(count)
         )
         end_s = float(start_s + count * beat_s)
-        yield MusicPlan(min(4.0, max(2.0, end_s + rng.uniform(0, 0.6))), contour, tempo, dynamic, notes)
+        yield MusicPlan(
+            min(4.0, max(2.0, end_s + rng.uniform(0, 0.3))), next(instruments), contour, tempo, dynamic, notes
+        )
 
 
-def _steps(contour: str, count: int, rng: np.random.Generator) -> list[int]:
-    """Height of each note in steps above the lowest; neighbours are never equal, nor are the two ends."""
+def _heights(contour: str, count: int, rng: np.random.Generator) -> list[float]:
+    """Height of each note, 0 the lowest and 1 the highest; the ends lie as far apart as the contour allows."""
     if contour == "rising":
-        return list(range(count))
+        return list(np.linspace(0, 1, count))
     if contour == "falling":
-        return list(range(count))[::-1]
-    turn = int(rng.integers(1, count - 1))
-    heights = [-abs(index - turn) for index in range(count)]
-    if turn == count - 1 - turn:  # the ends would tie
-        heights[0 if rng.random() < 0.5 else -1] -= 1
-    if contour == "down then up":
-        heights = [-height for height in heights]
-    return [height - min(heights) for height in heights]
+        return list(np.linspace(1, 0, count))
+    top = int(rng.integers(1, count - 1))
+    return list(np.interp(range(count), [0, top, count - 1], [0, 1, 0]))
 
 
-def _play(note: Note, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
-    wave = tone(note.frequency_hz, HARMONICS[note.instrument], samples, rate_hz)
-    if note.instrument == "flute":
+def _play(instrument: str, note: Note, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
+    wave = tone(note.frequency_hz, HARMONICS[instrument], samples, rate_hz)
+    if instrument == "flute":
         wave = wave + 0.03 * noise(rng, samples)  # breath
-    if note.instrument in DECAY_S:
-        wave = wave * decay(samples, rate_hz, DECAY_S[note.instrument])
-    return faded(wave, rate_hz, attack_s=ATTACK_S[note.instrument])
+    if instrument in DECAY_S:
+        wave = wave * decay(samples, rate_hz, DECAY_S[instrument])
+    return faded(wave, rate_hz, attack_s=ATTACK_S[instrument])

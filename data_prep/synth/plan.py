@@ -20,12 +20,10 @@ class Fact(NamedTuple):
     Attributes:
         task: a key of `WORDINGS` in `questions.py`.
         answer: the right one.
-        sound: what fills `{sound}` in the wording.
     """
 
     task: str
     answer: str
-    sound: str = ""
 
 
 @dataclass(frozen=True)

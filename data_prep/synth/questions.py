@@ -17,8 +17,6 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "sound.first": ("Which sound comes first?", "What is the first sound?", "What do you hear at the start?"),
     "sound.last": ("Which sound comes last?", "What is the last sound?", "What do you hear at the end?"),
-    "sound.after": ("What comes right after the {sound}?", "Which sound follows the {sound}?"),
-    "sound.before": ("What comes right before the {sound}?", "Which sound precedes the {sound}?"),
     "sound.direction": (
         "Is the whistle rising, falling or steady?",
         "How does the pitch of the whistle move?",
@@ -48,39 +46,23 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Which note is the highest?",
         "Is the highest note first, in the middle or last?",
     ),
-    "music.first": ("Which instrument begins?", "Which instrument plays first?", "What instrument starts the melody?"),
-    "music.last": ("Which instrument ends?", "Which instrument plays last?", "What instrument finishes the melody?"),
     "speech.transcribe": ("What is said?", "Transcribe the speech.", "Write down the syllables.", "What do they say?"),
     "speech.count": ("How many syllables are spoken?", "Count the syllables.", "How many syllables do you hear?"),
     "speech.first": ("What is the first syllable?", "Which syllable comes first?", "Which syllable is spoken first?"),
     "speech.last": ("What is the last syllable?", "Which syllable comes last?", "Which syllable is spoken last?"),
-    "speech.intonation": (
-        "Is the voice rising, falling or flat?",
-        "How does the pitch of the voice move?",
-        "What is the intonation?",
-    ),
     "speech.speaker": ("Who is speaking?", "Is it a man, a woman or a child?", "Whose voice is this?"),
-    "speech.loudest": (
-        "Which syllable is the loudest?",
-        "What is the stressed syllable?",
-        "Which syllable carries the stress?",
-    ),
     "speech.longest": ("Which vowel is the longest?", "What is the longest vowel?", "Which vowel is drawn out?"),
 }
 
 
 def ask(clip_id: str, facts: list[Fact], rng: np.random.Generator) -> list[dict[str, str]]:
-    """Manifest entries: up to `QUESTIONS_PER_CLIP` of the facts, no task twice, each in one of its wordings."""
-    by_task = {facts[index].task: facts[index] for index in rng.permutation(len(facts))}
-    entries = []
-    for number, fact in enumerate(list(by_task.values())[:QUESTIONS_PER_CLIP]):
-        wordings = WORDINGS[fact.task]
-        entries.append(
-            {
-                "question_id": f"{clip_id}-{number}",
-                "question": wordings[rng.integers(len(wordings))].format(sound=fact.sound),
-                "answer": fact.answer,
-                "task": fact.task,
-            }
-        )
-    return entries
+    """Manifest entries: up to `QUESTIONS_PER_CLIP` of the facts, in any order, each in one of its wordings."""
+    return [
+        {
+            "question_id": f"{clip_id}-{number}",
+            "question": str(rng.choice(WORDINGS[facts[index].task])),
+            "answer": facts[index].answer,
+            "task": facts[index].task,
+        }
+        for number, index in enumerate(rng.permutation(len(facts))[:QUESTIONS_PER_CLIP])
+    ]

@@ -1,8 +1,7 @@
-"""Domain `sound`: one to four different events, one after the other."""
+"""Domain `sound`: one to three different events, one after the other."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,16 +23,16 @@ from data_prep.synth.signals import (
 )
 
 # Difficulty
-KINDS = ("beep", "hiss", "clicks", "bark", "siren", "knocking", "bell", "whistle")
+KINDS = ("beep", "hiss", "clicks", "siren", "knocking", "bell", "whistle")
 DIRECTIONS = ("rising", "falling", "steady")
-EVENTS = (1, 2, 2, 3, 3, 4, 4)  # drawn evenly from this
+EVENTS = (1, 2, 3)
 WHISTLE_SHARE = 0.4  # of the clips: only a whistle has a direction
 EVENT_S = (0.30, 0.38)
-LONG_EVENT_S = (0.85, 1.0)
+LONG_EVENT_S = (0.9, 1.0)
 GAP_S = (0.22, 0.32)
 LEVEL_DB = -30.0
 LOUD_DB = 12.0
-WHISTLE_OCTAVES = 1.0
+WHISTLE_OCTAVES = 1.5
 
 
 @dataclass(frozen=True)
@@ -54,21 +53,17 @@ class SoundPlan(Plan):
 
     def facts(self) -> list[Fact]:
         kinds = [event.kind for event in self.events]
-        facts = [Fact("sound.count", ("one", "two", "three", "four")[len(kinds) - 1])]
-        facts += [Fact("sound.direction", event.direction) for event in self.events if event.direction]
+        facts = [
+            Fact("sound.count", ("one", "two", "three")[len(kinds) - 1]),
+            Fact("sound.first", kinds[0]),
+            Fact("sound.last", kinds[-1]),
+            *(Fact("sound.direction", event.direction) for event in self.events if event.direction),
+        ]
         if len(kinds) == 1:
             return [*facts, Fact("sound.what", kinds[0])]
         loudest = max(self.events, key=lambda event: event.level_db)
         longest = max(self.events, key=lambda event: event.duration_s)
-        return [
-            *facts,
-            Fact("sound.first", kinds[0]),
-            Fact("sound.last", kinds[-1]),
-            Fact("sound.loudest", loudest.kind),
-            Fact("sound.longest", longest.kind),
-            *(Fact("sound.after", after, before) for before, after in itertools.pairwise(kinds)),
-            *(Fact("sound.before", before, after) for before, after in itertools.pairwise(kinds)),
-        ]
+        return [*facts, Fact("sound.loudest", loudest.kind), Fact("sound.longest", longest.kind)]
 
     def render(self, rate_hz: int, rng: np.random.Generator) -> Samples:
         clip = np.zeros(num_samples(self.duration_s, rate_hz), dtype=np.float32)
@@ -95,8 +90,7 @@ def plan_sounds(rng: np.random.Generator) -> Iterator[SoundPlan]:
             direction = next(directions) if kind == "whistle" else None
             events.append(Event(str(kind), start_s, duration_s, level_db, rng.random(), direction))
             start_s += duration_s + rng.uniform(*GAP_S)
-        rest_s = max(4.0 - start_s, 0.0)
-        yield SoundPlan(min(4.0, max(2.0, start_s + rng.uniform(0, rest_s))), tuple(events))
+        yield SoundPlan(max(2.0, start_s + rng.uniform(0, 0.3)), tuple(events))
 
 
 Source = Callable[[Event, int, int, np.random.Generator], Samples]
@@ -119,11 +113,6 @@ def _clicks(event: Event, samples: int, rate_hz: int, rng: np.random.Generator) 
     return wave
 
 
-def _bark(event: Event, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
-    voice = tone(glide(260 + 60 * event.pitch, 150, samples), [1.0] * 20, samples, rate_hz) + 1.5 * noise(rng, samples)
-    return shaped(voice, rate_hz, {100: 0, 400: 0.5, 700: 1, 1200: 1, 1700: 0.2, 2500: 0.05, 4000: 0})
-
-
 def _siren(event: Event, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
     time_s = np.arange(samples) / rate_hz
     track_hz = (900 + 200 * event.pitch) * 1.5 ** np.sin(2 * np.pi * (5 + event.pitch) * time_s + rng.uniform(0, 6))
@@ -134,6 +123,7 @@ def _knocking(event: Event, samples: int, rate_hz: int, rng: np.random.Generator
     wave = np.zeros(samples, dtype=np.float32)
     length = num_samples(0.1, rate_hz)
     thump = tone(110 + 50 * event.pitch, [1, 0.4, 0.2], length, rate_hz) * decay(length, rate_hz, 0.025)
+    thump = faded(thump, rate_hz, attack_s=0.002)
     for start_s in np.arange(0, samples / rate_hz - 0.1, 0.125):
         mix_in(wave, thump, start_s, rate_hz)
     return wave
@@ -158,7 +148,6 @@ SOURCES: dict[str, Source] = {
     "beep": _beep,
     "hiss": _hiss,
     "clicks": _clicks,
-    "bark": _bark,
     "siren": _siren,
     "knocking": _knocking,
     "bell": _bell,

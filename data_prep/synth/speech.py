@@ -1,4 +1,4 @@
-"""Domain `speech`: invented words of two to four syllables, a consonant and a vowel each, by formant synthesis."""
+"""Domain `speech`: invented words of one to three syllables, a consonant and a vowel each, by formant synthesis."""
 
 from __future__ import annotations
 
@@ -27,17 +27,14 @@ from data_prep.synth.signals import (
 # Difficulty
 CONSONANTS = ("m", "s", "t")
 VOWELS_HZ = {"a": (800, 1250, 2600), "i": (280, 2300, 3000), "u": (310, 800, 2300)}  # formants of a man
-SYLLABLES = (2, 3, 4)
-TRANSCRIBED_SYLLABLES = 3  # longer words are not asked to be transcribed
-SPEAKERS = {"man": (115.0, 1.0), "woman": (200.0, 1.15), "child": (310.0, 1.35)}  # pitch in Hz, scale of the formants
-INTONATIONS = {"rising": 1, "falling": -1, "flat": 0}
-INTONATION_SEMITONES = 12.0
+SYLLABLES = (1, 2, 3)
+SPEAKERS = {"man": (115.0, 1.0), "woman": (190.0, 1.1), "child": (310.0, 1.2)}  # pitch in Hz, scale of the formants
+PITCH_FALL = 0.9  # over the word, as in a statement
 CONSONANT_S = {"m": 0.12, "s": 0.14, "t": 0.09}
 VOWEL_S = (0.20, 0.24)
 LONG_VOWEL_S = (0.55, 0.65)
-GAP_S = (0.05, 0.08)
-LEVEL_DB = -28.0
-STRESS_DB = 12.0
+GAP_S = (0.09, 0.12)
+LEVEL_DB = -26.0
 BANDWIDTH_HZ = (90.0, 110.0, 170.0)
 
 
@@ -64,23 +61,18 @@ class Syllable:
 @dataclass(frozen=True)
 class SpeechPlan(Plan):
     speaker: str
-    intonation: str
     syllables: tuple[Syllable, ...]
 
     def facts(self) -> list[Fact]:
         words = [syllable.text for syllable in self.syllables]
-        facts = [
-            Fact("speech.count", ("two", "three", "four")[len(words) - 2]),
+        return [
+            Fact("speech.transcribe", " ".join(words)),
+            Fact("speech.count", ("one", "two", "three")[len(words) - 1]),
+            Fact("speech.speaker", self.speaker),
+            Fact("speech.longest", max(self.syllables, key=lambda syllable: syllable.vowel_s).vowel),
             Fact("speech.first", words[0]),
             Fact("speech.last", words[-1]),
-            Fact("speech.intonation", self.intonation),
-            Fact("speech.speaker", self.speaker),
-            Fact("speech.loudest", max(self.syllables, key=lambda syllable: syllable.level_db).text),
-            Fact("speech.longest", max(self.syllables, key=lambda syllable: syllable.vowel_s).vowel),
         ]
-        if len(words) <= TRANSCRIBED_SYLLABLES:
-            facts.append(Fact("speech.transcribe", " ".join(words)))
-        return facts
 
     def render(self, rate_hz: int, rng: np.random.Generator) -> Samples:
         clip = np.zeros(num_samples(self.duration_s, rate_hz), dtype=np.float32)
@@ -92,33 +84,30 @@ class SpeechPlan(Plan):
 
 
 def plan_speech(rng: np.random.Generator) -> Iterator[SpeechPlan]:
-    """Endless plans; syllables, speakers, intonations and the places of stress and of the long vowel are balanced."""
-    counts, speakers, intonations = deck(rng, SYLLABLES), deck(rng, tuple(SPEAKERS)), deck(rng, tuple(INTONATIONS))
+    """Endless plans; syllables, speakers and the places of the long vowel are balanced."""
+    counts, speakers = deck(rng, SYLLABLES), deck(rng, tuple(SPEAKERS))
     inventory = deck(rng, [(consonant, vowel) for consonant in CONSONANTS for vowel in VOWELS_HZ])
     while True:
-        count, speaker, intonation = next(counts), next(speakers), next(intonations)
-        stressed, stretched = rng.integers(count, size=2)
+        count, speaker = next(counts), next(speakers)
+        stretched = int(rng.integers(count))
         texts = [next(inventory) for _ in range(count)]
         vowels_s = [rng.uniform(*(LONG_VOWEL_S if index == stretched else VOWEL_S)) for index in range(count)]
         lengths_s = [CONSONANT_S[text[0]] + vowel_s for text, vowel_s in zip(texts, vowels_s, strict=True)]
         starts_s = rng.uniform(0.1, 0.25) + np.cumsum([0.0, *(s + rng.uniform(*GAP_S) for s in lengths_s)])
         middle_hz = SPEAKERS[speaker][0] * rng.uniform(0.95, 1.05)
-        octaves = INTONATIONS[intonation] * INTONATION_SEMITONES / 12
-        pitches_hz = middle_hz * 2 ** (octaves * np.interp(starts_s, starts_s[[0, -1]], [-0.5, 0.5]))
+        pitches_hz = middle_hz * np.interp(starts_s, starts_s[[0, -1]], [1, PITCH_FALL])
 
         syllables = tuple(
             Syllable(
                 *texts[index],
                 start_s=float(starts_s[index]),
                 vowel_s=vowels_s[index],
-                level_db=LEVEL_DB + STRESS_DB * (index == stressed) + rng.uniform(-1, 1),
+                level_db=LEVEL_DB + rng.uniform(-2, 2),
                 pitch_hz=(float(pitches_hz[index]), float(pitches_hz[index + 1])),
             )
             for index in range(count)
         )
-        yield SpeechPlan(
-            min(4.0, max(2.0, float(starts_s[-1]) + rng.uniform(0.1, 0.6))), speaker, intonation, syllables
-        )
+        yield SpeechPlan(min(4.0, max(2.0, float(starts_s[-1]) + rng.uniform(0.1, 0.3))), speaker, syllables)
 
 
 def _speak(syllable: Syllable, scale: float, rate_hz: int, rng: np.random.Generator) -> Samples:
@@ -147,7 +136,7 @@ def _formant_gain(
     frequency_hz: npt.NDArray[np.float64], formants_hz: tuple[int, int, int], scale: float
 ) -> npt.NDArray[np.float64]:
     """Magnitude response of three resonances in series, with the spectral tilt of a voice."""
-    gain = 1 / (1 + frequency_hz / 700)
+    gain = 1 / (1 + frequency_hz / 1500)
     for formant_hz, bandwidth_hz in zip(formants_hz, BANDWIDTH_HZ, strict=True):
         centre_hz = formant_hz * scale
         gain = gain * centre_hz**2 / np.hypot(centre_hz**2 - frequency_hz**2, bandwidth_hz * frequency_hz)

@@ -46,7 +46,57 @@ class LogMelConfig(Strict):
         return self
 
 
-EncoderConfig = LogMelConfig
+class _WeightsConfig(Strict):
+    """What encoders with weights have in common.
+
+    Attributes:
+        model: a folder, a file where the kind allows one, or a Hugging Face Hub name.
+        revision: of a Hub name; pin it for a corpus that is to grow.
+        dtype: of the forward pass; features are stored in float16 in any case.
+        compile: run the model through torch.compile.
+        pool: time steps averaged into one stored frame.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    pool: PositiveInt = 1
+
+
+class WhisperConfig(_WeightsConfig):
+    """Whisper's encoder. layer: which layer's output to store, from 1; None means the last one, normalised."""
+
+    kind: Literal["whisper"]
+    layer: PositiveInt | None = None
+
+
+class AfWhisperConfig(_WeightsConfig):
+    """AF-Whisper, the encoder of Audio Flamingo 3, alone or inside the whole model's folder."""
+
+    kind: Literal["af_whisper"]
+
+
+class ClapConfig(_WeightsConfig):
+    """LAION CLAP's audio tower (HTSAT)."""
+
+    kind: Literal["clap"]
+
+
+class SslamConfig(_WeightsConfig):
+    """SSLAM (or EAT) base, from the official checkpoint file or the Hugging Face folder.
+
+    layer: which block's output to store, from 1; None means the last one.
+    """
+
+    kind: Literal["sslam"]
+    num_heads: PositiveInt = 12
+    layer: PositiveInt | None = None
+
+
+EncoderConfig = Annotated[
+    LogMelConfig | WhisperConfig | AfWhisperConfig | ClapConfig | SslamConfig, Field(discriminator="kind")
+]
 
 
 class WorkersConfig(Strict):

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from data_prep.audio import AudioFile, Reject, Resampler, Samples
+from data_prep.audio import AudioFile, Reject, Resampler
 from data_prep.commits import Commit, CommittedColumn, Progress, RejectedClip, partition_name, write_commit
 from data_prep.config import PrepareConfig
-from data_prep.encoders.base import Encoder, Features, Window, Windower
+from data_prep.encoders.base import Encoder, Features, Windower
 from data_prep.encoders.build import build_encoder
 from data_prep.manifest import Clip, audio_roots
 from data_prep.plan import audio_path, read_partition_clips
@@ -55,9 +56,13 @@ class PartitionWorker:
         self._roots = audio_roots(config)
         self._threads = max(1, int(config.workers.cpus))
         torch.set_num_threads(self._threads)
-        self._encoders = {name: build_encoder(e, contracts[name]) for name, e in config.encoders.items()}
+        on_gpu = config.workers.gpus > 0
+        self.device = torch.cuda.get_device_name() if on_gpu else "cpu"
+        self._encoders = {
+            name: build_encoder(encoder, contracts[name], "cuda" if on_gpu else "cpu")
+            for name, encoder in config.encoders.items()
+        }
         self._rates_hz = sorted({encoder.contract.sample_rate_hz for encoder in self._encoders.values()})
-        self.device = "cpu"
 
     def extract(self, partition: int, plan_sha256: str, killers: dict[int, str]) -> Iterator[Progress | Commit]:
         """Does one partition; yields progress from time to time and its commit record in the end.
@@ -117,26 +122,24 @@ class PartitionWorker:
 
     def _encode(self, clips: list[Clip], killers: dict[int, str]) -> Iterator[_Work]:
         """Yields every clip in order, with its features or its reject."""
-        batches = {name: _Batch(encoder, self._config.batch_s) for name, encoder in self._encoders.items()}
+        batches = {name: _Batch(name, encoder, self._config.batch_s) for name, encoder in self._encoders.items()}
         queue: deque[_Work] = deque()
         with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for work, segments in self._decode_ahead(clips, killers, pool):
                 queue.append(work)
-                windowers = {name: Windower(encoder) for name, encoder in self._encoders.items()}
                 try:
                     for segment in segments:
-                        for name, windower in windowers.items():
-                            audio = segment.audio[self._encoders[name].contract.sample_rate_hz]
-                            for window in windower.push(audio, segment.last):
-                                batches[name].add(name, work, window)
                         work.duration_s = segment.duration_s
+                        for name, windows in segment.windows.items():
+                            for window in windows:
+                                batches[name].add(work, window)
                     work.decoded = True
                 except Reject as reject:
                     work.reject = reject
                 while queue and queue[0].done:
                     yield queue.popleft()
-        for name, batch in batches.items():
-            batch.flush(name)
+        for batch in batches.values():
+            batch.flush()
         yield from queue
 
     def _decode_ahead(
@@ -148,26 +151,38 @@ class PartitionWorker:
             if position in killers:
                 ahead.append((_Work(clip, reject=Reject("killed_worker", killers[position])), iter(())))
             else:
-                segments = _decode(audio_path(clip, self._roots), self._rates_hz, self._config.max_clip_s)
-                ahead.append((_Work(clip), _one_ahead(segments, pool)))
+                ahead.append((_Work(clip), _one_ahead(self._decode(clip), pool)))
             if len(ahead) > 2 * self._threads + 2:
                 yield ahead.popleft()
         yield from ahead
 
+    def _decode(self, clip: Clip) -> Iterator[_Segment]:
+        """Runs in the threads: decodes, resamples, cuts windows and prepares them."""
+        with AudioFile(audio_path(clip, self._roots), self._config.max_clip_s) as file:
+            resamplers = {rate_hz: Resampler(file.sample_rate_hz, rate_hz) for rate_hz in self._rates_hz}
+            windowers = {name: Windower(encoder) for name, encoder in self._encoders.items()}
+            for samples, last in file.segments():
+                audio = {rate_hz: resampler.push(samples, last) for rate_hz, resampler in resamplers.items()}
+                windows = {
+                    name: [
+                        _Window(encoder.prepare(window), window.samples)
+                        for window in windowers[name].push(audio[encoder.contract.sample_rate_hz], last)
+                    ]
+                    for name, encoder in self._encoders.items()
+                }
+                yield _Segment(windows, file.duration_s)
+
+
+@dataclass(frozen=True)
+class _Window:
+    prepared: Tensor
+    samples: int
+
 
 @dataclass(frozen=True)
 class _Segment:
-    audio: dict[int, Samples]  # by rate in Hz
-    last: bool
+    windows: dict[str, list[_Window]]
     duration_s: float
-
-
-def _decode(path: str, rates_hz: list[int], max_clip_s: float | None) -> Iterator[_Segment]:
-    with AudioFile(path, max_clip_s) as file:
-        resamplers = {rate: Resampler(file.sample_rate_hz, rate) for rate in rates_hz}
-        for samples, last in file.segments():
-            audio = {rate: resampler.push(samples, last) for rate, resampler in resamplers.items()}
-            yield _Segment(audio, last, file.duration_s)
 
 
 def _one_ahead(segments: Iterator[_Segment], pool: ThreadPoolExecutor) -> Iterator[_Segment]:
@@ -186,28 +201,31 @@ def _one_ahead(segments: Iterator[_Segment], pool: ThreadPoolExecutor) -> Iterat
 class _Batch:
     """Windows of one encoder that go through it together: at most `batch_s` seconds, padding counted."""
 
-    def __init__(self, encoder: Encoder, batch_s: float) -> None:
+    def __init__(self, name: str, encoder: Encoder, batch_s: float) -> None:
+        self._name = name
         self._encoder = encoder
         self._limit = batch_s * encoder.contract.sample_rate_hz
-        self._windows: list[tuple[_Work, Window]] = []
+        self._windows: list[tuple[_Work, _Window]] = []
         self._longest = 0
 
-    def add(self, name: str, work: _Work, window: Window) -> None:
+    def add(self, work: _Work, window: _Window) -> None:
         length = self._encoder.window_samples if self._encoder.pad_to_window else window.samples
         if self._windows and max(self._longest, length) * (len(self._windows) + 1) > self._limit:
-            self.flush(name)
+            self.flush()
         self._windows.append((work, window))
         self._longest = max(self._longest, length)
         work.waiting += 1
 
-    def flush(self, name: str) -> None:
+    def flush(self) -> None:
         if not self._windows:
             return
-        features = self._encoder.encode_windows([window for _, window in self._windows])
+        features = self._encoder.encode_windows(
+            [window.prepared for _, window in self._windows], [window.samples for _, window in self._windows]
+        )
         for (work, _), frames in zip(self._windows, features, strict=True):
             work.waiting -= 1
             if work.reject is None:
-                work.features.setdefault(name, []).append(frames)
+                work.features.setdefault(self._name, []).append(frames)
         self._windows, self._longest = [], 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,8 +26,8 @@ class Encoder(ABC):
     Attributes:
         contract: how the features are made; `sample_rate_hz` and `width` are read from it.
         window_samples, left_context, right_context: see above, at the encoder's rate.
-        pad_to_window: every window is padded to full length (a model of fixed input) rather than to the longest of
-            its batch.
+        pad_to_window: a window costs as much as a full one (a model of fixed input).
+        pool: frames (time steps, for a grid) that are averaged into one stored frame.
     """
 
     contract: EncoderContract
@@ -35,29 +35,40 @@ class Encoder(ABC):
     left_context: int = 0
     right_context: int = 0
     pad_to_window: bool = True
+    pool: int = 1
 
     @abstractmethod
     def num_frames(self, samples: int) -> int:
-        """Frames to store of a window with this many samples of audio (right context included); may be 0."""
+        """Frames, before pooling, of a window with this many samples of audio (right context included); may be 0."""
+
+    def prepare(self, window: Window) -> Tensor:
+        """The input of one window, on the CPU; several threads call it."""
+        return torch.from_numpy(window.audio)
 
     @abstractmethod
-    def encode(self, audio_BL: Tensor, samples_B: Sequence[int]) -> Tensor:
-        """Features (B, F, width) in float32 of windows (B, left_context + L).
+    def encode(self, inputs: list[Tensor], samples: list[int]) -> Tensor:
+        """Features (B, F, width) of a batch of prepared windows.
 
-        Each row is zero after left_context + samples; of row b the first num_frames(samples_B[b]) frames are kept, and
-        must not depend on the other rows nor on the padding.
+        Of row b the first num_frames(samples[b]) frames are kept; they must not depend on other rows nor on padding.
         """
 
-    def encode_windows(self, windows: Sequence[Window]) -> list[Features]:
-        """Float16 features (frames, width) of each window, padding dropped."""
-        samples = [window.samples for window in windows]
-        length = self.window_samples + self.right_context if self.pad_to_window else max(samples)
-        audio_BL = torch.zeros(len(windows), self.left_context + length)
-        for row, window in zip(audio_BL, windows, strict=True):
-            row[: len(window.audio)] = torch.from_numpy(window.audio)
+    def encode_windows(self, inputs: list[Tensor], samples: list[int]) -> list[Features]:
+        """Float16 features (frames, width) of each prepared window, padding dropped, then pooled."""
         with torch.inference_mode():
-            features_BFD = self.encode(audio_BL, samples).float().cpu().numpy().astype(np.float16)
-        return [features[: self.num_frames(n)] for features, n in zip(features_BFD, samples, strict=True)]
+            features_BFD = self.encode(inputs, samples).float().cpu().numpy()
+        return [
+            self._pooled(features[: self.num_frames(n)]).astype(np.float16)
+            for features, n in zip(features_BFD, samples, strict=True)
+        ]
+
+    def _pooled(self, features_FD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Means over `pool` time steps; the last group has the steps that are left."""
+        if self.pool == 1 or not len(features_FD):
+            return features_FD
+        cells = self.contract.grid[1] if self.contract.grid else 1
+        grid_TCD = features_FD.reshape(-1, cells, features_FD.shape[-1])
+        groups = [grid_TCD[start : start + self.pool].mean(axis=0) for start in range(0, len(grid_TCD), self.pool)]
+        return np.concatenate(groups)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.transforms import MelSpectrogram
@@ -45,11 +44,10 @@ class LogMel(Encoder):
     def num_frames(self, samples: int) -> int:
         return -(-min(samples, self.window_samples) // self._token)
 
-    def encode(self, audio_BL: Tensor, samples_B: Sequence[int]) -> Tensor:
-        tokens = max(self.num_frames(samples) for samples in samples_B)
-        frames = tokens * self._config.frames_per_token
-        needed = (frames - 1) * self._hop + self._window
-        audio_BL = F.pad(audio_BL, (0, max(0, needed - audio_BL.shape[1])))[:, :needed]
+    def encode(self, inputs: list[Tensor], samples: list[int]) -> Tensor:
+        tokens = max(self.num_frames(n) for n in samples)
+        needed = (tokens * self._config.frames_per_token - 1) * self._hop + self._window
+        audio_BL = torch.stack([F.pad(audio[:needed], (0, max(0, needed - len(audio)))) for audio in inputs])
         log_mel_BMF = (self._mel(audio_BL) + POWER_FLOOR).log()
         normalised_BFM = ((log_mel_BMF - self._config.mean) / self._config.std).transpose(1, 2)
         return normalised_BFM.reshape(len(audio_BL), tokens, -1)

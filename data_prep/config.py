@@ -12,7 +12,18 @@ from pipeline.features import CLIPS
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 ColumnName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-ManifestFormat = Literal["auto", "jsonl", "openaqa"]
+ManifestFormat = Literal[
+    "auto",
+    "jsonl",
+    "openaqa",
+    "slam_llm",
+    "messages",
+    "audio_flamingo",
+    "csv",
+    "folder",
+    "parquet",
+    "webdataset",
+]
 
 RESERVED_FOLDERS = {CLIPS, "plan", "commits"}
 
@@ -99,6 +110,26 @@ EncoderConfig = Annotated[
 ]
 
 
+class TableConfig(Strict):
+    """What the rows of a table (CSV, folder, Parquet, WebDataset) mean: templates such as `{caption}` over its fields.
+
+    Attributes:
+        clip_id: None means the format's own name of the clip (path, key), and rows of the same clip are joined.
+        question: of every row; tables hold answers only. None is an error for them; of the formats in JSON, SLAM-LLM
+            uses it where a row has no prompt.
+        answers: each becomes a question of its own.
+        task, dataset, domain: also used by the formats in JSON that do not tell them (without templates there).
+    """
+
+    clip_id: str | None = None
+    audio: str = "{audio}"
+    question: str | None = None
+    answers: list[str] = Field(default=["{answer}"], min_length=1)
+    task: str = "unspecified"
+    dataset: str = "unspecified"
+    domain: str = "unspecified"
+
+
 class WorkersConfig(Strict):
     """What the Ray actors get; each loads its encoders once, decodes with its CPUs and writes its own shards.
 
@@ -126,8 +157,9 @@ class PrepareConfig(Strict):
     """One feature set.
 
     Attributes:
-        manifest: one manifest, or several that are read one after the other.
-        format: `auto` tells it from the file's name and first row.
+        manifest: one manifest, or several that are read one after the other; `*` matches, `s3://` and the like work.
+        format: `auto` tells it from the name and the first record.
+        table: how to read formats that hold no questions.
         audio_root: folder that relative audio paths start from, and that none may leave; None means the folder of
             each manifest, and then absolute paths are taken as they are.
         output: folder of the feature set.
@@ -141,6 +173,7 @@ class PrepareConfig(Strict):
 
     manifest: str | Annotated[list[str], Field(min_length=1)]
     format: ManifestFormat = "auto"
+    table: TableConfig = TableConfig()
     audio_root: str | None = None
     output: str
     encoders: Annotated[dict[ColumnName, EncoderConfig], Field(min_length=1)] = {"log_mel": LogMelConfig()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import sys
 import time
@@ -14,13 +15,11 @@ from typing import Any
 from data_prep.commits import INDEX, Commit, RejectedClip, column_names, merged_index, read_commit, sweep
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
-from data_prep.manifest import audio_roots, read_clips
+from data_prep.manifest import audio_path, audio_roots, manifest_sha256, read_clips
 from data_prep.plan import (
     Plan,
-    audio_path,
     load_plan,
     make_plan,
-    manifest_sha256,
     missing_audio,
     read_partition_clips,
     require_same_settings,
@@ -123,14 +122,12 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
 
 def estimate(paths: Sequence[str], clips: int, contracts: dict[str, EncoderContract]) -> dict[str, Any]:
     """Audio hours and bytes of features to expect of so many clips, from the headers of some of their files."""
-    import soundfile
+    from data_prep.audio import AudioFile, Reject
 
     durations = []
     for path in paths[:: max(1, len(paths) // SAMPLED_CLIPS)]:
-        try:
-            durations.append(soundfile.info(path).duration)
-        except (soundfile.SoundFileError, OSError):
-            continue  # a reject; what is wrong with it is told when its turn comes
+        with contextlib.suppress(Reject), AudioFile(path, None) as file:  # rejects are told when their turn comes
+            durations.append(file.duration_s)
     audio_s = clips * sum(durations) / max(1, len(durations))
     frame_bytes_per_s = sum(2 * contract.width * contract.frame_rate_hz for contract in contracts.values())
     return {"clips": clips, "audio_hours": audio_s / 3600, "bytes": round(audio_s * frame_bytes_per_s)}

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.audio import AudioFile, Reject, Resampler
+from data_prep.audio import AudioFile, Reject
 from data_prep.commits import Commit, CommittedColumn, Progress, RejectedClip, partition_name, write_commit
 from data_prep.config import PrepareConfig
 from data_prep.encoders.base import Encoder, Features, Windower
 from data_prep.encoders.build import build_encoder
-from data_prep.manifest import Clip, audio_roots
-from data_prep.plan import audio_path, read_partition_clips
+from data_prep.manifest import Clip, audio_path, audio_roots
+from data_prep.plan import read_partition_clips
+from data_prep.resample import Resampler
 from data_prep.shards import MAX_SAMPLE_BYTES, ColumnWriter
 from data_prep.storage import open_store
 from pipeline.features import CLIP_COLUMNS, CLIPS, FEATURE_COLUMNS, EncoderContract

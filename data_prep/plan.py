@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.commits import RejectedClip
 from data_prep.config import PrepareConfig
-from data_prep.manifest import Clip, audio_roots, read_clips
+from data_prep.files import container, is_remote
+from data_prep.manifest import Clip, audio_path, audio_roots, manifest_sha256, read_clips
 from data_prep.storage import LocalStore
 from pipeline.errors import UserError
 from pipeline.features import EncoderContract
@@ -51,6 +50,8 @@ def settings_of(config: PrepareConfig, contracts: dict[str, EncoderContract]) ->
     """Everything that decides what the finished set holds, but for the manifest."""
     return {
         "encoders": {name: contract.fingerprint for name, contract in contracts.items()},
+        "format": config.format,
+        "table": config.table.model_dump(),
         "partition_clips": config.partition_clips,
         "batch_s": config.batch_s,
         "max_clip_s": config.max_clip_s,
@@ -139,20 +140,10 @@ def read_partition_clips(store: LocalStore, partition: int) -> list[Clip]:
     return [Clip.model_validate(json.loads(line)) for line in store.read(_rows_name(partition)).splitlines()]
 
 
-def audio_path(clip: Clip, roots: list[str]) -> str:
-    assert clip.audio is not None, "clips without a path never reach a partition"
-    return posixpath.join(roots[clip.root], clip.audio)
-
-
-def manifest_sha256(config: PrepareConfig) -> str:
-    digest = hashlib.sha256()
-    for manifest in config.manifests:
-        digest.update(Path(manifest).read_bytes())
-    return digest.hexdigest()
-
-
 def _missing(config: PrepareConfig, clips: list[Clip]) -> Iterator[str]:
-    paths = [audio_path(clip, audio_roots(config)) for clip in clips]
+    roots = audio_roots(config)
+    paths = list(dict.fromkeys(container(audio_path(clip, roots)) for clip in clips))
+    paths = [path for path in paths if not is_remote(path)]  # a store is asked for each clip once, when it is read
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, one question at a time
         for path, found in zip(paths, pool.map(os.path.exists, paths), strict=True):
             if not found:

@@ -8,7 +8,8 @@ import soundfile
 import torch
 import torchaudio
 
-from data_prep.audio import SEGMENT_S, AudioFile, Reject, Resampler
+from data_prep.audio import SEGMENT_S, AudioFile, Reject
+from data_prep.resample import Resampler
 from tests.corpora import tone
 
 

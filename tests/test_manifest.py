@@ -98,7 +98,7 @@ RECORD = {**OPENAQA, "audio_id": "a"}
         ("m.json", f"[\n{json.dumps(OPENAQA)}]", "m.json:2", "without the field 'audio_id'"),
         ("m.json", json.dumps([RECORD])[:-1], "m.json:1", "bad JSON"),
         ("m.json", json.dumps([RECORD])[:-5], "m.json:1", "bad JSON"),
-        ("m.json", "{}", "m.json:1", "not a JSON array"),
+        ("m.json", "{}", "m.json:1", "without the field 'clip_id'"),
         ("m.jsonl", None, "m.jsonl", "no such manifest"),
     ],
 )

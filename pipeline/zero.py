@@ -206,6 +206,12 @@ class Engine:
         self.groups = [group for group in groups if group.parameters]
         self.accumulation: int = rendered["gradient_accumulation_steps"]
         self.stage = zero_stage(rendered)
+        # In fp32 without ZeRO DeepSpeed neither reports the gradient norm nor refuses one that is not finite, so that
+        # norm, check and clipping are done here.
+        self._plain = self.stage == 0 and not rendered["bf16"]["enabled"] and not rendered["fp16"]["enabled"]
+        self._clipping: float = rendered["gradient_clipping"]
+        if self._plain:
+            rendered = {**rendered, "gradient_clipping": 0.0}
         optimizer_groups = [
             {"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay, "name": g.name}
             for g in self.groups
@@ -278,26 +284,39 @@ class Engine:
         """
         for values, group in zip(self._engine.optimizer.param_groups, self.groups, strict=True):
             values["lr"] = group.learning_rate * factor
-        applied = True
-        if self.stage == 0:  # DeepSpeed neither reports the norm nor checks it without ZeRO
-            norm = self._torch.nn.utils.get_total_norm([p.grad for p in self._trainable() if p.grad is not None])
-            self.gradient_norm = float(norm)
-            applied = math.isfinite(self.gradient_norm)
-            if not applied:
-                self._engine.zero_grad()
+        applied = self._clip_and_check() if self._plain else True
         self._engine.step()
-        if self.stage > 0:
+        if not self._plain:
             self.gradient_norm = self._engine.get_global_grad_norm()
             applied = self._engine.was_step_applied()
         self.skipped_steps += not applied
         return applied
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
-        return [p for group in self.groups for p in group.parameters]
+    def _clip_and_check(self) -> bool:
+        parameters = [p for group in self.groups for p in group.parameters]
+        norm = self._torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.gradient_norm = norm.item()
+        if not math.isfinite(self.gradient_norm):
+            self._engine.zero_grad()  # to None, which the optimizer passes over
+            return False
+        if self._clipping:
+            self._torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, norm)
+        return True
 
     def save(self, folder: Path) -> None:
         """Writes every rank's state under `folder`; frozen parameters are left out. Called by all ranks."""
-        self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+        frozen = {p.data_ptr() for p in self._engine.module.parameters() if not p.requires_grad} - {0}
+
+        def drop_frozen(_module: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+            # DeepSpeed goes by name and would keep the second name of a tied weight: a frozen output embedding.
+            for name in [name for name, tensor in state.items() if tensor.data_ptr() in frozen]:
+                del state[name]
+
+        hook = self._engine.module.register_state_dict_post_hook(drop_frozen)
+        try:
+            self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            hook.remove()
 
     def load(self, folder: Path) -> None:
         """Restores what `save` wrote, at the same world size. Called by all ranks.

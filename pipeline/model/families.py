@@ -72,15 +72,19 @@ def audio_embedding_scale(language_model: PreTrainedModel) -> Tensor | None:
 
 
 def rope(language_model: PreTrainedModel, layer: int, like: Tensor, position_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, N, head_dim), of the given layer at these positions."""
+    """(cos, sin), each (B, N, head_dim), of the given layer at these positions.
+
+    `forward` and not the module itself: it has no parameters, and ZeRO-3 wants every rank to call the same modules the
+    same number of times, also a rank whose batch holds no audio to rotate.
+    """
     decoder = language_model.model
     if language_model.config.model_type != "gemma3_text":
-        return decoder.rotary_emb(like, position_BN)
+        return decoder.rotary_emb.forward(like, position_BN)
     layer_type = language_model.config.layer_types[layer]
     if hasattr(decoder, "rotary_emb_local"):  # transformers 4
         local = layer_type == "sliding_attention"
-        return (decoder.rotary_emb_local if local else decoder.rotary_emb)(like, position_BN)
-    return decoder.rotary_emb(like, position_BN, layer_type)
+        return (decoder.rotary_emb_local if local else decoder.rotary_emb).forward(like, position_BN)
+    return decoder.rotary_emb.forward(like, position_BN, layer_type)
 
 
 def rope_kind(config: PretrainedConfig, layer: int) -> str:

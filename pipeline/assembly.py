@@ -14,7 +14,7 @@ from pipeline import zero
 from pipeline.config import ExperimentConfig, TrainConfig
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.loader import TrainingLoader
-from pipeline.data.shards import FeatureSet
+from pipeline.data.shards import FeatureSet, open_feature_set
 from pipeline.distributed import Ranks
 from pipeline.features import FeatureContract
 from pipeline.model import PalConfig, PalForCausalLM, set_trainable
@@ -44,8 +44,9 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
         UserError: data, language model and config do not fit each other.
     """
     train = config.train
-    features = FeatureSet(config.data.train, config.model.encoders)
-    validation = FeatureSet(config.data.validation, config.model.encoders) if config.data.validation else None
+    encoders = config.model.encoders
+    features = open_feature_set(config.data.train, encoders, config.data)
+    validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat = build_chat(config)
     loader = TrainingLoader(
         features,

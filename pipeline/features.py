@@ -110,15 +110,15 @@ class FeatureContract(_Record):
 def load_contract(folder: str | Path) -> FeatureContract:
     """Reads `features.json` of a prepared set.
 
+    Args:
+        folder: a local path, or a URL of an object store.
+
     Raises:
         UserError: the folder is not a finished feature set, or its contract is damaged.
     """
-    path = Path(folder) / CONTRACT_FILE
-    if not path.is_file():
-        fault = "is not a finished feature set" if Path(folder).is_dir() else "does not exist"
-        raise UserError(folder, f"{fault} (no {CONTRACT_FILE})", "make it with `pal prepare`")
+    path = f"{str(folder).rstrip('/')}/{CONTRACT_FILE}"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(_read(path))
         fingerprint = values.pop("fingerprint", None)
         contract = FeatureContract.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
@@ -126,6 +126,23 @@ def load_contract(folder: str | Path) -> FeatureContract:
     if fingerprint != contract.fingerprint:
         raise UserError(path, "does not agree with its own fingerprint", "prepare the set again")
     return contract
+
+
+def _read(path: str) -> str:
+    if "://" in path:
+        import fsspec
+
+        try:
+            text: str = fsspec.filesystem(path.partition("://")[0]).cat_file(path).decode()
+        except Exception as error:  # every kind of object store has exceptions of its own
+            remedy = "check that `pal prepare` has finished it, the credentials and the network"
+            raise UserError(path, f"cannot be read ({error})", remedy) from error
+        return text
+    folder = Path(path).parent
+    if not Path(path).is_file():
+        fault = "is not a finished feature set" if folder.is_dir() else "does not exist"
+        raise UserError(folder, f"{fault} (no {CONTRACT_FILE})", "make it with `pal prepare`")
+    return Path(path).read_text(encoding="utf-8")
 
 
 def require_encoders(contract: FeatureContract, encoders: list[str], folder: str | Path) -> None:

@@ -15,6 +15,7 @@ _FREE = (
     "output",
     "tracking",
     "data.cache",
+    "data.cache_gib",
     "data.workers",
     "train.checkpoint",
     "train.collective_timeout_s",

@@ -124,12 +124,12 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     import numpy as np
 
     from pipeline import assembly
-    from pipeline.data.shards import FeatureSet
+    from pipeline.data.shards import open_feature_set
     from pipeline.model import count_parameters
 
     _, chat = assembly.build_chat(config)
     parameters = count_parameters(assembly.build_empty_model(config, contract, chat.audio_token_id))
-    features = FeatureSet(config.data.train, config.model.encoders)
+    features = open_feature_set(config.data.train, config.model.encoders, config.data)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
     rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]

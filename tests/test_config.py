@@ -109,3 +109,12 @@ def test_global_batch_must_divide(config_file: Path) -> None:
         UserError, match=r"train.global_batch_size: 96 questions do not divide .* use a multiple of 144"
     ):
         config.gradient_accumulation_steps(world_size=3)
+
+
+def test_places_keep_their_slashes_and_far_ones_need_a_cache(config_file: Path, tmp_path: Path) -> None:
+    config = load(config_file, "data.train=s3://bucket/set", f"data.cache={tmp_path}", "data.cache_gib=0.5")
+    assert config.data.train == "s3://bucket/set"
+    with pytest.raises(UserError, match=r"data\.train: is in an object store and there is no data\.cache"):
+        load(config_file, "data.train=s3://bucket/set")
+    with pytest.raises(UserError, match=r"data\.cache_gib: has no effect without data\.cache"):
+        load(config_file, "data.cache_gib=1")

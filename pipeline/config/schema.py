@@ -40,6 +40,10 @@ def _parse_fraction(value: Any) -> Any:
 LayerCount = Annotated[PositiveInt | Annotated[Fraction, PlainSerializer(str)] | None, BeforeValidator(_parse_fraction)]
 
 
+# A path or a URL: as a Path, `s3://bucket` would lose a slash.
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+
+
 class ConnectorConfig(Strict):
     """See `pipeline.streams.Connector`."""
 
@@ -156,8 +160,11 @@ class DataConfig(Strict):
     """What is read and how a question becomes a conversation.
 
     Attributes:
-        train, validation: prepared feature sets (folders that hold a `features.json`).
-        cache: local folder for shards that come from an object store.
+        train, validation: prepared feature sets: folders that hold a `features.json`, or URLs of an object store.
+        cache: folder on a local disk for copies of shards that lie far away (an object store, a network disk); shared
+            by the ranks of a node and by later jobs. None reads the sets in place.
+        cache_gib: the copies of each feature column take about this much at most; None means no limit. Best larger
+            than the features of shuffle_block_clips clips.
         system_prompt: text before the audio; empty for none.
         tasks, datasets: keep only questions of these; None keeps all.
         questions_per_sequence: questions of one clip packed into one sequence that shares its audio; 1 is the
@@ -167,9 +174,10 @@ class DataConfig(Strict):
         validation_questions: the validation loss is taken on this many questions, spread over the set.
     """
 
-    train: Path
-    validation: Path | None = None
+    train: Location
+    validation: Location | None = None
     cache: Path | None = None
+    cache_gib: Annotated[float, Field(gt=0)] | None = None
     system_prompt: str = "You listen to audio and answer questions about it."
     tasks: list[str] | None = None
     datasets: list[str] | None = None
@@ -178,6 +186,15 @@ class DataConfig(Strict):
     max_text_tokens: PositiveInt = 1024
     validation_questions: PositiveInt = 1024
     workers: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        for key, place in (("data.train", self.train), ("data.validation", self.validation)):
+            if place is not None and "://" in place and self.cache is None:
+                raise InvalidConfig(key, "is in an object store and there is no data.cache", "set it to a local folder")
+        if self.cache_gib is not None and self.cache is None:
+            raise InvalidConfig("data.cache_gib", "has no effect without data.cache", "set both or none")
+        return self
 
 
 class CheckpointConfig(Strict):

@@ -1,36 +1,30 @@
-"""Reads a prepared feature set: the one door to mosaicml-streaming for reading. Knows nothing of order or tokens."""
+"""A prepared feature set: its questions in numbers, and random access to clips and features. Knows nothing of order or
+tokens."""
 
 from __future__ import annotations
 
-import mmap
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from pipeline.distributed import read_ranks
+from pipeline.config import DataConfig
+from pipeline.data.columns import REPAIR, Column, copy_file
 from pipeline.errors import UserError, nearest
 from pipeline.features import (
     CLIP_COLUMNS,
     CLIPS,
+    CONTRACT_FILE,
     FEATURE_COLUMNS,
     FeatureContract,
     Question,
     load_contract,
     require_encoders,
 )
-
-read_ranks()  # sets LOCAL_WORLD_SIZE, which streaming reads
-from streaming import LocalDataset  # noqa: E402
-from streaming.base.hashing import get_hash  # noqa: E402
-
-HASH = "xxh64"
-_REPAIR = "find all damage with `pal validate`, then restore or prepare the set again"
 
 
 @dataclass(frozen=True)
@@ -89,98 +83,46 @@ class QuestionTable:
         return np.flatnonzero(keep)
 
 
-class Column:
-    """One MDS folder with random access. Each shard's size and hash are checked once, before its first sample is used.
-
-    streaming checks hashes of what it downloads only, so a flipped byte on a local disk would decode silently.
-
-    Raises:
-        UserError: the folder, its index or a shard is absent, damaged or of another layout; the file is named.
-    """
-
-    def __init__(self, folder: Path, columns: dict[str, str]) -> None:
-        self._folder = folder
-        index = folder / "index.json"
-        if not index.is_file():
-            raise UserError(index, "is missing", _REPAIR)
-        try:
-            self._dataset = LocalDataset(str(folder))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(index, f"is damaged ({error!r})", _REPAIR) from error
-        self._shards: list[Any] = self._dataset.shards
-        for shard in self._shards:
-            found = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-            if found != columns:
-                fault = f"has columns {found}, expected {columns}"
-                raise UserError(index, fault, "prepare the set with this version")
-        # Shared by the loader's workers, so that a shard is checked once and not once by each.
-        self._checked = torch.zeros(len(self._shards), dtype=torch.uint8).share_memory_()
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples in each shard, in storage order."""
-        return [shard.samples for shard in self._shards]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, number = self._dataset.spanner[index]
-        self._check(shard)
-        sample: dict[str, Any] = self._shards[shard][number]
-        return sample
-
-    def samples(self, shard: int) -> list[dict[str, Any]]:
-        """All samples of one shard, its file read once."""
-        self._check(shard)
-        reader = self._shards[shard]
-        data = self._file(shard).read_bytes()
-        ends = np.frombuffer(data, np.uint32, reader.samples + 1, offset=4)  # MDS: count, then offsets of the samples
-        return [reader.decode_sample(data[begin:end]) for begin, end in pairwise(ends)]
-
-    def _file(self, shard: int) -> Path:
-        return self._folder / self._shards[shard].raw_data.basename
-
-    def _check(self, shard: int) -> None:
-        if self._checked[shard]:
-            return
-        file, expected = self._file(shard), self._shards[shard].raw_data
-        if not file.is_file():
-            raise UserError(file, "is missing", _REPAIR)
-        if file.stat().st_size != expected.bytes:
-            fault = f"has {file.stat().st_size} bytes, its index says {expected.bytes}"
-            raise UserError(file, fault, _REPAIR)
-        if HASH not in expected.hashes:
-            raise UserError(file, f"has no {HASH} hash in its index", "prepare the set with this version")
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if get_hash(HASH, data) != expected.hashes[HASH]:
-                raise UserError(file, f"is damaged (its {HASH} differs from its index)", _REPAIR)
-        self._checked[shard] = 1
-
-
 class FeatureSet:
     """A prepared set: its contract, its questions, and random access to clips and features.
 
     Args:
-        folder: the set.
+        folder: the set: a local path, or a URL of an object store.
         encoders: feature columns to read; may be fewer than the set holds.
+        cache: local folder that keeps copies of the shards of a far folder, shared by ranks and jobs of this node.
+        cache_bytes: the copies of each feature column take about this much at most; None means no limit.
 
     Raises:
-        UserError: not a finished set, an encoder that it does not have, or a damaged file.
+        UserError: not a finished set, an encoder that it does not have, a damaged file, a URL without a cache.
     """
 
-    def __init__(self, folder: str | Path, encoders: Sequence[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        encoders: Sequence[str],
+        cache: str | Path | None = None,
+        cache_bytes: int | None = None,
+    ) -> None:
+        self._place = str(folder).rstrip("/")
+        self.folder = Path(self._place)  # of a URL only the name means anything
         self.encoders = tuple(encoders)
-        self.contract: FeatureContract = load_contract(folder)
-        require_encoders(self.contract, list(encoders), folder)
-        self._clips = Column(self.folder / CLIPS, CLIP_COLUMNS)
-        self._features = {name: Column(self.folder / name, FEATURE_COLUMNS) for name in encoders}
-        for name, column in {CLIPS: self._clips, **self._features}.items():
-            if len(column) != self.contract.clips:
-                fault = f"holds {len(column)} clips, features.json says {self.contract.clips}"
-                raise UserError(self.folder / name, fault, _REPAIR)
+        if "://" in self._place and cache is None:
+            raise UserError(self._place, "is far and has no cache", "set data.cache to a folder on a local disk")
+        self._cache = None if cache is None else Path(cache) / hashlib.sha256(self._place.encode()).hexdigest()[:16]
+        if self._cache is not None:
+            copy_file(f"{self._place}/{CONTRACT_FILE}", self._cache / CONTRACT_FILE)
+        self.contract: FeatureContract = load_contract(self._cache or self._place)
+        require_encoders(self.contract, list(encoders), self._place)
+        self._clips = self._open(CLIPS, CLIP_COLUMNS, None)
+        self._features = {name: self._open(name, FEATURE_COLUMNS, cache_bytes) for name in encoders}
         self.table = self._read_table()
+
+    def _open(self, name: str, columns: dict[str, str], cache_bytes: int | None) -> Column:
+        place = f"{self._place}/{name}"
+        column = Column(place, columns, None if self._cache is None else self._cache / name, cache_bytes)
+        if len(column) != self.contract.clips:
+            raise UserError(place, f"holds {len(column)} clips, features.json says {self.contract.clips}", REPAIR)
+        return column
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -213,12 +155,24 @@ class FeatureSet:
             sample = column[index]
             if sample["clip_id"] != clip_id:
                 fault = f"has clip '{sample['clip_id']}' at {index}, {CLIPS}/ has '{clip_id}' there"
-                raise UserError(self.folder / name / "index.json", fault, _REPAIR)
+                raise UserError(f"{self._place}/{name}/index.json", fault, REPAIR)
             if sample["features"].ndim != 2 or sample["features"].shape[1] != self.widths[name]:
                 fault = f"has features of shape {sample['features'].shape} for clip '{clip_id}', not of the contract's"
-                raise UserError(self.folder / name, f"{fault} width {self.widths[name]}", _REPAIR)
+                raise UserError(f"{self._place}/{name}", f"{fault} width {self.widths[name]}", REPAIR)
             arrays[name] = sample["features"]
         return arrays
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether shards are copied from far away before they are read."""
+        return self._cache is not None
+
+    def prefetch(self, index: int, part: int, parts: int) -> None:
+        """Makes sure that the shards with a clip's features are here; of `parts` processes each sees to its share."""
+        for column in self._features.values():
+            shard = column.shard_of(index)
+            if shard % parts == part:
+                column.prepare(shard)
 
     def _read_table(self) -> QuestionTable:
         tasks: dict[str, int] = {}
@@ -238,7 +192,7 @@ class FeatureSet:
         clip, *rest = np.concatenate(parts).T
         if len(clip) != self.contract.questions:
             fault = f"holds {len(clip)} questions, features.json says {self.contract.questions}"
-            raise UserError(self.folder / CLIPS, fault, _REPAIR)
+            raise UserError(f"{self._place}/{CLIPS}", fault, REPAIR)
         number_, characters_, task_, dataset_ = (np.ascontiguousarray(column, np.int32) for column in rest)
         return QuestionTable(
             np.ascontiguousarray(clip),
@@ -250,6 +204,16 @@ class FeatureSet:
             tuple(datasets),
             np.array(durations),
         )
+
+
+def open_feature_set(place: str, encoders: Sequence[str], data: DataConfig) -> FeatureSet:
+    """A set read as `data.cache` and `data.cache_gib` say.
+
+    Raises:
+        UserError: as `FeatureSet`.
+    """
+    cache_bytes = None if data.cache_gib is None else int(data.cache_gib * 2**30)
+    return FeatureSet(place, encoders, data.cache, cache_bytes)
 
 
 def _clip(sample: dict[str, Any]) -> Clip:

@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -165,3 +166,19 @@ def test_a_users_error_comes_out_of_a_worker_as_itself(features, tmp_path, worke
 def test_a_global_batch_that_does_not_divide_is_named(features, chat):
     with pytest.raises(UserError, match="multiple of 8 sequences"):
         loader(features, chat, world_size=4, visits_per_step=12)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_far_shards_are_fetched_ahead_and_change_nothing(features, chat, tmp_path, workers):
+    far = FeatureSet(features.folder, list(WIDTHS), tmp_path)
+    expected = take([loader(features, chat)], 6)
+    assert take([loader(far, chat, workers=workers)], 6) == expected
+    this = FeatureSet(features.folder, list(WIDTHS), tmp_path / "other")
+    batches = iter(loader(this, chat))
+    next(batches)  # the thread goes on without being asked
+    for _ in range(500):
+        if len(list((tmp_path / "other").rglob("*.mds"))) == 3 * len(features.shard_sizes):
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("nothing is fetched ahead")

@@ -164,6 +164,15 @@ def test_columns_that_could_run_code_are_refused(folder):
         read_all(folder)
 
 
+def test_compressed_shards_are_refused(folder):
+    shutil.rmtree(folder / "clap")
+    columns = {"clip_id": "str", "features": "ndarray:float16"}
+    with MDSWriter(out=str(folder / "clap"), columns=columns, compression="zstd", hashes=["xxh64"]) as writer:
+        writer.write({"clip_id": "clip-0", "features": frames_of(0, 4)})
+    with pytest.raises(UserError, match="compression zstd"):
+        read_all(folder)
+
+
 def test_shards_without_hashes_are_refused(folder):
     shutil.rmtree(folder / CLIPS)
     (folder / CLIPS).mkdir()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from data_prep.storage import LocalStore
+from data_prep.storage import Store
 from pipeline.features import CLIPS
 
 COMMITS = "commits"
@@ -26,9 +26,13 @@ class CommittedFile(_Record):
 
 
 class CommittedColumn(_Record):
-    """One partition of one column: its sub-folder of the column's folder, and the files in it."""
+    """One partition of one column: its sub-folder of the column's folder, and the files in it.
+
+    `device`: what the encoder ran on; features differ in their last digits between kinds.
+    """
 
     folder: str
+    device: str | None = None
     samples: int
     files: list[CommittedFile]
 
@@ -46,16 +50,17 @@ class Commit(_Record):
     """A finished partition. The file that holds this record is the partition's one atomic act: no record, no partition.
 
     Attributes:
-        plan_sha256: of the partition's slice of the plan.
-        device: what the encoders ran on; features differ in their last digits between kinds.
+        audio_sha256, rows_sha256: of the partition's plan, as it was when this was written.
+        generation: how often the partition has grown (new questions, new encoders) since it was first written.
     """
 
     partition: int
-    plan_sha256: str
+    generation: int = 0
+    audio_sha256: str
+    rows_sha256: str
     clips: int
     questions: int
     audio_s: float
-    device: str
     columns: dict[str, CommittedColumn]
     rejects: list[RejectedClip]
 
@@ -73,15 +78,15 @@ class Progress:
     audio_s: float
 
 
-def partition_name(partition: int) -> str:
-    return f"part-{partition:05}"
+def partition_folder(partition: int, generation: int) -> str:
+    return f"part-{partition:05}-{generation}" if generation else f"part-{partition:05}"
 
 
-def write_commit(store: LocalStore, commit: Commit) -> None:
+def write_commit(store: Store, commit: Commit) -> None:
     store.write(_path(commit.partition), (commit.model_dump_json(indent=1) + "\n").encode())
 
 
-def read_record(store: LocalStore, name: str) -> Commit | None:
+def read_record(store: Store, name: str) -> Commit | None:
     """A commit record as it stands; None when there is none, or none that can be read."""
     try:
         return Commit.model_validate_json(store.read(name))
@@ -89,7 +94,7 @@ def read_record(store: LocalStore, name: str) -> Commit | None:
         return None
 
 
-def read_commit(store: LocalStore, partition: int) -> Commit | None:
+def read_commit(store: Store, partition: int) -> Commit | None:
     """The record of a partition; None when it is not committed or when files that it names are not there."""
     commit = read_record(store, _path(partition))
     if commit is None:
@@ -101,16 +106,27 @@ def read_commit(store: LocalStore, partition: int) -> Commit | None:
     return commit
 
 
-def sweep(store: LocalStore, columns: Iterable[str], commits: Iterable[Commit]) -> None:
-    """Removes every partition folder that no commit names: what an interrupted attempt left."""
+def remove_commit(store: Store, partition: int) -> None:
+    store.remove(_path(partition))
+
+
+def sweep(store: Store, columns: Iterable[str], commits: Iterable[Commit], keep_indexed: bool) -> None:
+    """Removes every partition folder that no commit names: what an interrupted attempt left.
+
+    Args:
+        keep_indexed: spare those that a column's present index names, while a finished set grows.
+    """
     kept = {f"{name}/{column.folder}" for commit in commits for name, column in commit.columns.items()}
     for column in columns:
+        if keep_indexed and store.size(f"{column}/{INDEX}") is not None:
+            shards = json.loads(store.read(f"{column}/{INDEX}"))["shards"]
+            kept |= {f"{column}/{shard['raw_data']['basename'].split('/')[0]}" for shard in shards}
         for name in store.list(column):
             if name.startswith("part-") and f"{column}/{name}" not in kept:
                 store.remove(f"{column}/{name}")
 
 
-def merged_index(store: LocalStore, column: str, commits: Sequence[Commit]) -> bytes:
+def merged_index(store: Store, column: str, commits: Sequence[Commit]) -> bytes:
     """The index of a whole column: the shards of the committed partitions, in their order.
 
     As `streaming.base.util.merge_index`, which however takes every index it finds and does not write atomically.

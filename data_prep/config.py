@@ -169,6 +169,8 @@ class PrepareConfig(Strict):
         max_clip_s: longer clips are rejected; None takes any length.
         max_attempts: how often a clip may kill its worker before it is rejected.
         max_reject_fraction: the run fails when more of the clips are rejected.
+        mixed_devices: let one encoder's features come from several kinds of devices, whose numbers differ enough to
+            cost accuracy; the contract then names them all.
     """
 
     manifest: str | Annotated[list[str], Field(min_length=1)]
@@ -183,6 +185,7 @@ class PrepareConfig(Strict):
     max_clip_s: PositiveFloat | None = None
     max_attempts: PositiveInt = 3
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    mixed_devices: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> PrepareConfig:

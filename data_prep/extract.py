@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.commits import INDEX, Commit, RejectedClip, column_names, merged_index, read_commit, sweep
+from data_prep.commits import INDEX, Commit, RejectedClip, column_names, merged_index, read_commit, remove_commit, sweep
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
 from data_prep.manifest import audio_path, audio_roots, manifest_sha256, read_clips
@@ -26,10 +26,10 @@ from data_prep.plan import (
     settings_of,
 )
 from data_prep.progress import ProgressLine
-from data_prep.storage import SCRATCH, LocalStore, open_store
+from data_prep.storage import SCRATCH, Store, open_store
 from data_prep.workers import Cluster, PreparationFailed, ray_cluster
 from pipeline.config.loading import dump_config, load_config
-from pipeline.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.errors import EXIT_FAILURE, run_command
 from pipeline.features import CONTRACT_FILE, EncoderContract, FeatureContract
 
 CONFIG_FILE = "prepare.yaml"
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = False) -> dict[str, Any]:
-    """Makes (or goes on making) one feature set; only partitions that are not committed are worked on.
+    """Makes (or goes on making, or lets grow) one feature set; only what is not committed is worked on.
 
     Returns:
         clips, written, rejected, audio_hours, wall_s, clips_per_s (of this run), bytes, fingerprint; or the estimate
@@ -79,33 +79,26 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
     plan = load_plan(store)
     if plan is not None:
         require_same_settings(plan, settings, config.output)
-        if plan.manifest_sha256 != manifest_sha256(config):
-            raise UserError(config.output, "was begun with another manifest", "choose another `output`")
     if dry_run:
         roots = audio_roots(config)
         paths = [audio_path(clip, roots) for clip in read_clips(config) if clip.audio is not None]
         return estimate(paths, len(paths), contracts)
     with store.lock():
-        if plan is None:
-            plan = make_plan(config, settings, store)
-        commits = {
-            commit.partition: commit
-            for partition in range(len(plan.partitions))
-            if (commit := read_commit(store, partition))
-            and commit.plan_sha256 == plan.partitions[partition].sha256
-            and not (retry_rejects and commit.rejects)
-        }
-        before = _clips_done(commits)
-        todo = [partition for partition in range(len(plan.partitions)) if partition not in commits]
+        if plan is None or plan.manifest_sha256 != manifest_sha256(config) or plan.settings != settings:
+            plan = make_plan(config, settings, store, plan)
+        commits = _read_commits(store, plan, retry_rejects)
+        done = {i: commit for i, commit in commits.items() if is_complete(commit, plan, contracts)}
+        before = _clips_done(done)
+        todo = [partition for partition in range(len(plan.partitions)) if partition not in done]
         if todo:
             expected = estimate(_sampled_paths(config, plan, store), plan.clips, contracts)
             sys.stderr.write(
                 f"{plan.clips} clips, about {expected['audio_hours']:.2f} hours of audio, "
                 f"about {expected['bytes'] / 1e9:.2f} GB of features in {config.output}\n"
             )
-            sweep(store, column_names(contracts), commits.values())
-            _extract(config, contracts, plan, commits, todo)
-        contract = finish(config, contracts, plan, [commits[i] for i in range(len(plan.partitions))], store)
+            sweep(store, column_names(contracts), commits.values(), keep_indexed=True)
+            _extract(config, contracts, plan, done, todo)
+        contract = finish(config, contracts, plan, [done[i] for i in range(len(plan.partitions))], store)
     wall_s = time.monotonic() - start
     return {
         "clips": plan.clips,
@@ -114,10 +107,27 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
         "questions": contract.questions,
         "audio_hours": contract.audio_hours,
         "wall_s": wall_s,
-        "clips_per_s": (_clips_done(commits) - before) / wall_s,
-        "bytes": sum(commit.bytes for commit in commits.values()),
+        "clips_per_s": (_clips_done(done) - before) / wall_s,
+        "bytes": sum(commit.bytes for commit in done.values()),
         "fingerprint": contract.fingerprint,
     }
+
+
+def _read_commits(store: Store, plan: Plan, retry_rejects: bool) -> dict[int, Commit]:
+    """The committed partitions; with `retry_rejects` those with rejects are given up first."""
+    commits = {}
+    for partition, planned in enumerate(plan.partitions):
+        commit = read_commit(store, partition)
+        if commit is not None and retry_rejects and commit.rejects:
+            remove_commit(store, partition)
+        elif commit is not None and commit.audio_sha256 == planned.audio_sha256:
+            commits[partition] = commit
+    return commits
+
+
+def is_complete(commit: Commit, plan: Plan, contracts: dict[str, EncoderContract]) -> bool:
+    rows_sha256 = plan.partitions[commit.partition].rows_sha256
+    return commit.rows_sha256 == rows_sha256 and set(commit.columns) == set(column_names(contracts))
 
 
 def estimate(paths: Sequence[str], clips: int, contracts: dict[str, EncoderContract]) -> dict[str, Any]:
@@ -133,7 +143,7 @@ def estimate(paths: Sequence[str], clips: int, contracts: dict[str, EncoderContr
     return {"clips": clips, "audio_hours": audio_s / 3600, "bytes": round(audio_s * frame_bytes_per_s)}
 
 
-def _sampled_paths(config: PrepareConfig, plan: Plan, store: LocalStore) -> list[str]:
+def _sampled_paths(config: PrepareConfig, plan: Plan, store: Store) -> list[str]:
     """The audio of some partitions, from all over the plan."""
     roots = audio_roots(config)
     every = max(1, len(plan.partitions) // 8)
@@ -151,6 +161,7 @@ def _extract(
     commits: dict[int, Commit],
     todo: list[int],
 ) -> None:
+    """Does the partitions of `todo` and adds them to `commits`."""
     line = ProgressLine(plan.clips, _clips_done(commits) + len(plan.rejects))
     audio_before = sum(commit.audio_s for commit in commits.values())
 
@@ -181,19 +192,17 @@ def finish(
     contracts: dict[str, EncoderContract],
     plan: Plan,
     commits: list[Commit],
-    store: LocalStore,
+    store: Store,
 ) -> FeatureContract:
     """Writes the merged indexes, the rejects, the config and, last, the contract that makes it a feature set."""
     rejects = _check_rejects(config, plan, {commit.partition: commit for commit in commits})
-    for column in column_names(contracts):
-        store.write(f"{column}/{INDEX}", merged_index(store, column, commits))
-    store.write(REJECTS_FILE, "".join(reject.model_dump_json() + "\n" for reject in rejects).encode())
-    store.write(CONFIG_FILE, dump_config(config).encode())
-    devices = sorted({commit.device for commit in commits})
+    columns = column_names(contracts)
     contract = FeatureContract(
         encoders={
-            name: c.model_copy(update={"software": {**c.software, "device": " + ".join(devices)}})
-            for name, c in contracts.items()
+            name: contract.model_copy(
+                update={"software": {**contract.software, "device": _device(config, name, commits)}}
+            )
+            for name, contract in contracts.items()
         },
         clips=sum(commit.clips for commit in commits),
         questions=sum(commit.questions for commit in commits),
@@ -201,9 +210,32 @@ def finish(
         audio_hours=sum(commit.audio_s for commit in commits) / 3600,
         manifest_sha256=plan.manifest_sha256,
     )
-    store.write(CONTRACT_FILE, contract.dump().encode())
+    files = {f"{column}/{INDEX}": merged_index(store, column, commits) for column in columns}
+    files[REJECTS_FILE] = "".join(reject.model_dump_json() + "\n" for reject in rejects).encode()
+    files[CONFIG_FILE] = dump_config(config).encode()
+    files[CONTRACT_FILE] = contract.dump().encode()
+    if any(store.size(name) != len(data) or store.read(name) != data for name, data in files.items()):
+        store.remove(CONTRACT_FILE)  # no reader may see new indexes under an old contract
+        for name, data in files.items():
+            store.write(name, data)
+    sweep(store, columns, commits, keep_indexed=False)
     store.remove(SCRATCH)
     return contract
+
+
+def _device(config: PrepareConfig, encoder: str, commits: Sequence[Commit]) -> str:
+    """The kind of device that made a column.
+
+    Raises:
+        PreparationFailed: several kinds, and the config does not allow it.
+    """
+    devices = sorted({str(commit.columns[encoder].device) for commit in commits})
+    if len(devices) > 1 and not config.mixed_devices:
+        raise PreparationFailed(
+            f"features of {encoder} come from several kinds of devices ({', '.join(devices)}); prepare them on one, "
+            "or set mixed_devices: true"
+        )
+    return " + ".join(devices)
 
 
 def _check_rejects(config: PrepareConfig, plan: Plan, commits: dict[int, Commit]) -> list[RejectedClip]:

@@ -34,7 +34,7 @@ class Clip(BaseModel):
     """One clip of a manifest: where its audio is, and all its questions.
 
     Attributes:
-        root: which of the roots `audio` is relative to (one root per manifest).
+        root: which of the roots `audio` is relative to.
         audio: relative to the root, or absolute; None when it leaves the root, and such a clip is rejected.
     """
 
@@ -62,10 +62,14 @@ def manifest_files(config: PrepareConfig) -> list[str]:
 
 
 def audio_roots(config: PrepareConfig) -> list[str]:
-    """The folder that relative audio paths of each manifest start from."""
+    """The distinct folders that relative audio paths start from."""
+    return list(dict.fromkeys(_root_of(path, config) for path in manifest_files(config)))
+
+
+def _root_of(path: str, config: PrepareConfig) -> str:
     if config.audio_root is not None:
-        return [config.audio_root] * len(manifest_files(config))
-    return [path if Path(path).is_dir() else parent(path) for path in manifest_files(config)]
+        return config.audio_root
+    return path if Path(path).is_dir() else parent(path)
 
 
 def read_clips(config: PrepareConfig) -> Iterator[Clip]:
@@ -74,7 +78,9 @@ def read_clips(config: PrepareConfig) -> Iterator[Clip]:
     Raises:
         UserError: missing manifest, bad JSON, a row without a field or with one of a wrong type; names file and line.
     """
-    for root, path in enumerate(manifest_files(config)):
+    roots = audio_roots(config)
+    for path in manifest_files(config):
+        root = roots.index(_root_of(path, config))
         for row in READERS[_format_of(path, config)](path, config.table):
             yield Clip(
                 clip_id=row.clip_id,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +17,7 @@ from data_prep.commits import RejectedClip
 from data_prep.config import PrepareConfig
 from data_prep.files import container, is_remote
 from data_prep.manifest import Clip, audio_path, audio_roots, manifest_sha256, read_clips
-from data_prep.storage import LocalStore
+from data_prep.storage import Store
 from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
@@ -24,10 +26,13 @@ PLAN_FILE = f"{PLAN}/plan.json"
 
 
 class PlannedPartition(BaseModel):
+    """`audio_sha256` is of what the features depend on (ids and audio), `rows_sha256` of all, questions included."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     clips: int
-    sha256: str
+    audio_sha256: str
+    rows_sha256: str
 
 
 class Plan(BaseModel):
@@ -59,7 +64,7 @@ def settings_of(config: PrepareConfig, contracts: dict[str, EncoderContract]) ->
     }
 
 
-def load_plan(store: LocalStore) -> Plan | None:
+def load_plan(store: Store) -> Plan | None:
     try:
         return Plan.model_validate_json(store.read(PLAN_FILE))
     except FileNotFoundError:
@@ -67,65 +72,112 @@ def load_plan(store: LocalStore) -> Plan | None:
 
 
 def require_same_settings(plan: Plan, settings: dict[str, Any], output: str) -> None:
-    """Raises UserError when the output folder holds a set of other settings; the first difference is named."""
-    for key, value in settings.items():
-        if plan.settings.get(key) != value:
+    """Encoders may be added; everything else must be as it was.
+
+    Raises:
+        UserError: the folder holds a set of other settings; the first difference is named.
+    """
+    for key, begun in plan.settings.items():
+        value = settings.get(key)
+        if key == "encoders":
+            value = {name: settings[key].get(name) for name in begun}
+        if begun != value:
             raise UserError(
                 output,
-                f"was begun with other settings ({key}: {plan.settings.get(key)}, now {value})",
+                f"was begun with other settings ({key}: {begun}, now {value})",
                 "choose another `output` or go back to those settings",
             )
 
 
-def make_plan(config: PrepareConfig, settings: dict[str, Any], store: LocalStore) -> Plan:
+def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old: Plan | None) -> Plan:
     """Reads the manifest once and writes its partitions; `plan.json` comes last and makes the plan valid.
 
+    Clips of an old plan stay where they are, with the questions that they have now; new ones go to new partitions.
+
     Raises:
-        UserError: a fault of the manifest; no clips at all; too many audio files that do not exist.
+        UserError: a fault of the manifest; no clips at all; too many audio files that do not exist; a clip of the old
+            plan that is gone or has other audio.
     """
-    store.remove(PLAN)
+    begun = dict(_planned_clips(store, old))
+    first_new = len(old.partitions) if old else 0
     seen_clips: set[str] = set()
     seen_questions: set[str] = set()
     rejects: list[RejectedClip] = []
-    partitions: list[PlannedPartition] = []
-    pending: list[Clip] = []
-    missing: list[str] = []
-
-    def flush() -> None:
-        missing.extend(_missing(config, pending))
-        data = "".join(clip.model_dump_json() + "\n" for clip in pending).encode()
-        store.write(_rows_name(len(partitions)), data)
-        partitions.append(PlannedPartition(clips=len(pending), sha256=hashlib.sha256(data).hexdigest()))
-        pending.clear()
-
+    new = 0
+    database = sqlite3.connect("")  # on disk once it is large
+    database.execute("CREATE TABLE waiting (part INTEGER, position INTEGER, row TEXT)")
     for clip in read_clips(config):
-        question_ids = [question.question_id for question in clip.questions]
-        if clip.clip_id in seen_clips:
-            reason, detail = "duplicate_id", "clip_id occurred before"
-        elif len(set(question_ids)) < len(question_ids) or not seen_questions.isdisjoint(question_ids):
-            reason, detail = "duplicate_id", "a question_id occurred before"
-        elif clip.audio is None:
-            reason, detail = "outside_root", "the audio path leaves audio_root"
-        else:
-            reason = ""
-        if reason:
-            rejects.append(RejectedClip(clip_id=clip.clip_id, reason=reason, detail=detail, audio=clip.audio))
+        reject = _reject(clip, seen_clips, seen_questions)
+        if reject is not None:
+            rejects.append(reject)
             continue
         seen_clips.add(clip.clip_id)
-        seen_questions.update(question_ids)
-        pending.append(clip)
-        if len(pending) == config.partition_clips:
-            flush()
-    if pending:
-        flush()
+        seen_questions.update(question.question_id for question in clip.questions)
+        if clip.clip_id in begun:
+            part, position, audio = begun[clip.clip_id]
+            if audio != _audio_key(clip):
+                raise UserError(config.output, f"holds clip {clip.clip_id} of other audio", "choose another `output`")
+        else:
+            part, position = first_new + new // config.partition_clips, new % config.partition_clips
+            new += 1
+        database.execute("INSERT INTO waiting VALUES (?, ?, ?)", (part, position, clip.model_dump_json()))
+    for gone in begun.keys() - seen_clips:
+        raise UserError(config.output, f"holds clip {gone}, the manifest does not", "choose another `output`")
     manifests = ", ".join(config.manifests)
-    if not partitions:
+    if not seen_clips:
         raise UserError(manifests, "holds no clip to prepare", "give a manifest with clips")
+
+    partitions: list[PlannedPartition] = []
+    missing: list[str] = []
+    ordered = database.execute("SELECT part, row FROM waiting ORDER BY part, position")
+    for part, group in itertools.groupby(ordered, key=lambda pair: pair[0]):
+        rows = [row for _, row in group]
+        clips = [Clip.model_validate_json(row) for row in rows]
+        if part >= first_new:
+            missing += _missing(config, clips)
+        data = "".join(f"{row}\n" for row in rows).encode()
+        store.write(_rows_name(part), data)
+        partitions.append(
+            PlannedPartition(
+                clips=len(rows),
+                audio_sha256=_sha256("".join(f"{_audio_key(clip)}\n" for clip in clips).encode()),
+                rows_sha256=_sha256(data),
+            )
+        )
+    database.close()
     plan = Plan(settings=settings, manifest_sha256=manifest_sha256(config), partitions=partitions, rejects=rejects)
     if len(missing) > config.max_reject_fraction * plan.clips:
         raise missing_audio(manifests, len(missing), plan.clips, missing[0])
     store.write(PLAN_FILE, (plan.model_dump_json(indent=1) + "\n").encode())
     return plan
+
+
+def _reject(clip: Clip, seen_clips: set[str], seen_questions: set[str]) -> RejectedClip | None:
+    question_ids = [question.question_id for question in clip.questions]
+    if clip.clip_id in seen_clips:
+        reason, detail = "duplicate_id", "clip_id occurred before"
+    elif len(set(question_ids)) < len(question_ids) or not seen_questions.isdisjoint(question_ids):
+        reason, detail = "duplicate_id", "a question_id occurred before"
+    elif clip.audio is None:
+        reason, detail = "outside_root", "the audio path leaves audio_root"
+    else:
+        return None
+    return RejectedClip(clip_id=clip.clip_id, reason=reason, detail=detail, audio=clip.audio)
+
+
+def _planned_clips(store: Store, plan: Plan | None) -> Iterator[tuple[str, tuple[int, int, str]]]:
+    """Partition, position and audio of each clip of a plan, by id."""
+    for part in range(len(plan.partitions) if plan else 0):
+        for position, clip in enumerate(read_partition_clips(store, part)):
+            yield clip.clip_id, (part, position, _audio_key(clip))
+
+
+def _audio_key(clip: Clip) -> str:
+    return json.dumps([clip.clip_id, clip.root, clip.audio])
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def missing_audio(manifests: str, missing: int, clips: int, example: str) -> UserError:
@@ -136,7 +188,7 @@ def missing_audio(manifests: str, missing: int, clips: int, example: str) -> Use
     )
 
 
-def read_partition_clips(store: LocalStore, partition: int) -> list[Clip]:
+def read_partition_clips(store: Store, partition: int) -> list[Clip]:
     return [Clip.model_validate(json.loads(line)) for line in store.read(_rows_name(partition)).splitlines()]
 
 

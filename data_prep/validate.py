@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.commits import COMMITS, INDEX, Commit, column_names, merged_index, read_record
-from data_prep.storage import LocalStore, open_store
+from data_prep.storage import Store, open_store
 from pipeline.errors import EXIT_FAILURE, run_command
 from pipeline.features import CLIPS, FeatureContract, load_contract
 
@@ -21,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("shards", help="folder of the feature set")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write clips, questions and problems")
     args = parser.parse_args(argv)
-    contract = load_contract(args.shards)
-    problems = find_problems(args.shards, contract)
+    store = open_store(args.shards)
+    with store.fetch("") as folder:  # of an object store only the files beside the columns are copied
+        contract = load_contract(folder)
+    problems = find_problems(store, contract)
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
     sys.stdout.write(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems\n")
@@ -32,23 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FAILURE if problems else 0
 
 
-def find_problems(root: str | Path, contract: FeatureContract) -> list[str]:
+def find_problems(store: Store, contract: FeatureContract) -> list[str]:
     """What is wrong with a finished set, one line each, the file first; empty when it is sound.
 
-    A file whose bytes are not those that were committed is reported, and not looked into.
+    A partition with a file whose bytes are not those that were committed is reported, and not looked into.
     """
-    store = open_store(root)
     columns = column_names(contract.encoders)
     commits, problems = _commits(store, columns)
-    damaged = {name: line for commit in commits for name, line in _damaged_files(store, commit)}
-    problems += damaged.values()
-    for column in columns:
-        problems += _index_problems(store, column, commits, damaged)
     totals = _Totals()
+    damaged: set[int] = set()
     for commit in commits:
-        folders = [f"{name}/{column.folder}/" for name, column in commit.columns.items()]
-        if not any(name.startswith(tuple(folders)) for name in damaged):
-            problems += _content_problems(store, commit, contract, totals)
+        with contextlib.ExitStack() as stack:
+            folders = {
+                name: stack.enter_context(store.fetch(f"{name}/{column.folder}"))
+                for name, column in commit.columns.items()
+            }
+            damages = list(_damages(commit, folders))
+            if damages:
+                damaged.add(commit.partition)
+            problems += damages or _content_problems(commit, folders, contract, totals)
+    for column in columns:
+        problems += _index_problems(store, column, commits, bool(damaged))
     if not problems:
         problems += _total_problems(contract, commits, totals)
     return problems
@@ -61,7 +68,7 @@ class _Totals:
         self.questions = 0
 
 
-def _commits(store: LocalStore, columns: list[str]) -> tuple[list[Commit], list[str]]:
+def _commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]:
     commits: list[Commit] = []
     problems = []
     for name in store.list(COMMITS):
@@ -77,39 +84,46 @@ def _commits(store: LocalStore, columns: list[str]) -> tuple[list[Commit], list[
     return commits, problems
 
 
-def _damaged_files(store: LocalStore, commit: Commit) -> Iterator[tuple[str, str]]:
+def _damages(commit: Commit, folders: dict[str, Path]) -> Iterator[str]:
     from data_prep.shards import hash_file
 
     for column, committed in commit.columns.items():
         for file in committed.files:
             name = f"{column}/{committed.folder}/{file.name}"
-            size = store.size(name)
-            if size is None:
-                yield name, f"{name}: is missing"
-            elif size != file.bytes:
-                yield name, f"{name}: has {size} bytes, {file.bytes} were committed"
-            elif hash_file(store.root / name).xxh64 != file.xxh64:
-                yield name, f"{name}: does not have the hash that was committed"
+            path = folders[column] / file.name
+            if not path.is_file():
+                yield f"{name}: is missing"
+            elif path.stat().st_size != file.bytes:
+                yield f"{name}: has {path.stat().st_size} bytes, {file.bytes} were committed"
+            elif hash_file(path).xxh64 != file.xxh64:
+                yield f"{name}: does not have the hash that was committed"
 
 
-def _index_problems(store: LocalStore, column: str, commits: list[Commit], damaged: dict[str, str]) -> Iterator[str]:
+def _index_problems(store: Store, column: str, commits: list[Commit], any_damage: bool) -> Iterator[str]:
     name = f"{column}/{INDEX}"
-    if any(f"{column}/{commit.columns[column].folder}/{INDEX}" in damaged for commit in commits):
-        return  # reported already, and there is nothing to compare with
     if store.size(name) is None:
         yield f"{name}: is missing"
-    elif store.read(name) != merged_index(store, column, commits):
+        return
+    try:
+        expected = merged_index(store, column, commits)
+    except (OSError, ValueError, KeyError):
+        if not any_damage:  # else it is reported already, and there is nothing to compare with
+            raise
+        return
+    if store.read(name) != expected:
         yield f"{name}: is not the index of the committed partitions"
 
 
-def _content_problems(store: LocalStore, commit: Commit, contract: FeatureContract, totals: _Totals) -> Iterator[str]:
+def _content_problems(
+    commit: Commit, folders: dict[str, Path], contract: FeatureContract, totals: _Totals
+) -> Iterator[str]:
     from data_prep.shards import read_partition
 
     def folder(column: str) -> str:
         return f"{column}/{commit.columns[column].folder}"
 
     order = []
-    for sample in read_partition(store.root / folder(CLIPS)):
+    for sample in read_partition(folders[CLIPS]):
         clip_id = sample["clip_id"]
         order.append(clip_id)
         if clip_id in totals.clip_ids:
@@ -122,7 +136,7 @@ def _content_problems(store: LocalStore, commit: Commit, contract: FeatureContra
             totals.question_ids.add(question["question_id"])
     for name, encoder in contract.encoders.items():
         ids = []
-        for sample in read_partition(store.root / folder(name)):
+        for sample in read_partition(folders[name]):
             ids.append(sample["clip_id"])
             fault = _feature_fault(sample["features"], encoder.width)
             if fault:

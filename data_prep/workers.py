@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.commits import Commit, Progress
 from data_prep.config import PrepareConfig
-from data_prep.plan import Plan
+from data_prep.plan import Plan, PlannedPartition
 from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
@@ -211,8 +211,8 @@ class Cluster:
         if task.probe is not None:
             self._actors[actor.handle.probe.remote(task.partition, task.probe)] = actor
         else:
-            plan_sha256 = self._plan.partitions[task.partition].sha256
-            self._actors[actor.handle.extract.remote(task.partition, plan_sha256, task.killers)] = actor
+            planned = self._plan.partitions[task.partition]
+            self._actors[actor.handle.extract.remote(task.partition, planned, task.killers)] = actor
 
     def _mourn(self, task: _Task) -> None:
         """Draws the conclusion from a death: machines are lost, so the first one only means another try.
@@ -259,8 +259,10 @@ class _Worker:
 
         self._worker = PartitionWorker(self._config, self._contracts)
 
-    def extract(self, partition: int, plan_sha256: str, killers: dict[int, str]) -> Iterator[Progress | Commit]:
-        yield from self._worker.extract(partition, plan_sha256, killers)
+    def extract(
+        self, partition: int, planned: PlannedPartition, killers: dict[int, str]
+    ) -> Iterator[Progress | Commit]:
+        yield from self._worker.extract(partition, planned, killers)
 
     def probe(self, partition: int, position: int) -> None:
         self._worker.probe(partition, position)

@@ -13,7 +13,7 @@ import soundfile
 from data_prep.commits import Commit, read_commit
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
-from data_prep.extract import finish
+from data_prep.extract import finish, is_complete
 from data_prep.plan import load_plan, make_plan, settings_of
 from data_prep.storage import open_store
 from pipeline.config.loading import validate_config
@@ -51,24 +51,24 @@ def write_manifest(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def prepare_config(manifest: Path | list[Path], output: Path, **values: Any) -> PrepareConfig:
+def prepare_config(manifest: Path | str | list[Path], output: Path | str, **values: Any) -> PrepareConfig:
     manifests = [str(path) for path in manifest] if isinstance(manifest, list) else str(manifest)
     return validate_config(PrepareConfig, {"manifest": manifests, "output": str(output), **values}, "test")
 
 
 def prepare_here(config: PrepareConfig) -> list[Commit]:
-    """Makes a feature set as `pal prepare` does, but in this process and without Ray."""
+    """Makes a feature set as `pal prepare` does (or lets it grow), but in this process and without Ray."""
     from data_prep.partition import PartitionWorker
 
     contracts = {name: describe_encoder(encoder) for name, encoder in config.encoders.items()}
     store = open_store(config.output)
-    plan = load_plan(store) or make_plan(config, settings_of(config, contracts), store)
+    plan = make_plan(config, settings_of(config, contracts), store, load_plan(store))
     worker = PartitionWorker(config, contracts)
     commits = []
     for index, partition in enumerate(plan.partitions):
         commit = read_commit(store, index)
-        if commit is None:
-            *_, commit = worker.extract(index, partition.sha256, {})
+        if commit is None or not is_complete(commit, plan, contracts):
+            *_, commit = worker.extract(index, partition, {})
         assert isinstance(commit, Commit)
         commits.append(commit)
     finish(config, contracts, plan, commits, store)

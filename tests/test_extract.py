@@ -106,7 +106,7 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_not(cluster, tmp_path
     with pytest.raises(UserError, match="other settings"):
         extract.main([*argv, "encoders.log_mel.num_mels=32"])
     write_manifest(manifest, rows[:-1])
-    with pytest.raises(UserError, match="another manifest"):
+    with pytest.raises(UserError, match=r"holds clip \w+, the manifest does not"):
         extract.main(argv)
 
 
@@ -128,7 +128,7 @@ def test_a_clip_that_kills_its_worker_is_rejected_and_the_rest_lives(cluster, tm
 
 
 class FakePlan:
-    partitions = [PlannedPartition(clips=8, sha256="")]
+    partitions = [PlannedPartition(clips=8, audio_sha256="", rows_sha256="")]
 
 
 def test_attempts_are_counted_for_the_clip_that_was_alone(tmp_path):
@@ -180,7 +180,7 @@ def test_dry_run_tells_the_size_and_writes_nothing(tmp_path, capsys):
     manifest = write_corpus(tmp_path / "corpus", 4, seconds=1.0)
     config = prepare_config(manifest, tmp_path / "set")
     assert extract.main([write_config(config, tmp_path / "p.yaml"), "--dry-run"]) == 0
-    figures = json.loads(capsys.readouterr().out.partition("{")[2].join(["{", ""]))
+    figures = json.loads("{" + capsys.readouterr().out.rpartition("\n{")[2])
     seconds = np.mean([1.0 + 0.05 * i for i in range(4)]) * 4
     assert figures == {
         "clips": 4,

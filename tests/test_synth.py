@@ -244,10 +244,10 @@ def test_the_loudest_sound_is_the_loudest_part(planned):
         assert event.kind == truth(clip)["sound.loudest"], clip.clip_id
 
 
-def test_melodies_follow_their_contour_and_dynamics(planned):
+def test_melodies_follow_their_contour(planned):
     for clip in [clip for clip in planned if clip.domain == "music"][:60]:
         answers, notes, wave = truth(clip), clip.plan.notes, render(clip)[:, 0]
-        fundamentals_hz, levels = [], []
+        fundamentals_hz = []
         for note in notes:
             start = round(note.start_s * clip.rate_hz)
             part = wave[start : start + round(note.duration_s * clip.rate_hz)]
@@ -255,7 +255,6 @@ def test_melodies_follow_their_contour_and_dynamics(planned):
             bins_hz = np.fft.rfftfreq(len(part), 1 / clip.rate_hz)
             near = np.abs(np.log2(np.maximum(bins_hz, 1) / note.frequency_hz)) < 0.12
             fundamentals_hz.append(bins_hz[near][spectrum[near].argmax()])
-            levels.append(np.sqrt((part**2).mean()))
         place = int(np.argmax(fundamentals_hz))
         where = "first" if place == 0 else "last" if place == len(notes) - 1 else "middle"
         assert where == answers["music.highest"]
@@ -263,8 +262,6 @@ def test_melodies_follow_their_contour_and_dynamics(planned):
         turns = [int(sign) for sign, before in zip(signs, [0, *signs], strict=False) if sign != before]
         contours = {(1,): "rising", (-1,): "falling", (1, -1): "up then down"}
         assert contours[tuple(turns)] == answers["music.contour"], clip.clip_id
-        change_db = 20 * np.log10(levels[-1] / levels[0])
-        assert ("louder" if change_db > 9 else "softer" if change_db < -9 else "steady") == answers["music.dynamics"]
 
 
 def test_syllables_are_as_many_as_the_answer_says(planned):

@@ -43,8 +43,8 @@ ENCODINGS = (
     ("FLAC", "PCM_24"),
 )
 CHANNELS = (1, 1, 1, 2)
-GAIN_DB = (-4.0, 4.0)
-NOISE_DB = (-66.0, -60.0)  # before the gain; events lie near -30
+GAIN_DB = (-3.0, 3.0)
+NOISE_DB = (-70.0, -64.0)  # before the gain; what is to be heard lies near -30
 PEAK = 0.98
 
 

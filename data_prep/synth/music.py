@@ -1,4 +1,4 @@
-"""Domain `music`: short melodies that differ in instrument, contour, tempo, dynamics and number of notes."""
+"""Domain `music`: short melodies that differ in instrument, contour, tempo and number of notes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from data_prep.synth.signals import Samples, at_level, decay, faded, mix_in, noi
 # Difficulty
 INSTRUMENTS = ("flute", "organ", "piano", "trumpet", "xylophone")
 CONTOURS = ("rising", "falling", "up then down")
-TEMPI = {"slow": 0.60, "medium": 0.38, "fast": 0.24}  # seconds from note to note
-DYNAMICS = {"louder": 1, "softer": -1, "steady": 0}
+TEMPI = {"slow": 0.66, "medium": 0.38, "fast": 0.22}  # seconds from note to note
+DUET_SHARE = 0.5  # of the clips: another instrument takes over half-way
 NOTES = (3, 4, 5)
 SPAN_OCTAVES = 2.0  # from the lowest note to the highest
 LOWEST_HZ = (300.0, 360.0)
 LEVEL_DB = -26.0
-DYNAMIC_RANGE_DB = 24.0
-NOTE_SHARE = 0.75  # of the time from note to note; the rest is silent
+NOTE_SHARE = 0.65  # of the time from note to note; the rest is silent
 
 HARMONICS: dict[str, tuple[float, ...]] = {
     "flute": (1, 0.1, 0.03),
@@ -39,23 +38,24 @@ class Note:
     duration_s: float
     frequency_hz: float
     level_db: float
+    instrument: str
 
 
 @dataclass(frozen=True)
 class MusicPlan(Plan):
-    instrument: str
     contour: str
     tempo: str
-    dynamics: str
     notes: tuple[Note, ...]
 
     def facts(self) -> list[Fact]:
+        first, last = self.notes[0].instrument, self.notes[-1].instrument
+        solo = [Fact("music.what", first)]
+        duet = [Fact("music.first", first), Fact("music.last", last)]
         return [
-            Fact("music.what", self.instrument),
+            *(solo if first == last else duet),
             Fact("music.count", ("three", "four", "five")[len(self.notes) - 3]),
             Fact("music.contour", self.contour),
             Fact("music.tempo", self.tempo),
-            Fact("music.dynamics", self.dynamics),
             Fact("music.highest", self._place_of_highest()),
         ]
 
@@ -66,35 +66,35 @@ class MusicPlan(Plan):
     def render(self, rate_hz: int, rng: np.random.Generator) -> Samples:
         clip = np.zeros(num_samples(self.duration_s, rate_hz), dtype=np.float32)
         for note in self.notes:
-            wave = _play(self.instrument, note, num_samples(note.duration_s, rate_hz), rate_hz, rng)
+            wave = _play(note, num_samples(note.duration_s, rate_hz), rate_hz, rng)
             mix_in(clip, at_level(wave, rate_hz, note.level_db), note.start_s, rate_hz)
         return clip
 
 
 def plan_music(rng: np.random.Generator) -> Iterator[MusicPlan]:
     """Endless plans; every property is balanced and independent of the others."""
-    contours, tempi, dynamics = deck(rng, CONTOURS), deck(rng, tuple(TEMPI)), deck(rng, tuple(DYNAMICS))
+    contours, tempi = deck(rng, CONTOURS), deck(rng, tuple(TEMPI))
     counts, instruments = deck(rng, NOTES), deck(rng, INSTRUMENTS)
     while True:
-        count, contour, tempo, dynamic = next(counts), next(contours), next(tempi), next(dynamics)
-        beat_s = TEMPI[tempo] * rng.uniform(0.95, 1.05)
+        count, contour, tempo, instrument = next(counts), next(contours), next(tempi), next(instruments)
+        beat_s = TEMPI[tempo] * rng.uniform(0.97, 1.03)
         heights = _heights(contour, count, rng)
         base_hz = rng.uniform(*LOWEST_HZ)
-        levels_db = LEVEL_DB + DYNAMICS[dynamic] * np.linspace(-0.5, 0.5, count) * DYNAMIC_RANGE_DB
+        follower = str(rng.choice([name for name in INSTRUMENTS if name != instrument]))
+        handover = count // 2 if rng.random() < DUET_SHARE else count
         start_s = rng.uniform(0.1, 0.2)
         notes = tuple(
             Note(
                 start_s=float(start_s + index * beat_s),
                 duration_s=float(beat_s * NOTE_SHARE),
                 frequency_hz=float(base_hz * 2 ** (heights[index] * SPAN_OCTAVES)),
-                level_db=float(levels_db[index] + rng.uniform(-0.7, 0.7)),
+                level_db=LEVEL_DB + rng.uniform(-2, 2),
+                instrument=instrument if index < handover else follower,
             )
             for index in range(count)
         )
         end_s = float(start_s + count * beat_s)
-        yield MusicPlan(
-            min(4.0, max(2.0, end_s + rng.uniform(0, 0.3))), next(instruments), contour, tempo, dynamic, notes
-        )
+        yield MusicPlan(min(4.0, max(2.0, end_s + rng.uniform(0, 0.3))), contour, tempo, notes)
 
 
 def _heights(contour: str, count: int, rng: np.random.Generator) -> list[float]:
@@ -107,10 +107,10 @@ def _heights(contour: str, count: int, rng: np.random.Generator) -> list[float]:
     return list(np.interp(range(count), [0, top, count - 1], [0, 1, 0]))
 
 
-def _play(instrument: str, note: Note, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
-    wave = tone(note.frequency_hz, HARMONICS[instrument], samples, rate_hz)
-    if instrument == "flute":
+def _play(note: Note, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
+    wave = tone(note.frequency_hz, HARMONICS[note.instrument], samples, rate_hz)
+    if note.instrument == "flute":
         wave = wave + 0.03 * noise(rng, samples)  # breath
-    if instrument in DECAY_S:
-        wave = wave * decay(samples, rate_hz, DECAY_S[instrument])
-    return faded(wave, rate_hz, attack_s=ATTACK_S[instrument])
+    if note.instrument in DECAY_S:
+        wave = wave * decay(samples, rate_hz, DECAY_S[note.instrument])
+    return faded(wave, rate_hz, attack_s=ATTACK_S[note.instrument])

@@ -29,6 +29,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Name the sound that lasts longest.",
     ),
     "music.what": ("Which instrument plays?", "What instrument is this?", "Name the instrument."),
+    "music.first": ("Which instrument begins?", "Which instrument plays first?", "What instrument starts the melody?"),
+    "music.last": ("Which instrument ends?", "Which instrument plays last?", "What instrument finishes the melody?"),
     "music.count": ("How many notes are played?", "How many notes does the melody have?", "Count the notes."),
     "music.contour": (
         "What is the shape of the melody?",
@@ -36,11 +38,6 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "Describe the contour of the melody.",
     ),
     "music.tempo": ("What is the tempo?", "Is the tempo slow, medium or fast?", "How fast is the melody?"),
-    "music.dynamics": (
-        "Does the music get louder, softer or stay steady?",
-        "How does the loudness change?",
-        "Describe the dynamics: louder, softer or steady?",
-    ),
     "music.highest": (
         "Where is the highest note: first, middle or last?",
         "Which note is the highest?",

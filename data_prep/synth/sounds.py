@@ -26,13 +26,13 @@ from data_prep.synth.signals import (
 KINDS = ("beep", "hiss", "clicks", "siren", "knocking", "bell", "whistle")
 DIRECTIONS = ("rising", "falling", "steady")
 EVENTS = (1, 2, 3)
-WHISTLE_SHARE = 0.4  # of the clips: only a whistle has a direction
+WHISTLE_SHARE = 0.2  # of the events: only a whistle has a direction
 EVENT_S = (0.30, 0.38)
 LONG_EVENT_S = (0.9, 1.0)
 GAP_S = (0.22, 0.32)
-LEVEL_DB = -30.0
-LOUD_DB = 12.0
-WHISTLE_OCTAVES = 1.5
+LEVEL_DB = -34.0
+LOUD_DB = 18.0
+WHISTLE_OCTAVES = 1.8
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan_sounds(rng: np.random.Generator) -> Iterator[SoundPlan]:
     others = [kind for kind in KINDS if kind != "whistle"]
     while True:
         count = next(counts)
-        with_whistle = rng.random() < WHISTLE_SHARE
+        with_whistle = rng.random() < WHISTLE_SHARE * count
         kinds = list(rng.permutation(others)[: count - with_whistle]) + ["whistle"] * with_whistle
         rng.shuffle(kinds)
         loudest, longest = rng.integers(count, size=2)

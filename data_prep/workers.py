@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
 OBJECT_STORE_BYTES = 100 << 20  # nothing but records passes through it
-MAX_START_FAILURES = 3
+MAX_START_FAILURES = 5
 
 
 class PreparationFailed(RuntimeError):
@@ -93,6 +93,7 @@ class Cluster:
         self._contracts = contracts
         self._actors: dict[Any, _Actor] = {}  # by what it is doing: an object reference or a generator of them
         self._start_failures = 0
+        self._no_start_before = 0.0
         self._first_ready = False
 
     def run(
@@ -117,6 +118,9 @@ class Cluster:
         try:
             while waiting or any(actor.task for actor in self._actors.values()):
                 self._fit_actors(waiting)
+                if not self._actors:
+                    time.sleep(0.2)  # a machine was lost; see _fit_actors
+                    continue
                 ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
                 for reference in ready:
                     self._advance(reference, waiting, under_work, on_commit)
@@ -146,7 +150,13 @@ class Cluster:
         return max(fits, workers.min)
 
     def _fit_actors(self, waiting: deque[_Task]) -> None:
-        """Starts actors while there is work for more of them; those without work left have ended by themselves."""
+        """Starts actors while there is work for more of them; those without work left have ended by themselves.
+
+        After a failed start it waits, longer each time: a cluster goes on placing actors on a machine that it has lost
+        until it notices.
+        """
+        if time.monotonic() < self._no_start_before:
+            return
         busy = sum(actor.task is not None for actor in self._actors.values())
         while len(self._actors) < min(self._bound(), len(waiting) + busy):
             handle = _remote_worker(self._config).remote(self._config, self._contracts)
@@ -174,6 +184,7 @@ class Cluster:
             ray.kill(actor.handle)
             if task is None:
                 self._start_failures += 1
+                self._no_start_before = time.monotonic() + 2**self._start_failures
                 if self._start_failures >= MAX_START_FAILURES:
                     raise PreparationFailed(f"workers die while starting: {_last_line(error)}") from error
             else:

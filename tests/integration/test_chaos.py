@@ -1,0 +1,130 @@
+"""Preparation under SIGKILLs at random times: of the driver, of workers, of a whole node. The bytes must not tell."""
+
+import collections
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_prep import validate
+from pipeline.config.loading import dump_config
+from tests.corpora import clip_row, hashes, prepare_config, prepare_here, write_corpus, write_manifest
+
+
+class Chaos:
+    """A Ray cluster of two nodes on this machine, and what kills parts of it."""
+
+    def __init__(self, seed: int) -> None:
+        os.environ["RAY_AUTH_MODE"] = "disabled"
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+        self._cluster = Cluster(initialize_head=True, head_node_args=node)
+        self._second = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        self._random = random.Random(seed)
+        self.kills: collections.Counter[str] = collections.Counter()
+
+    def prepare(self, config_file: Path, wanted_kills: int) -> None:
+        """Runs `pal prepare` until it is through, again after each death of its driver."""
+        environment = {**os.environ, "RAY_ADDRESS": self._cluster.address, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "data_prep.extract", str(config_file)]
+        while True:
+            with subprocess.Popen(
+                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            ) as driver:
+                while driver.poll() is None:
+                    self._pause(driver)
+                    if self.kills.total() < wanted_kills and driver.poll() is None:
+                        self._kill_something(driver)
+                assert driver.stderr is not None
+                if driver.returncode == 0:
+                    return
+                assert driver.returncode == -signal.SIGKILL, driver.stderr.read().decode()
+
+    def _pause(self, driver: subprocess.Popen) -> None:
+        """Some seconds, in which workers start (which takes most of the time) or are in the middle of their work."""
+        deadline = time.monotonic() + self._random.uniform(0.5, 14)
+        while time.monotonic() < deadline and driver.poll() is None:
+            time.sleep(0.05)
+
+    def _kill_something(self, driver: subprocess.Popen) -> None:
+        what = self._random.choice(["driver", "worker", "worker", "node"])
+        if what == "driver":
+            driver.kill()
+        elif what == "worker":
+            workers = [p for node in self._cluster.list_all_nodes() for p in _processes(node, "ray::")]
+            if not workers:
+                return
+            self._random.choice(workers).kill()
+        else:
+            self._cluster.remove_node(self._second, allow_graceful=False)
+            self._second = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        self.kills[what] += 1
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+def _processes(node, name: str) -> list[psutil.Process]:
+    """The running processes of a node (actors, idle workers) whose title has this name."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    found = []
+    for process in raylet.children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def write_flawed_corpus(folder: Path, clips: int, seconds: float) -> Path:
+    """Tones of several rates, of which every 20th is no audio, with a duplicate and a path that leaves the folder."""
+    manifest = write_corpus(folder, clips, seconds)
+    for i in range(5, clips, 20):
+        (folder / f"audio/{i}.wav").write_bytes(b"no audio")
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    return write_manifest(manifest, [*rows, rows[0], clip_row("out", "../out.wav")])
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize(
+    ("clips", "seconds", "kills"),
+    [pytest.param(60, 2.0, 3, id="short"), pytest.param(400, 8.0, 25, id="long", marks=pytest.mark.slow)],
+)
+def test_the_set_is_the_same_however_often_it_was_interrupted(tmp_path, clips, seconds, kills):
+    manifest = write_flawed_corpus(tmp_path / "corpus", clips, seconds)
+    settings = {"partition_clips": 12, "max_reject_fraction": 0.1, "batch_s": 30, "workers": {"max": 2}}
+    whole = prepare_config(manifest, tmp_path / "whole", **settings)
+    prepare_here(whole)
+    ids = [json.loads(line)["clip_id"] for line in manifest.read_text().splitlines()]
+    chaos = Chaos(seed=clips)
+    started, rounds = time.monotonic(), 0
+    try:
+        while chaos.kills.total() < kills:
+            config = prepare_config(manifest, tmp_path / f"set{rounds}", **settings)
+            config_file = tmp_path / f"{rounds}.yaml"
+            config_file.write_text(dump_config(config))
+            chaos.prepare(config_file, kills)
+            rounds += 1
+            assert hashes(Path(config.output)) == hashes(tmp_path / "whole")
+            assert validate.main([config.output]) == 0
+            assert sorted(_prepared(Path(config.output))) == sorted(ids)  # each clip once, each reject once
+    finally:
+        chaos.close()
+    print(f"{dict(chaos.kills)} kills in {rounds} runs of {clips} clips, {time.monotonic() - started:.0f} s")
+
+
+def _prepared(root: Path) -> list[str]:
+    from data_prep.shards import read_partition
+
+    rejects = [json.loads(line)["clip_id"] for line in (root / "rejects.jsonl").read_text().splitlines()]
+    folders = sorted(path for path in (root / "clips").iterdir() if path.is_dir())
+    return rejects + [sample["clip_id"] for folder in folders for sample in read_partition(folder)]

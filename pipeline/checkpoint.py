@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,6 +26,7 @@ RECORD = "COMPLETE.json"
 RUN = "run.json"
 CONFIG = "config.yaml"  # the resolved config, in every checkpoint and in the output folder
 LOCK = ".lock"
+LOCK_PATIENCE_S = 3.0  # the ranks of a killed job need a moment to notice
 _NAME = re.compile(r"step-(\d{6,})")
 _READ_BYTES = 8 << 20
 
@@ -255,22 +256,43 @@ def require_same_run(output: Path, identity: dict[str, Any]) -> None:
             raise UserError(output, fault, "choose another output folder, or remove this one")
 
 
+def require_world_size(output: Path, world_size: int) -> None:
+    """Checks that the newest checkpoint, if there is one, can be resumed by this number of ranks.
+
+    Raises:
+        UserError: another number wrote it.
+    """
+    newest = list_checkpoints(output)[:1]
+    if newest and (written_by := read_record(newest[0]).world_size) != world_size:
+        fault = f"was written by {written_by} ranks, this job has {world_size}"
+        raise UserError(newest[0], fault, f"resume with {written_by} ranks (--nproc)")
+
+
 @contextmanager
 def lock(output: Path) -> Iterator[None]:
     """Holds an output folder. The system releases it with the process, however that ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, and still does after `LOCK_PATIENCE_S`.
     """
     output.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LOCK_PATIENCE_S
     with (output / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(output, f"is in use by {holder}", "wait for it, or choose another output folder") from error
+        while not _take(file):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(output, f"is in use by {holder}", "wait for it, or choose another output folder")
+            time.sleep(0.1)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
+
+
+def _take(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

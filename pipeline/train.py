@@ -106,6 +106,7 @@ def check(config: ExperimentConfig, world_size: int, *, on_gpu: bool) -> tuple[F
         require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
     streams = config.model.resolve_streams(_language_model_config(config.model.language_model).num_hidden_layers)
     checkpoint.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint))
+    checkpoint.require_world_size(config.output, world_size)
     return contract, streams
 
 

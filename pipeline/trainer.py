@@ -18,7 +18,6 @@ from pipeline.config import ExperimentConfig, dump_config
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.shards import FeatureSet
 from pipeline.distributed import Ranks
-from pipeline.errors import UserError
 from pipeline.metrics import Meter, Work, duration, peak_memory_gib
 from pipeline.tracking import Status, Tracker, read_metrics
 
@@ -83,12 +82,12 @@ class Trainer:
                     raise Stopped(f"stopped by a signal at step {self.step}; saved, start it again to go on")
                 if evaluate and self.parts.validation is not None:
                     self._validate(self.parts.validation)
-            results = self._finish()
+            figures = self._export()
             status = "FINISHED"
-            return results
         finally:
             if self.tracker is not None and not self.tracker.close(status):
                 self.say(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
+        return self._write_results(figures)
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
         """One step on one global batch; returns whether a rank was asked to stop."""
@@ -244,9 +243,6 @@ class Trainer:
         if found is None:
             return
         path, record = found
-        if record.world_size != self.ranks.world_size:
-            fault = f"was written by {record.world_size} ranks, this job has {self.ranks.world_size}"
-            raise UserError(path, fault, f"resume with {record.world_size} ranks (--nproc)")
         self.engine.load(path)
         self.loader.load_state_dict(record.data)
         progress = dict(record.progress)
@@ -254,8 +250,8 @@ class Trainer:
         self.step, self.work = record.step, Work(**progress)
         self.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
 
-    def _finish(self) -> dict[str, Any]:
-        """Exports the model and writes `train.json`."""
+    def _export(self) -> dict[str, float]:
+        """Writes the trained model for evaluation; returns the figures of the run."""
         peaks = self.engine.gather_over_ranks(peak_memory_gib(self.engine.device))
         state = self.engine.gathered_state()
         if state is None:
@@ -269,6 +265,11 @@ class Trainer:
             "peak_memory_gib": max(peaks),
         }
         self._record(figures)
+        return figures
+
+    def _write_results(self, figures: dict[str, float]) -> dict[str, Any]:
+        if not self.ranks.is_main:
+            return {}
         newest = str(checkpoint.list_checkpoints(self.output)[0])
         results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
         (self.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

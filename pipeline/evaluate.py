@@ -1,0 +1,226 @@
+"""`pal evaluate MODEL BENCHMARK...`: answers of an exported model to prepared questions, scored, with controls.
+
+The results are a function of model and features: not of the batch size, nor of the order of the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import UserError, run_command
+from pipeline.features import require_same_features
+from pipeline.scoring import CommonestAnswers, Prediction, score
+
+if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
+    from pipeline.answering import Answerer, Features
+    from pipeline.data.shards import Clip, FeatureSet
+
+SWAP_SEED = 0
+OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    names = _benchmark_names(arguments.benchmarks)
+
+    from pipeline.answering import load_answerer
+
+    answerer = load_answerer(arguments.model, arguments.max_new_tokens)
+    results, lines = {}, []
+    for name, folder in names.items():
+        results[name], predictions = evaluate(
+            answerer,
+            folder,
+            wanted_by=str(arguments.model),
+            batch_size=arguments.batch_size,
+            limit=arguments.limit,
+            swap_audio=arguments.swap_audio,
+            commonest_from=arguments.commonest_from,
+        )
+        lines += [{"benchmark": name, **prediction} for prediction in predictions]
+        _print_summary(name, results[name])
+    if arguments.predictions:
+        arguments.predictions.parent.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        arguments.predictions.write_text(text, encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pal evaluate", description="Generate answers on held-out clips, score them.")
+    parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
+    parser.add_argument("benchmarks", nargs="+", type=Path, metavar="BENCHMARK", help="prepared feature set")
+    parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
+    parser.add_argument(
+        "--commonest-from", type=Path, metavar="SET", help="training set: also score its commonest answers"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, spread evenly")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer here, as JSON lines")
+    return parser
+
+
+def _benchmark_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """A benchmark goes by the name of its folder."""
+    names = {folder.resolve().name: folder for folder in folders}
+    if len(names) < len(folders):
+        raise UserError("BENCHMARK", "two folders have the same name", "evaluate them one by one, or rename one")
+    return names
+
+
+def evaluate(
+    answerer: Answerer,
+    folder: Path,
+    *,
+    wanted_by: str,
+    batch_size: int = 64,
+    limit: int | None = None,
+    swap_audio: bool = False,
+    commonest_from: Path | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Asks every question of one benchmark.
+
+    Args:
+        wanted_by: the model's name in messages.
+        limit: only this many clips, spread evenly over the set.
+        swap_audio: ask again with another clip's audio.
+        commonest_from: the training set; its commonest answer to each wording is scored as well.
+
+    Returns:
+        the scores: those of `scoring.score`, with further ones under `swapped_audio` and `commonest_answer`; and the
+        predictions as plain JSON, in storage order.
+
+    Raises:
+        UserError: not a feature set, features of another encoder, a limit or batch size below 1, or a swap of one clip.
+    """
+    from pipeline.data.shards import FeatureSet
+
+    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UserError(option, f"{value} is below 1", "give a positive number")
+    features = FeatureSet(folder, list(answerer.feature_fingerprints))
+    require_same_features(answerer.feature_fingerprints, features.contract, folder, wanted_by)
+    clips = _spread(len(features), limit)
+
+    own = ask(answerer, features, {clip: clip for clip in clips}, batch_size)
+    scores = score(own)
+    lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
+    if swap_audio:
+        heard = swap_within_domains({clip: features.clip(clip).domain for clip in clips})
+        swapped = ask(answerer, features, heard, batch_size)
+        scores["swapped_audio"] = score(swapped)
+        lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
+    if commonest_from is not None:
+        guess = commonest_answers(commonest_from)
+        scores["commonest_answer"] = score([replace(p, prediction=guess(p.task, p.question)) for p in own])
+    return scores, lines
+
+
+def ask(answerer: Answerer, features: FeatureSet, heard: Mapping[int, int], batch_size: int) -> list[Prediction]:
+    """Every question about the clips in `heard`, answered with the features of the clip that each maps to.
+
+    Returns:
+        the predictions in storage order. They are asked longest audio first and clip by clip, so that rows of a batch
+        are of like length and each clip's features are read once.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from pipeline.answering import Request
+
+    clip_of, duration_s = features.table.clip.tolist(), features.table.duration_s
+    order = [question for question, clip in enumerate(clip_of) if clip in heard]
+    order.sort(key=lambda question: (-duration_s[heard[clip_of[question]]], clip_of[question], question))
+
+    @lru_cache(maxsize=1)
+    def read(clip: int) -> tuple[Clip, Features]:
+        audio = features.clip(heard[clip])
+        return features.clip(clip), features.features(heard[clip], audio.clip_id)
+
+    predictions: dict[int, Prediction] = {}
+    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+    for batch in track(batches, f"{features.folder.name}: {len(order)} questions", console=Console(stderr=True)):
+        asked, requests = [], []
+        for question in batch:
+            clip, arrays = read(clip_of[question])
+            asked.append((clip, clip.questions[features.table.number[question]]))
+            requests.append(Request(asked[-1][1].question, clip, arrays))
+        for question, (clip, q), answer in zip(batch, asked, answerer.answer(requests), strict=True):
+            predictions[question] = Prediction(
+                q.question_id, clip.clip_id, clip.domain, q.task, q.question, q.answer, prediction=answer
+            )
+    return [predictions[question] for question in sorted(predictions)]
+
+
+def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
+    """Gives each clip another clip's audio, at random but always the same.
+
+    Within a domain, since that is the stricter control: audio of a foreign domain would make the questions absurd and
+    the score fall for that reason alone, while here the model hears something plausible and only the clip is wrong.
+    Clips that are alone in their domain swap among themselves.
+
+    Args:
+        domains: clip -> domain.
+
+    Returns:
+        clip -> the clip heard instead: never itself.
+
+    Raises:
+        UserError: fewer than two clips.
+    """
+    if len(domains) < 2:
+        raise UserError("--swap-audio", "needs at least two clips", "evaluate more clips")
+    groups: dict[str, list[int]] = defaultdict(list)
+    for clip in sorted(domains):
+        groups[domains[clip]].append(clip)
+    rng = np.random.default_rng(SWAP_SEED)
+    cycles = [rng.permutation(groups[domain]).tolist() for domain in sorted(groups) if len(groups[domain]) > 1]
+    alone = [clip for members in groups.values() if len(members) == 1 for clip in members]
+    if len(alone) == 1:
+        cycles[0] += alone
+    elif alone:
+        cycles.append(alone)
+    return {clip: cycle[place - 1] for cycle in cycles for place, clip in enumerate(cycle)}
+
+
+def commonest_answers(folder: Path) -> CommonestAnswers:
+    """The answers of a training set, counted; see `scoring.CommonestAnswers`."""
+    from pipeline.data.shards import FeatureSet
+
+    features = FeatureSet(folder, [])
+    questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
+    return CommonestAnswers((question.task, question.question, question.answer) for question in questions)
+
+
+def _spread(clips: int, limit: int | None) -> list[int]:
+    """`limit` clip numbers, evenly over all."""
+    if limit is None or limit >= clips:
+        return list(range(clips))
+    return [place * clips // limit for place in range(limit)]
+
+
+def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:
+    low, high = scores["ci95"]
+    line = f"{benchmark}: accuracy {scores['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    for key in ("swapped_audio", "commonest_answer"):
+        if key in scores:
+            line += f", {key.replace('_', ' ')} {scores[key]['accuracy']:.1%}"
+    print(f"{line}, {scores['questions']} questions about {scores['clips']} clips")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

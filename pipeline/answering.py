@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import checkpoint
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.chat import IGNORE, Chat, Row, load_tokenizer
 from pipeline.data.collate import Example, collate
@@ -17,9 +18,23 @@ from pipeline.data.shards import Clip
 from pipeline.errors import UserError
 from pipeline.model import PalForCausalLM
 
-RESOLVED_CONFIG = "experiment.yaml"
-
 Features = Mapping[str, NDArray[np.float16]]
+
+
+def load_answerer(folder: Path, max_new_tokens: int) -> Answerer:
+    """The model of an exported folder, on a GPU where there is one, with the prompt that it was trained with.
+
+    Raises:
+        UserError: the folder is not an exported model.
+    """
+    if not (folder / checkpoint.CONFIG).is_file():
+        fault = "is not an exported model" if folder.is_dir() else "does not exist"
+        raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
+    config = load_config(ExperimentConfig, folder / checkpoint.CONFIG)
+    model = PalForCausalLM.from_pretrained(folder, dtype="auto")
+    chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=config.data.max_text_tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Answerer(model.to(device), chat, max_new_tokens, config)
 
 
 @dataclass(frozen=True)
@@ -34,11 +49,17 @@ class Request:
 class Answerer:
     """A model, its prompt and its device.
 
+    Args:
+        config: what the model was trained by; None for a model of unknown training.
+
     Attributes:
         feature_fingerprints: encoder -> fingerprint of the features that the model understands.
     """
 
-    def __init__(self, model: PalForCausalLM, chat: Chat, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: PalForCausalLM, chat: Chat, max_new_tokens: int, config: ExperimentConfig | None = None
+    ) -> None:
+        self.config = config
         self._model = model.eval()
         self._chat = chat
         self._max_new_tokens = max_new_tokens

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from pipeline import zero
-from pipeline.config import ExperimentConfig, TrainConfig
+from pipeline import checkpoint, zero
+from pipeline.config import ExperimentConfig, TrainConfig, dump_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.loader import TrainingLoader
 from pipeline.data.shards import FeatureSet, open_feature_set
@@ -101,6 +103,27 @@ def build_empty_model(config: ExperimentConfig, contract: FeatureContract, audio
         model = PalForCausalLM(PalConfig(language_model, **_model_settings(config, contract, audio_token_id)))
     set_trainable(model, config.train.trainable)
     return model
+
+
+def save_model(
+    model: PalForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ExperimentConfig,
+    folder: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes the Hugging Face folder that `pal evaluate` reads: weights, tokenizer, and the config it was trained by.
+
+    Args:
+        state_dict: the weights where the model does not hold them itself (ZeRO-3).
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, state_dict=state_dict)
+    tokenizer.save_pretrained(temporary)
+    (temporary / checkpoint.CONFIG).write_text(dump_config(config), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _model_settings(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> dict[str, Any]:

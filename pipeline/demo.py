@@ -123,7 +123,6 @@ def plan_stages(out: Path, clips: int, nproc: int, overrides: Sequence[str] = ()
         stages.append(Stage(f"train {variant}", train, ("final_loss", "samples_per_s", "peak_memory_gib")))
     for variant in VARIANTS:
         model = str(out / variant / "model")
-        stages.append(Stage(f"export {variant}", ("pipeline.export", str(out / variant), model), ("parameters",)))
         files = (f"--predictions={out / variant / 'predictions.jsonl'}",)
         evaluate = ("pipeline.evaluate", model, str(test_set), "--swap-audio", f"--commonest-from={train_set}", *files)
         stages.append(Stage(f"evaluate {variant}", evaluate))

@@ -23,9 +23,11 @@ from pipeline.scoring import CommonestAnswers, Prediction, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.answering import Answerer, Features
+    from pipeline.config import ExperimentConfig
     from pipeline.data.shards import Clip, FeatureSet
 
 SWAP_SEED = 0
+EVALUATION_FOLDER = "evaluation"  # artifacts of the run, one <benchmark>.json each: what `pal report` reads
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 
 
@@ -49,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         )
         lines += [{"benchmark": name, **prediction} for prediction in predictions]
         _print_summary(name, results[name])
+    if answerer.config is not None:
+        _log_to_run(answerer.config, results)
     if arguments.predictions:
         arguments.predictions.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -72,6 +76,31 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer here, as JSON lines")
     return parser
+
+
+def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
+    """Adds the scores to the MLflow run that trained the model, if that is still known here."""
+    from pipeline import checkpoint, tracking
+
+    run = checkpoint.read_run(config.output)
+    if run is None or run.run_id is None:
+        print(
+            f"pal: not logged to MLflow: {config.output} does not name the run that trained this model", file=sys.stderr
+        )
+        return
+    scores, artifacts = {}, {}
+    for name, result in results.items():
+        artifacts[f"{EVALUATION_FOLDER}/{name}.json"] = json.dumps(result, indent=2)
+        scores[f"eval/{name}/accuracy"] = result["accuracy"]
+        for domain, group in result["by_domain"].items():
+            scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]
+        for control in ("swapped_audio", "commonest_answer"):
+            if control in result:
+                scores[f"eval/{name}/{control}_accuracy"] = result[control]["accuracy"]
+    try:
+        tracking.log_evaluation(config.tracking, config.output, run.run_id, scores, artifacts)
+    except Exception as error:  # of many libraries; the scores are printed and in --json
+        print(f"pal: not logged to MLflow ({type(error).__name__}: {error})", file=sys.stderr)
 
 
 def _benchmark_names(folders: Sequence[Path]) -> dict[str, Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,14 +83,8 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     tokenizer, chat = assembly.build_chat(config)
     model = assembly.build_model(config, contract, chat.audio_token_id)
     _load_trained(model, zero.trained_weights(source), source)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    read_back = PalForCausalLM.from_pretrained(temporary, dtype=model.dtype)
-    difference = _largest_difference(model, read_back)
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    assembly.save_model(model, tokenizer, config, out)
+    difference = _largest_difference(model, PalForCausalLM.from_pretrained(out, dtype=model.dtype))
     return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
 
 

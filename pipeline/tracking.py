@@ -135,6 +135,17 @@ def end_run(config: TrackingConfig, output: Path, run_id: str, status: Status) -
     shipper.end_run(status)
 
 
+def log_evaluation(
+    config: TrackingConfig, output: Path, run_id: str, scores: Mapping[str, float], artifacts: Mapping[str, str]
+) -> None:
+    """Adds the scores of a trained model, and texts such as whole results, to its run. May raise what MLflow raises."""
+    shipper = _Shipper(config, output)
+    for name, value in scores.items():
+        shipper.client.log_metric(run_id, name, value)
+    for name, text in artifacts.items():
+        shipper.client.log_text(run_id, text, name)
+
+
 class _Shipper:
     """Moves `metrics.jsonl` to MLflow, and knows how far it came. Every method may raise."""
 

@@ -256,8 +256,7 @@ class Trainer:
         state = self.engine.gathered_state()
         if state is None:
             return {}
-        self.parts.model.save_pretrained(self.output / MODEL, state_dict=state)
-        self.parts.tokenizer.save_pretrained(self.output / MODEL)
+        assembly.save_model(self.parts.model, self.parts.tokenizer, self.config, self.output / MODEL, state)
         losses = [metrics["train/loss"] for _, metrics in read_metrics(self.output) if "train/loss" in metrics]
         figures = {
             "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),

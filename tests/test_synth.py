@@ -158,6 +158,12 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        main([str(tmp_path / "file/corpus"), "--clips", "30"])
+
+
 @pytest.mark.parametrize("arguments", [["--clips", "3"], ["--seed", "-1"], ["--clips", "3", "--dry-run"]])
 def test_settings_that_cannot_work_name_their_argument(tmp_path, arguments):
     with pytest.raises(UserError, match=r"--clips|--seed"):

@@ -1,6 +1,6 @@
-"""`pal synth OUT`: a corpus of real audio files with ground truth, in three domains. Owns the command line only.
+"""`pal synth OUT`: a corpus of real audio files with ground truth. Here is the command line only.
 
-`sounds`, `music` and `speech` plan and render, `questions` words, `corpus` writes."""
+`sounds`, `music` and `speech` plan clips and render them from `signals`; `questions` words; `corpus` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: an argument or the folder cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="pal synth", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pal synth", description="Writes an audio corpus with ground truth.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--clips", type=int, default=1300, help="audio files in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")

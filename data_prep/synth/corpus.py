@@ -28,7 +28,7 @@ DOMAINS: dict[str, Callable[[np.random.Generator], Iterator[Plan]]] = {
     "music": plan_music,
     "speech": plan_speech,
 }
-HELD_OUT_SHARE = 0.15
+HELD_OUT = (True,) * 3 + (False,) * 17  # 15 % of each domain
 SMALLEST_CORPUS = 30  # below it a domain has no held-out clip to speak of
 
 # Small files are commoner than large ones, so that a thousand clips stay near 200 MB.
@@ -83,7 +83,7 @@ def plan_corpus(clips: int, seed: int) -> list[Clip]:
         raise UserError("--seed", f"{seed} is negative", "give 0 or more")
     rng = np.random.default_rng([seed, 0])
     plans = {name: start(rng) for name, start in DOMAINS.items()}
-    held_out = {name: deck(rng, _shares(HELD_OUT_SHARE)) for name in DOMAINS}
+    held_out = {name: deck(rng, HELD_OUT) for name in DOMAINS}
     rates, encodings, channels = deck(rng, RATES_HZ), deck(rng, ENCODINGS), deck(rng, CHANNELS)
     corpus = []
     for index in range(clips):
@@ -110,10 +110,6 @@ def plan_corpus(clips: int, seed: int) -> list[Clip]:
     return corpus
 
 
-def _shares(share: float) -> list[bool]:
-    return [index < round(20 * share) for index in range(20)]
-
-
 def render(clip: Clip) -> Samples:
     """The samples of a clip, (samples, channels), background noise and level included."""
     rng = np.random.default_rng(clip.seed)
@@ -128,7 +124,7 @@ def render(clip: Clip) -> Samples:
 
 
 def encode(clip: Clip) -> bytes:
-    """The audio file; the same clip always gives the same bytes."""
+    """The bytes of the audio file; the same clip always gives the same."""
     import soundfile
 
     buffer = io.BytesIO()
@@ -152,6 +148,7 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
     Raises:
         UserError: `out` holds something else, or the settings cannot work.
     """
+    out = out.resolve()
     settings = {"revision": REVISION, "clips": clips, "seed": seed}
     finished = _read_record(out)
     if finished is not None:
@@ -212,12 +209,15 @@ def _read_record(out: Path) -> dict[str, Any] | None:
 
 def _start(out: Path, settings: dict[str, int]) -> Path:
     """The working folder, emptied unless a run with these settings left it."""
-    work = out.absolute().parent / f".{out.absolute().name}.unfinished"
+    work = out.parent / f".{out.name}.unfinished"
     stamp = work / STAMP
     wanted = json.dumps(settings)
     if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
         shutil.rmtree(work, ignore_errors=True)
-        (work / "audio").mkdir(parents=True)
+        try:
+            (work / "audio").mkdir(parents=True)
+        except OSError as error:
+            raise UserError(work.parent, f"cannot be written ({error.strerror})", "choose another folder") from error
         _write(stamp, wanted.encode())
     return work
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.model.configuration import PalConfig
-from pipeline.model.connectors import Mlp, build_connector
+from pipeline.model.connectors import build_connector
+from pipeline.model.cross_attention import FlamingoBlock
+from pipeline.model.mlp import Mlp
 from pipeline.streams import Stream
 
 
 class AudioStream(nn.Module):
-    """One stream: `connector`, and for LAL `layer_projections` (P_l, one for each audio layer)."""
+    """One stream: `connector`, and at its audio layers `layer_projections` (LAL: P_l) or `layer_blocks` (flamingo)."""
 
     def __init__(self, spec: Stream, config: PalConfig) -> None:
         super().__init__()
         self.spec = spec
-        hidden = config.language_model_config.hidden_size
+        language_model = config.language_model
+        hidden = language_model.hidden_size
         widths = [config.encoder_widths[name] for name in spec.encoders]
+        grids = [config.encoder_grids.get(name) for name in spec.encoders]
         width = spec.connector.width or (hidden if spec.integration == "plits" else widths[0])
         if spec.integration == "plits" and width != hidden:
             raise UserError(
@@ -29,9 +34,12 @@ class AudioStream(nn.Module):
                 f"{width} is not the language model's width {hidden}, which tokens in the sequence need",
                 "leave it out for plits",
             )
-        self.connector = build_connector(spec.connector, widths, width)
-        layers = spec.audio_layers if spec.integration == "lal" else ()
-        self.layer_projections = nn.ModuleDict({str(layer): Mlp(width, hidden) for layer in layers})
+        self.connector = build_connector(spec.connector, widths, grids, width)
+        projected = spec.audio_layers if spec.integration == "lal" else ()
+        self.layer_projections = nn.ModuleDict({str(layer): Mlp(width, hidden) for layer in projected})
+        crossed = spec.audio_layers if spec.integration == "flamingo" else ()
+        heads = language_model.num_attention_heads
+        self.layer_blocks = nn.ModuleDict({str(layer): FlamingoBlock(hidden, width, heads) for layer in crossed})
 
     def initialise(self, name: str) -> None:
         """Draws every parameter from a generator of its own, seeded by torch's seed and the parameter's module name.
@@ -47,28 +55,83 @@ class AudioStream(nn.Module):
                     reset()
 
 
+@dataclass(frozen=True)
+class AudioTokens:
+    """What the connectors made of a batch's clips; one entry for each stream.
+
+    Attributes:
+        tokens: (N, width) of all clips, one after the other.
+        counts, frames: (num_clips,) tokens of each clip, and the frames they were made of; on the CPU.
+        stand_in: the batch holds no clip; one frame of silence is there so that every rank runs every module.
+    """
+
+    tokens: list[Tensor]
+    counts: list[Tensor]
+    frames: list[Tensor]
+    stand_in: bool
+
+    @property
+    def num_clips(self) -> int:
+        return 0 if self.stand_in or not self.counts else len(self.counts[0])
+
+
+def audio_tokens(
+    streams: Sequence[AudioStream],
+    encoder_widths: dict[str, int],
+    features: dict[str, Tensor] | None,
+    lengths: dict[str, Tensor] | None,
+    like: Tensor,
+) -> AudioTokens:
+    """Runs every connector.
+
+    Args:
+        features, lengths: see `PalForCausalLM.forward`.
+        like: a parameter, for device and dtype.
+
+    Raises:
+        UserError: see `check_features`.
+    """
+    cpu_lengths = {name: n.cpu() for name, n in (lengths or {}).items()}
+    specs = [s.spec for s in streams]
+    stand_in = not any(len(n) for n in cpu_lengths.values())
+    if stand_in:
+        features = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
+        cpu_lengths = {name: torch.ones(1, dtype=torch.long) for name in encoder_widths}
+        for stream in streams:
+            for name, bands in zip(stream.spec.encoders, stream.connector.frames_of_a_step(), strict=True):
+                features[name] = features[name].new_zeros(bands, encoder_widths[name])
+                cpu_lengths[name] = torch.tensor([bands])
+    else:
+        check_features(specs, encoder_widths, features or {}, cpu_lengths)
+    assert features is not None
+    tokens, counts, frames = [], [], []
+    for stream in streams:
+        own = [cpu_lengths[name] for name in stream.spec.encoders]
+        tokens.append(stream.connector([features[name].to(like.dtype) for name in stream.spec.encoders], own))
+        counts.append(stream.connector.token_counts(own))
+        frames.append(own[0])
+    return AudioTokens(tokens, counts, frames, stand_in)
+
+
 def check_features(
     streams: Sequence[Stream],
     encoder_widths: dict[str, int],
     audio_features: dict[str, Tensor],
     audio_lengths: dict[str, Tensor],
-) -> int:
+) -> None:
     """Checks a batch's audio.
-
-    Returns:
-        the number of clips.
 
     Raises:
         UserError: an encoder is absent, a width is wrong, frames and lengths disagree, a clip is empty, encoders
             hold different numbers of clips, or features are not finite.
     """
-    clips = set()
+    clips = {}
     for name in dict.fromkeys(name for s in streams for name in s.encoders):
         where = f"audio_features.{name}"
         if name not in audio_features or name not in audio_lengths:
             raise UserError(where, "is absent", f"give features and lengths of {', '.join(encoder_widths)}")
         features, lengths = audio_features[name], audio_lengths[name]
-        clips.add(len(lengths))
+        clips[name] = len(lengths)
         if features.ndim != 2 or features.shape[1] != encoder_widths[name]:
             raise UserError(
                 where,
@@ -81,9 +144,6 @@ def check_features(
             raise UserError(where, f"{len(features)} frames for lengths that sum to {int(lengths.sum())}", "align them")
         # One reduction: a NaN or an infinity survives every sum.
         if not bool(torch.isfinite(features.detach().sum(dtype=torch.float32))):
-            raise UserError(
-                where, "holds NaN or infinite values", "prepare these clips again (`pal validate` finds them)"
-            )
-    if len(clips) > 1:
-        raise UserError("audio_lengths", f"encoders hold different numbers of clips {sorted(clips)}", "align them")
-    return clips.pop() if clips else 0
+            raise UserError(where, "holds NaN or infinite values", "prepare these clips again")
+    if len(set(clips.values())) > 1:
+        raise UserError("audio_lengths", f"encoders hold different numbers of clips: {clips}", "align them")

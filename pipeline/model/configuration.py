@@ -68,6 +68,11 @@ class PalConfig(PretrainedConfig):
         """The language model's config: what transformers' generation reads sizes and token ids from."""
         return self.language_model_config
 
+    @property
+    def language_model(self) -> Any:
+        """`language_model_config` as the object it always is after `__init__`."""
+        return self.language_model_config
+
     def stream_specs(self) -> tuple[Stream, ...]:
         """The streams as `Stream` objects.
 

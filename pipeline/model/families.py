@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
@@ -18,7 +19,7 @@ class Family:
     Attributes:
         input_norm: attribute of the norm before attention in a decoder layer; None where attention reads the
             residual stream itself (OLMo 2 norms afterwards).
-        key_norm: None, `head` (each head by itself) or `width` (all heads together).
+        key_norm: of keys and queries: None, `head` (each head by itself) or `width` (all heads together).
     """
 
     input_norm: str | None = "input_layernorm"
@@ -60,7 +61,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def audio_embedding_scale(language_model: PreTrainedModel) -> Tensor | None:
-    """What the model multiplies `inputs_embeds` with, so that audio tokens can be divided by it first; None for nothing.
+    """What the model multiplies `inputs_embeds` with (audio tokens are divided by it first); None for nothing.
 
     transformers 4 scales Gemma 2's embeddings inside the decoder, later versions (and Gemma 3) inside the embedding.
     """
@@ -77,7 +78,7 @@ def rope(language_model: PreTrainedModel, layer: int, like: Tensor, position_BN:
     `forward` and not the module itself: it has no parameters, and ZeRO-3 wants every rank to call the same modules the
     same number of times, also a rank whose batch holds no audio to rotate.
     """
-    decoder = language_model.model
+    decoder: Any = language_model.model
     if language_model.config.model_type != "gemma3_text":
         return decoder.rotary_emb.forward(like, position_BN)
     layer_type = language_model.config.layer_types[layer]
@@ -99,16 +100,38 @@ def rotate(x_BNHD: Tensor, cos_BND: Tensor, sin_BND: Tensor) -> Tensor:
     return (x_BNHD * cos_BND.unsqueeze(2) + rotated * sin_BND.unsqueeze(2)).to(x_BNHD.dtype)
 
 
-def project_keys_values(attention: nn.Module, family: Family, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys (not rotated) and values, (N, kv_heads, head_dim), by the layer's own modules.
+def project_heads(attention: Any, family: Family, kind: str, x_ND: Tensor) -> Tensor:
+    """(N, heads, head_dim) queries (`q`) or keys (`k`), not rotated, by the layer's own modules.
 
     They are called as modules, so that ZeRO-3's and LoRA's hooks are at work.
     """
-    head_dim = attention.head_dim
-    k = attention.k_proj(x_ND)
+    projection, norm = getattr(attention, f"{kind}_proj"), getattr(attention, f"{kind}_norm", None)
+    x_NE = projection(x_ND)
     if family.key_norm == "width":
-        k = attention.k_norm(k)
-    k_NHD = k.unflatten(-1, (-1, head_dim))
-    if family.key_norm == "head":
-        k_NHD = attention.k_norm(k_NHD)
-    return k_NHD, attention.v_proj(x_ND).unflatten(-1, (-1, head_dim))
+        x_NE = norm(x_NE)
+    x_NHE = x_NE.unflatten(-1, (-1, attention.head_dim))
+    return norm(x_NHE) if family.key_norm == "head" else x_NHE
+
+
+def project_keys_values(attention: Any, family: Family, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, kv_heads, head_dim) keys, not rotated, and values."""
+    k_NHE = project_heads(attention, family, "k", x_ND)
+    return k_NHE, attention.v_proj(x_ND).unflatten(-1, (-1, attention.head_dim))
+
+
+def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
+    """The window in positions of a layer; None for none."""
+    if config.model_type == "mistral":
+        return config.sliding_window
+    types = getattr(config, "layer_types", None)
+    return config.sliding_window if types and types[layer] == "sliding_attention" else None
+
+
+def score_softcap(config: PretrainedConfig) -> float | None:
+    """Bound of the attention scores; Gemma 3 has the setting but transformers does not apply it."""
+    return config.attn_logit_softcapping if config.model_type == "gemma2" else None
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """Bound of the logits over the vocabulary."""
+    return config.final_logit_softcapping if config.model_type in ("gemma2", "gemma3_text") else None

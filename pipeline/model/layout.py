@@ -65,10 +65,22 @@ class AudioPlaces:
     source: Tensor
     regular: bool
 
+    def rows(self, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Flat keys and values, (N, heads, head_dim) each, sorted into rows: (B, S, heads, head_dim)."""
+        first, second = flat
+        if self.regular:
+            return first.unflatten(0, self.source.shape), second.unflatten(0, self.source.shape)
+        return first[self.source], second[self.source]
+
+    def shared(self) -> AudioPlaces:
+        """One row in place of all, if all rows are the same (many questions about one clip)."""
+        tables = (self.source, self.places.position, self.places.segment, self.places.valid)
+        if not all(bool((t == t[:1]).all()) for t in tables):
+            return self
+        return AudioPlaces(Places(*(getattr(self.places, f.name)[:1] for f in fields(Places))), self.source[:1], False)
+
     def repeat(self, times: int) -> AudioPlaces:
         """Each row `times` times; places that all rows share stay one row."""
-        if len(self.source) == 1:
-            return self
         return AudioPlaces(self.places.repeat(times), self.source.repeat_interleave(times, dim=0), False)
 
     def to(self, device: torch.device) -> AudioPlaces:
@@ -265,8 +277,6 @@ def build_layout(
 
     empty = torch.empty(0, 4, dtype=torch.long)
     flats = [torch.cat(parts) if parts else empty for parts in flat]
-    beside_sets = {streams_at_layer(streams, kind, layer) for s in streams for layer in s.audio_layers
-                   for kind in ("lal", "flamingo")} - {()}  # fmt: skip
     counts = [int(n.sum()) for n in token_counts]
     predictors, targets = _targets(out["labels"], out["segment"], out_valid)
     return Layout(
@@ -275,7 +285,7 @@ def build_layout(
         sequence_entries=tuple(torch.cat(e) if e else empty[:, 0] for e in sequence_entries),
         sequence_sources=tuple(f[:, 3] if s.integration == "plits" else empty[:, 0]
                                for f, s in zip(flats, streams, strict=True)),
-        beside={key: _beside(key, flats, counts, batch) for key in beside_sets},
+        beside={key: _beside(key, flats, counts, batch) for key in _beside_sets(streams)},
         input_entries=(start + entries - 1).clamp(min=0) + torch.arange(batch)[:, None] * total,
         predictors=predictors,
         targets=targets,
@@ -283,6 +293,29 @@ def build_layout(
         max_position=int(position.max() + slots.max()) if position.numel() else 0,
         plain_causal=bool((out["segment"] == 0).all()) and (not pad_left or bool((lengths == total).all())),
     )  # fmt: skip
+
+
+def clip_places(
+    streams: tuple[Stream, ...], token_counts: Sequence[Tensor], frame_counts: Sequence[Tensor]
+) -> dict[tuple[int, ...], AudioPlaces]:
+    """Places of audio tokens among those of their own clip: a row for each clip, slots as positions."""
+    num_clips = len(token_counts[0])
+    flat: list[list[Tensor]] = [[] for _ in streams]
+    begin = [0 for _ in streams]
+    for clip in range(num_clips):
+        line = clip_line(streams, tuple(int(n[clip]) for n in token_counts), tuple(int(n[clip]) for n in frame_counts))
+        for i, slot in enumerate(line):
+            source = begin[i] + torch.arange(len(slot))
+            begin[i] += len(slot)
+            flat[i].append(torch.stack([torch.full_like(slot, clip), slot, torch.zeros_like(slot), source], dim=1))
+    flats = [torch.cat(parts) for parts in flat]
+    return {key: _beside(key, flats, begin, num_clips) for key in _beside_sets(streams)}
+
+
+def _beside_sets(streams: Sequence[Stream]) -> set[tuple[int, ...]]:
+    """Sets of streams whose keys enter a layer together: LAL's in one attention, each flamingo stream in its own."""
+    together = {streams_at_layer(streams, "lal", layer) for s in streams for layer in s.audio_layers} - {()}
+    return together | {(i,) for i, s in enumerate(streams) if s.integration == "flamingo"}
 
 
 def _positions(slots: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
@@ -310,7 +343,7 @@ def _beside(key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence[int]
     flat = flat[flat[:, 0].argsort(stable=True)]
     row = flat[:, 0]
     per_row = torch.bincount(row, minlength=batch)
-    width = int(per_row.max())
+    width = max(int(per_row.max()), 1)
     column = torch.arange(len(row)) - (per_row.cumsum(0) - per_row)[row]
     tables = torch.zeros(3, batch, width, dtype=torch.long)
     tables[:, row, column] = flat[:, 1:].T

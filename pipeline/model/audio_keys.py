@@ -1,0 +1,194 @@
+"""Keys and values of the audio beside the sequence: of clips (no position in a row yet), and placed into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pipeline.model.audio_streams import AudioStream, AudioTokens
+from pipeline.model.families import (
+    family_of,
+    project_heads,
+    project_keys_values,
+    rope,
+    rope_kind,
+    rotate,
+    score_softcap,
+    sliding_window,
+)
+from pipeline.model.kernels import KeysValues, attend
+from pipeline.model.layout import AudioPlaces, clip_places, streams_at_layer
+from pipeline.model.visibility import additive_mask, visible
+
+
+class AudioKeys:
+    """What a batch of clips gives to each layer. It depends on no text, so any number of prompts can share it.
+
+    LAL's keys and values are computed when a layer asks for them: gradient checkpointing of the layer then covers
+    the per-layer projections.
+
+    Args:
+        audio: tokens of the clips.
+        norm_audio_tokens, audio_queries: see `PalConfig`.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        streams: Sequence[AudioStream],
+        audio: AudioTokens,
+        *,
+        norm_audio_tokens: bool,
+        audio_queries: bool,
+    ) -> None:
+        self.language_model = language_model
+        self.streams = list(streams)
+        self.audio = audio
+        self.norm_audio_tokens = norm_audio_tokens
+        self.family = family_of(language_model.config)
+        specs = [s.spec for s in streams]
+        layers = range(language_model.config.num_hidden_layers)
+        self.lal = {layer: streams_at_layer(specs, "lal", layer) for layer in layers}
+        self.flamingo = {layer: streams_at_layer(specs, "flamingo", layer) for layer in layers}
+        self._lal: dict[int, KeysValues] = {}
+        self._flamingo: dict[tuple[int, int], KeysValues] = {}
+        if audio_queries:
+            self._let_audio_query()
+
+    def lal_keys_values(self, layer: int) -> KeysValues:
+        """(N, kv_heads, head_dim) keys, not rotated, and values of the LAL streams of this layer, one after the other."""
+        if layer in self._lal:
+            return self._lal[layer]
+        decoder_layer = self.language_model.model.layers[layer]
+        x_ND = self._project(layer)
+        if torch.is_grad_enabled() and x_ND.requires_grad:
+            # Keeps the projected tokens alone, not what the norm makes of them.
+            return checkpoint(self._keys_values, decoder_layer, x_ND, use_reentrant=False, preserve_rng_state=False)
+        return self._keys_values(decoder_layer, x_ND)
+
+    def flamingo_keys_values(self, layer: int, stream: int) -> KeysValues:
+        """(N, heads, head_dim) keys and values of one flamingo stream at this layer."""
+        if (layer, stream) in self._flamingo:
+            return self._flamingo[layer, stream]
+        block = self.streams[stream].layer_blocks[str(layer)]
+        return block.attention.keys_values(self.audio.tokens[stream])
+
+    def remember(self) -> AudioKeys:
+        """Computes all layers now and keeps them, for decoding. Returns itself."""
+        for layer in self.lal:
+            if self.lal[layer]:
+                self._lal[layer] = self.lal_keys_values(layer)
+            for stream in self.flamingo[layer]:
+                self._flamingo[layer, stream] = self.flamingo_keys_values(layer, stream)
+        return self
+
+    def _project(self, layer: int) -> Tensor:
+        """P_l of the tokens of all LAL streams of this layer, (N, d)."""
+        parts = [self.streams[i].layer_projections[str(layer)](self.audio.tokens[i]) for i in self.lal[layer]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _normed(self, decoder_layer: nn.Module, x_ND: Tensor) -> Tensor:
+        if self.norm_audio_tokens and self.family.input_norm is not None:
+            return decoder_layer.get_submodule(self.family.input_norm)(x_ND)
+        return x_ND
+
+    def _keys_values(self, decoder_layer: nn.Module, x_ND: Tensor) -> KeysValues:
+        return project_keys_values(decoder_layer.self_attn, self.family, self._normed(decoder_layer, x_ND))
+
+    def _let_audio_query(self) -> None:
+        """The `audio_queries` ablation: D_l = W_O Attention(n(A_l)), and later layers use A_l plus the earlier D.
+
+        No text takes part, so all layers are computed before the first one of the text.
+        """
+        places = clip_places(tuple(s.spec for s in self.streams), self.audio.counts, self.audio.frames)
+        carried: list[Tensor | None] = [None for _ in self.streams]
+        for layer, active in self.lal.items():
+            if not active:
+                continue
+            sizes = [len(self.audio.tokens[i]) for i in active]
+            before = [carried[i] for i in active]
+            carry = torch.cat([c if c is not None else self.audio.tokens[0].new_zeros(()).expand(n, self._hidden)
+                               for c, n in zip(before, sizes, strict=True)])  # fmt: skip
+            step = (layer, places[active], carry)
+            if self.language_model.is_gradient_checkpointing and torch.is_grad_enabled():
+                k, v, carry = checkpoint(self._query_layer, *step, use_reentrant=False)
+            else:
+                k, v, carry = self._query_layer(*step)
+            self._lal[layer] = (k, v)
+            for i, part in zip(active, carry.split(sizes), strict=True):
+                carried[i] = part
+
+    @property
+    def _hidden(self) -> int:
+        return self.language_model.config.hidden_size
+
+    def _query_layer(self, layer: int, audio: AudioPlaces, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values, and `carry` plus what this layer's audio queries found; all flat."""
+        config = self.language_model.config
+        decoder_layer = self.language_model.model.layers[layer]
+        attention = decoder_layer.self_attn
+        x_ND = self._normed(decoder_layer, self._project(layer) + carry)
+        k_NHE, v_NHE = project_keys_values(attention, self.family, x_ND)
+        q_NHE = project_heads(attention, self.family, "q", x_ND)
+        source, places = audio.source, audio.places.to(x_ND.device)
+        rows = [x[source.to(x.device)] for x in (q_NHE, k_NHE, v_NHE)]
+        cos, sin = rope(self.language_model, layer, x_ND, places.position)
+        q, k, v = (x.transpose(1, 2) for x in (rotate(rows[0], cos, sin), rotate(rows[1], cos, sin), rows[2]))
+        seen = visible(places, places, sliding_window(config, layer), system_text_sees_audio=False)
+        mask = additive_mask(seen, places.valid, q.dtype)
+        out = attend(q, [(k, v)], mask, scaling=attention.scaling, softcap=score_softcap(config))
+        flat = out.transpose(1, 2).flatten(2)[places.valid]
+        # Rows hold the clips' tokens stream by stream; back to the order of the flat tokens.
+        found = attention.o_proj(torch.zeros_like(flat).index_copy(0, source.to(flat.device)[places.valid], flat))
+        return k_NHE, v_NHE, carry + found
+
+
+class PlacedKeys:
+    """Audio keys in the rows of one batch of text: gathered, and rotated to their positions.
+
+    Args:
+        beside: places of the keys, by the set of streams (see `Layout.beside`).
+    """
+
+    def __init__(self, clips: AudioKeys, beside: dict[tuple[int, ...], AudioPlaces]) -> None:
+        self.clips = clips
+        self.beside = beside
+        self.stand_in = clips.audio.stand_in
+        self._lal: dict[int, KeysValues] = {}
+        self._rope: dict[tuple[str, tuple[int, ...]], KeysValues] = {}
+
+    def lal(self, layer: int) -> KeysValues:
+        """(B, kv_heads, S, head_dim) keys and values of LAL at this layer."""
+        if layer in self._lal:
+            return self._lal[layer]
+        active, model = self.clips.lal[layer], self.clips.language_model
+        k_BSHE, v_BSHE = self.beside[active].rows(self.clips.lal_keys_values(layer))
+        kind = (rope_kind(model.config, layer), active)
+        if kind not in self._rope:
+            self._rope[kind] = rope(model, layer, k_BSHE, self.beside[active].places.position)
+        return rotate(k_BSHE, *self._rope[kind]).transpose(1, 2), v_BSHE.transpose(1, 2)
+
+    def flamingo(self, layer: int, stream: int) -> KeysValues:
+        """(B, S, heads, head_dim) keys and values of one flamingo stream at this layer."""
+        return self.beside[(stream,)].rows(self.clips.flamingo_keys_values(layer, stream))
+
+    def remember(self) -> PlacedKeys:
+        """Computes all layers now and keeps them, for decoding. Returns itself."""
+        self.clips.remember()
+        if not self.stand_in:
+            self._lal = {layer: self.lal(layer) for layer, active in self.clips.lal.items() if active}
+        return self
+
+    def repeat(self, times: int) -> PlacedKeys:
+        """The same keys with each row `times` times (beams); what all rows share stays shared."""
+        if times == 1:
+            return self
+        repeated = PlacedKeys(self.clips, {key: audio.repeat(times) for key, audio in self.beside.items()})
+        for layer, (k, v) in self._lal.items():
+            shared = len(k) == 1
+            repeated._lal[layer] = (k, v) if shared else tuple(x.repeat_interleave(times, dim=0) for x in (k, v))
+        return repeated

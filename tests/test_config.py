@@ -118,3 +118,10 @@ def test_places_keep_their_slashes_and_far_ones_need_a_cache(config_file: Path, 
         load(config_file, "data.train=s3://bucket/set")
     with pytest.raises(UserError, match=r"data\.cache_gib: has no effect without data\.cache"):
         load(config_file, "data.cache_gib=1")
+
+
+def test_a_mixture_leaves_something_for_the_training_set(config_file: Path) -> None:
+    mixture = "data.mixture=[{share: 0.6, tasks: [a]}, {share: %s, path: text}]"
+    assert [m.share for m in load(config_file, mixture % 0.3).data.mixture] == [0.6, 0.3]
+    with pytest.raises(UserError, match=r"data\.mixture: its shares leave nothing"):
+        load(config_file, mixture % 0.4)

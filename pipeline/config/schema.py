@@ -156,6 +156,22 @@ class ModelConfig(Strict):
         raise AssertionError("a custom integration has streams: the validator saw to it")
 
 
+class MixtureConfig(Strict):
+    """Further questions, mixed into those of `data.train` at a fixed share.
+
+    Attributes:
+        path: their feature set, with the same features as `data.train` or, for questions about no clip, with none at
+            all; None means `data.train` itself, for another selection of its questions.
+        tasks, datasets: keep only questions of these; None keeps all.
+        share: of all sequences; these questions repeat, or wait for later epochs, as it demands.
+    """
+
+    path: Location | None = None
+    tasks: list[str] | None = None
+    datasets: list[str] | None = None
+    share: Annotated[float, Field(gt=0, lt=1)]
+
+
 class DataConfig(Strict):
     """What is read and how a question becomes a conversation.
 
@@ -166,7 +182,8 @@ class DataConfig(Strict):
         cache_gib: the copies of each feature column take about this much at most; None means no limit. Best larger
             than the features of shuffle_block_clips clips.
         system_prompt: text before the audio; empty for none.
-        tasks, datasets: keep only questions of these; None keeps all.
+        tasks, datasets: keep only questions of these; None keeps all. They also choose the validation questions.
+        mixture: what else is trained on. An epoch remains one time through the questions of `train`.
         questions_per_sequence: questions of one clip packed into one sequence that shares its audio; 1 is the
             common practice, one question with its own copy of the audio.
         shuffle_block_clips: clips are shuffled inside blocks of this many, so that a remote shard is read once.
@@ -181,6 +198,7 @@ class DataConfig(Strict):
     system_prompt: str = "You listen to audio and answer questions about it."
     tasks: list[str] | None = None
     datasets: list[str] | None = None
+    mixture: list[MixtureConfig] = []
     questions_per_sequence: PositiveInt = 1
     shuffle_block_clips: PositiveInt = 65536
     max_text_tokens: PositiveInt = 1024
@@ -189,11 +207,15 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        for key, place in (("data.train", self.train), ("data.validation", self.validation)):
+        places = [("data.train", self.train), ("data.validation", self.validation)]
+        places += [(f"data.mixture.{number}.path", other.path) for number, other in enumerate(self.mixture)]
+        for key, place in places:
             if place is not None and "://" in place and self.cache is None:
                 raise InvalidConfig(key, "is in an object store and there is no data.cache", "set it to a local folder")
         if self.cache_gib is not None and self.cache is None:
             raise InvalidConfig("data.cache_gib", "has no effect without data.cache", "set both or none")
+        if sum(other.share for other in self.mixture) >= 1:
+            raise InvalidConfig("data.mixture", "its shares leave nothing for data.train", "make them sum to below 1")
         return self
 
 

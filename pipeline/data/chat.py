@@ -113,14 +113,18 @@ class Chat:
         self.pad_token_id: int = self.end_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._check()
 
-    def row(self, questions: Sequence[Question]) -> Row:
+    def row(self, questions: Sequence[Question], *, audio: bool = True) -> Row:
         """One sequence about one clip. Several questions are packed: the prefix is segment 0, the rest of each
         conversation segment 1, 2, ...; a single question is all segment 0.
+
+        Args:
+            audio: False for questions about no clip: the same without the placeholder.
 
         Raises:
             UserError: a conversation is longer than max_text_tokens, or holds the placeholder.
         """
-        ids, labels, segments = list(self.prefix), [IGNORE] * len(self.prefix), [0] * len(self.prefix)
+        ids = list(self.prefix) if audio else self.prefix[:-1]
+        labels, segments = [IGNORE] * len(ids), [0] * len(ids)
         for number, question in enumerate(questions, start=1):
             rest, prompt_length = self._rest(question)
             self._check_length(len(self.prefix) + len(rest), f"question '{question.question_id}'")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.config import DataConfig
 from pipeline.data.chat import Chat
 from pipeline.data.collate import Batch, Example, collate
-from pipeline.data.order import Ints, Visit, VisitOrder, micro_batches
-from pipeline.data.shards import FeatureSet
+from pipeline.data.order import Ints, Mixture, Order, Visit, VisitOrder, micro_batches
+from pipeline.data.shards import FeatureSet, open_mixture
 from pipeline.distributed import read_ranks
 from pipeline.errors import UserError
 
@@ -29,16 +29,17 @@ class TrainingLoader:
     """This rank's micro-batches, without end; resumes at any number of ranks.
 
     Args:
-        features: the set to train on.
+        features: the set of `data.train`; those of `data.mixture` are opened here.
         chat: writes the conversations.
-        data: selection, packing, shuffling and workers.
+        data: selection, mixture, packing, shuffling and workers.
         seed: of the order.
         visits_per_step: rows of a global batch, over all ranks.
         micro_batch_size: rows of one batch.
         feature_dtype: of the audio features.
 
     Raises:
-        UserError: unknown task or dataset, nothing selected, a global batch that does not divide.
+        UserError: unknown task or dataset, nothing selected, a mixed set that cannot be read or has other features, a
+            global batch that does not divide.
     """
 
     def __init__(
@@ -54,21 +55,29 @@ class TrainingLoader:
         world_size: int,
         feature_dtype: torch.dtype = torch.float32,
     ) -> None:
-        selected = features.table.select(data.tasks, data.datasets)
-        self.order = VisitOrder(
-            features.table.clip,
-            selected,
-            features.shard_sizes,
-            questions_per_sequence=data.questions_per_sequence,
-            block_clips=data.shuffle_block_clips,
-            seed=seed,
-        )
-        settings = f"{data.questions_per_sequence} {data.shuffle_block_clips} {seed} {features.shard_sizes}"
-        self._fingerprint = hashlib.sha256(settings.encode() + selected.tobytes()).hexdigest()[:16]
-        self._features = features
+        self._sets = [features, *open_mixture(features, data)]
+        selections = [features.table.select(data.tasks, data.datasets)]
+        for number, (this, other) in enumerate(zip(self._sets[1:], data.mixture, strict=True)):
+            selections.append(this.table.select(other.tasks, other.datasets, f"data.mixture.{number}"))
+        orders = [
+            VisitOrder(
+                this.table.clip,
+                selected,
+                this.shard_sizes,
+                questions_per_sequence=data.questions_per_sequence,
+                block_clips=data.shuffle_block_clips,
+                seed=seed,
+            )
+            for this, selected in zip(self._sets, selections, strict=True)
+        ]
+        shares = [other.share for other in data.mixture]
+        self.order: Order = Mixture(orders, shares, seed) if shares else orders[0]
+        sizes = [this.shard_sizes for this in self._sets]
+        settings = f"{data.questions_per_sequence} {data.shuffle_block_clips} {seed} {sizes} {shares}"
+        choice = b" ".join(selected.tobytes() for selected in selections)
+        self._fingerprint = hashlib.sha256(settings.encode() + choice).hexdigest()[:16]
         self._data = data
-        self._examples = _Rows(features, chat, feature_dtype)
-        self._lengths = features.table.characters
+        self._examples = _Rows(self._sets, chat, feature_dtype)
         self._visits_per_step = visits_per_step
         self._micro_batch_size = micro_batch_size
         self._rank, self._world_size = rank, world_size
@@ -84,7 +93,7 @@ class TrainingLoader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every selected question is seen once."""
+        """Optimizer steps in which every selected question of `data.train` is seen once."""
         return self.order.visits_per_epoch / self._visits_per_step
 
     def __iter__(self) -> Iterator[Batch]:
@@ -92,7 +101,7 @@ class TrainingLoader:
         self._start, self._yielded = self._visits_consumed, 0
         plan = micro_batches(
             self.order,
-            self._lengths,
+            self._length_of,
             start=self._start,
             visits_per_step=self._visits_per_step,
             micro_batch_size=self._micro_batch_size,
@@ -100,7 +109,7 @@ class TrainingLoader:
             world_size=self._world_size,
         )
         stopped = threading.Event()
-        if self._features.is_cached:
+        if any(this.is_cached for this in self._sets):
             threading.Thread(target=self._prefetch, args=(self._start, stopped), daemon=True).start()
         try:
             for batch in _load(self._examples, plan, self._data.workers):
@@ -111,7 +120,7 @@ class TrainingLoader:
 
     def _prefetch(self, position: int, stopped: threading.Event) -> None:
         """Downloads the shards that are read next, a quarter of a block ahead; each rank of a node its share."""
-        order = copy.copy(self.order)  # keeps epochs of its own
+        order = copy.deepcopy(self.order)  # remembers epochs of its own
         ranks = read_ranks()
         while not stopped.is_set():
             if position >= self._visits_consumed + self._data.shuffle_block_clips // 4:
@@ -119,10 +128,14 @@ class TrainingLoader:
                 continue
             for visit in order.visits(position, position + _PREFETCHED_VISITS):
                 try:
-                    self._features.prefetch(visit.clip, ranks.local_rank, ranks.local_world_size)
+                    self._sets[visit.source].prefetch(visit.clip, ranks.local_rank, ranks.local_world_size)
                 except UserError:
                     return  # the row that needs this shard says so
             position += _PREFETCHED_VISITS
+
+    def _length_of(self, visit: Visit) -> float:
+        # Characters: tokens would be exact, and known only after tokenising the whole corpus.
+        return float(self._sets[visit.source].table.characters[visit.questions].sum())
 
     @property
     def _visits_consumed(self) -> int:
@@ -168,15 +181,15 @@ def evaluation_batches(
     num_rows = -(-len(selected) // world_size)
     rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (num_rows - len(rows))
     plan = (rows[first : first + batch_size] for first in range(0, num_rows, batch_size))
-    yield from _load(_Rows(features, chat, feature_dtype), plan, workers)
+    yield from _load(_Rows([features], chat, feature_dtype), plan, workers)
 
 
 class _Rows(Dataset[Batch | UserError]):
     """Visits -> batch. A user's error is returned and not raised: torch rewrites the exceptions
     that cross from a worker."""
 
-    def __init__(self, features: FeatureSet, chat: Chat, feature_dtype: torch.dtype) -> None:
-        self._features = features
+    def __init__(self, sets: Sequence[FeatureSet], chat: Chat, feature_dtype: torch.dtype) -> None:
+        self._sets = sets
         self._chat = chat
         self._feature_dtype = feature_dtype
 
@@ -185,16 +198,19 @@ class _Rows(Dataset[Batch | UserError]):
             return collate(
                 [self._example(visit) for visit in visits],
                 pad_token_id=self._chat.pad_token_id,
-                widths=self._features.widths,
+                widths=self._sets[0].widths,
                 feature_dtype=self._feature_dtype,
             )
         except UserError as error:
             return error
 
     def _example(self, visit: Visit) -> Example:
-        clip = self._features.clip(visit.clip)
-        questions = [clip.questions[number] for number in self._features.table.number[visit.questions]]
-        return Example(self._chat.row(questions), questions, clip, self._features.features(visit.clip, clip.clip_id))
+        this = self._sets[visit.source]
+        clip = this.clip(visit.clip)
+        questions = [clip.questions[number] for number in this.table.number[visit.questions]]
+        if this.is_text:
+            return Example(self._chat.row(questions, audio=False), questions, None, {})
+        return Example(self._chat.row(questions), questions, clip, this.features(visit.clip, clip.clip_id))
 
 
 def _load(rows: _Rows, plan: Iterator[list[Visit]], workers: int) -> Iterator[Batch]:

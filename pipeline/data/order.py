@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,22 @@ Ints = NDArray[np.int64]
 
 
 class Visit(NamedTuple):
-    """One clip with some of its questions, as indices: one row of a batch."""
+    """One clip with some of its questions, as indices into one of the sets in use: one row of a batch."""
 
     clip: int
     questions: Ints
+    source: int = 0
+
+
+class Order(Protocol):
+    """An endless sequence of visits; after `visits_per_epoch` of them it begins anew, in another order."""
+
+    @property
+    def visits_per_epoch(self) -> int: ...
+
+    def visits(self, start: int, stop: int) -> list[Visit]:
+        """The visits at positions [start, stop)."""
+        ...
 
 
 class VisitOrder:
@@ -119,9 +131,53 @@ class VisitOrder:
         return self._clips[self._rank_of_visit[order]], permuted[source], starts
 
 
+class Mixture:
+    """Several orders woven into one: an epoch is one of the first order, and every other order has its share of it.
+
+    Where in an epoch each order has its turn is drawn anew for each epoch; each order goes on where it stopped.
+
+    Args:
+        orders: the first one is seen once an epoch; visits of order i get `source` i.
+        shares: of the other orders, in all visits; together less than 1.
+        seed: of the turns.
+    """
+
+    def __init__(self, orders: Sequence[Order], shares: Sequence[float], seed: int) -> None:
+        self._orders = orders
+        main = orders[0].visits_per_epoch
+        whole = main / (1 - sum(shares))
+        self._counts = np.array([main, *(max(1, round(share * whole)) for share in shares)], np.int64)
+        self._seed = seed
+        self._turns: tuple[int, NDArray[np.integer], Ints] | None = None
+
+    @property
+    def visits_per_epoch(self) -> int:
+        return int(self._counts.sum())
+
+    def visits(self, start: int, stop: int) -> list[Visit]:
+        """The visits at positions [start, stop) of the endless sequence."""
+        return [self._visit(*divmod(position, self.visits_per_epoch)) for position in range(start, stop)]
+
+    def _visit(self, epoch: int, position: int) -> Visit:
+        if self._turns is None or self._turns[0] != epoch:
+            self._turns = (epoch, *self._draw_turns(epoch))
+        _, sources, numbers = self._turns
+        source = int(sources[position])
+        number = epoch * int(self._counts[source]) + int(numbers[position])
+        return self._orders[source].visits(number, number + 1)[0]._replace(source=source)
+
+    def _draw_turns(self, epoch: int) -> tuple[NDArray[np.integer], Ints]:
+        """Whose turn it is at each position of an epoch, and how many turns that order had before."""
+        rng = np.random.default_rng([self._seed, epoch, len(self._orders)])
+        sources = rng.permutation(np.repeat(np.arange(len(self._counts)), self._counts))
+        numbers = np.empty(len(sources), np.int64)
+        numbers[np.argsort(sources, kind="stable")] = np.concatenate([np.arange(count) for count in self._counts])
+        return sources, numbers
+
+
 def micro_batches(
-    order: VisitOrder,
-    length_of_question: NDArray[np.integer],
+    order: Order,
+    length_of: Callable[[Visit], float],
     *,
     start: int,
     visits_per_step: int,
@@ -136,13 +192,13 @@ def micro_batches(
     are the micro-batches that the ranks compute at the same time.
 
     Args:
-        length_of_question: (questions of the whole set,) relative length of a row with this question.
+        length_of: relative length of a visit's row.
         visits_per_step: a multiple of micro_batch_size * world_size.
     """
     per_pass = micro_batch_size * world_size
     while True:
         visits = order.visits(start, start + visits_per_step)
-        lengths = np.array([length_of_question[visit.questions].sum() for visit in visits])
+        lengths = np.array([length_of(visit) for visit in visits])
         by_length = np.argsort(-lengths, kind="stable")
         for first in range(0, visits_per_step, per_pass):
             yield [visits[i] for i in by_length[first + rank : first + per_pass : world_size]]

@@ -24,6 +24,7 @@ from pipeline.features import (
     Question,
     load_contract,
     require_encoders,
+    require_same_features,
 )
 
 
@@ -62,24 +63,29 @@ class QuestionTable:
     def __len__(self) -> int:
         return len(self.clip)
 
-    def select(self, tasks: Sequence[str] | None = None, datasets: Sequence[str] | None = None) -> NDArray[np.int64]:
+    def select(
+        self, tasks: Sequence[str] | None = None, datasets: Sequence[str] | None = None, key: str = "data"
+    ) -> NDArray[np.int64]:
         """Indices of the questions of these tasks and datasets; None keeps all.
+
+        Args:
+            key: of the config that asks, for messages.
 
         Raises:
             UserError: a name that the set does not have, or nothing selected.
         """
         keep = np.ones(len(self), bool)
-        for key, wanted, known, codes in (
-            ("data.tasks", tasks, self.tasks, self.task),
-            ("data.datasets", datasets, self.datasets, self.dataset),
+        for field, wanted, known, codes in (
+            ("tasks", tasks, self.tasks, self.task),
+            ("datasets", datasets, self.datasets, self.dataset),
         ):
             if wanted is not None:
                 for name in wanted:
                     if name not in known:
-                        raise UserError(key, f"the feature set has no '{name}'", nearest(name, known))
+                        raise UserError(f"{key}.{field}", f"the feature set has no '{name}'", nearest(name, known))
                 keep &= np.isin(codes, [known.index(name) for name in wanted])
         if not keep.any():
-            raise UserError("data", "data.tasks and data.datasets together select no question", "widen one of them")
+            raise UserError(key, "its tasks and datasets together select no question", "widen one of them")
         return np.flatnonzero(keep)
 
 
@@ -163,6 +169,11 @@ class FeatureSet:
         return arrays
 
     @property
+    def is_text(self) -> bool:
+        """Whether its questions are about no clip: it was prepared without an encoder."""
+        return not self.contract.encoders
+
+    @property
     def is_cached(self) -> bool:
         """Whether shards are copied from far away before they are read."""
         return self._cache is not None
@@ -214,6 +225,25 @@ def open_feature_set(place: str, encoders: Sequence[str], data: DataConfig) -> F
     """
     cache_bytes = None if data.cache_gib is None else int(data.cache_gib * 2**30)
     return FeatureSet(place, encoders, data.cache, cache_bytes)
+
+
+def open_mixture(features: FeatureSet, data: DataConfig) -> list[FeatureSet]:
+    """The set of each entry of `data.mixture`, beside `features`, the set of `data.train`.
+
+    Raises:
+        UserError: as `FeatureSet`; or features made by other encoders.
+    """
+    sets = []
+    for number, other in enumerate(data.mixture):
+        if other.path is None:
+            sets.append(features)
+            continue
+        text_only = not load_contract(other.path).encoders
+        sets.append(open_feature_set(other.path, [] if text_only else features.encoders, data))
+        if not text_only:
+            expected = {name: features.contract.encoders[name].fingerprint for name in features.encoders}
+            require_same_features(expected, sets[-1].contract, other.path, f"data.train (beside data.mixture.{number})")
+    return sets
 
 
 def _clip(sample: dict[str, Any]) -> Clip:

@@ -171,3 +171,12 @@ def test_unusable_templates_are_refused(tmp_path, template, fault):
 def test_missing_tokenizer_is_named(tmp_path):
     with pytest.raises(UserError, match="no usable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_row_about_no_clip_is_the_same_without_the_placeholder(tokenizer):
+    this = chat(tokenizer)
+    for questions in (QUESTIONS[:1], QUESTIONS):
+        with_audio, without = this.row(questions), this.row(questions, audio=False)
+        kept = with_audio.input_ids != this.audio_token_id
+        for name in ("input_ids", "labels", "segment_ids"):
+            assert (getattr(without, name) == getattr(with_audio, name)[kept]).all()

@@ -182,3 +182,55 @@ def test_far_shards_are_fetched_ahead_and_change_nothing(features, chat, tmp_pat
         time.sleep(0.01)
     else:
         pytest.fail("nothing is fetched ahead")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_feature_set(tmp_path_factory.mktemp("text"), [1] * 6, encoders={}, tasks=["chat"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_questions_about_no_clip_are_mixed_in(features, chat, text, workers):
+    this = loader(features, chat, workers=workers, mixture=[{"path": text, "share": 0.5}])
+    batches = list(itertools.islice(this, 40))
+    for batch in batches:
+        placeholders = (batch["input_ids"] == chat.audio_token_id).sum(1)
+        assert placeholders.sum() == len(batch["clip_ids"]) == len(batch["audio_lengths"]["log_mel"])
+        assert all(
+            len(batch["audio_features"][name]) == batch["audio_lengths"][name].sum()
+            and batch["audio_features"][name].shape[1] == width
+            for name, width in WIDTHS.items()
+        )
+    tasks = [task for batch in batches for task in batch["tasks"]]
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    assert 0.3 < tasks.count("chat") / rows < 0.7
+    assert any(not batch["clip_ids"] for batch in batches)  # whole batches without audio occur
+
+
+def test_one_set_gives_shares_to_its_tasks(features, chat):
+    this = loader(
+        features, chat, tasks=["what"], questions_per_sequence=1, mixture=[{"tasks": ["count"], "share": 0.2}]
+    )
+    steps = int(np.ceil(this.steps_per_epoch)) * 4
+    tasks = [task for batch in itertools.islice(this, steps * 4) for task in batch["tasks"]]
+    assert set(tasks) == {"what", "count"} and abs(tasks.count("count") / len(tasks) - 0.2) < 0.05
+
+
+def test_a_mixture_resumes_at_another_world_size(features, chat, text):
+    mixture = [{"path": text, "share": 0.3}]
+    straight = take([loader(features, chat, mixture=mixture)], 9)
+    two = [loader(features, chat, rank, 2, mixture=mixture) for rank in range(2)]
+    assert take(two, 4) == straight[:4]
+    one = loader(features, chat, mixture=mixture)
+    one.load_state_dict(two[1].state_dict())
+    assert take([one], 5) == straight[4:]
+    with pytest.raises(UserError, match="is not the order"):
+        loader(features, chat).load_state_dict(two[0].state_dict())
+
+
+def test_bad_mixtures_are_named(features, chat, tmp_path):
+    other = write_feature_set(tmp_path / "other", [2], encoders={"log_mel": 8, "clap": 5})
+    with pytest.raises(UserError, match=r"features of 'clap' have fingerprint \w+, data\.train"):
+        loader(features, chat, mixture=[{"path": other, "share": 0.1}])
+    with pytest.raises(UserError, match=r"data\.mixture\.0\.tasks: the feature set has no 'sing'"):
+        loader(features, chat, mixture=[{"tasks": ["sing"], "share": 0.1}])

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.data.order import Visit, VisitOrder, micro_batches
+from pipeline.data.order import Mixture, Visit, VisitOrder, micro_batches
 from pipeline.errors import UserError
 
 COUNTS = [3, 1, 7, 0, 6, 6, 2, 5, 12, 1, 4]
@@ -22,12 +22,14 @@ def keys(visits: list[Visit]) -> list[tuple[int, ...]]:
     return [(visit.clip, *visit.questions.tolist()) for visit in visits]
 
 
-def steps(order: VisitOrder, world_size: int, start: int, num_steps: int, visits_per_step: int = 8) -> list[list]:
+def steps(
+    order: VisitOrder | Mixture, world_size: int, start: int, num_steps: int, visits_per_step: int = 8
+) -> list[list]:
     """Global batches as sets of visits, put together from the ranks' micro-batches."""
     ranks = [
         micro_batches(
             order,
-            np.arange(len(CLIP)) % 5 + 1,
+            lambda visit: float((visit.questions % 5 + 1).sum()),
             start=start,
             visits_per_step=visits_per_step,
             micro_batch_size=2,
@@ -112,7 +114,13 @@ def test_rows_of_like_length_meet():
     length = np.ones(len(CLIP), int)
     length[CLIP % 2 == 0] = 50
     plan = micro_batches(
-        order(questions_per_sequence=1), length, start=0, visits_per_step=16, micro_batch_size=4, rank=0, world_size=1
+        order(questions_per_sequence=1),
+        lambda visit: float(length[visit.questions].sum()),
+        start=0,
+        visits_per_step=16,
+        micro_batch_size=4,
+        rank=0,
+        world_size=1,
     )
     sizes = [[length[visit.questions].sum() for visit in next(plan)] for _ in range(4)]
     assert sizes == sorted(sizes, reverse=True) and sum(len(set(size)) > 1 for size in sizes) <= 1
@@ -121,3 +129,30 @@ def test_rows_of_like_length_meet():
 def test_an_empty_selection_is_named():
     with pytest.raises(UserError, match="no question is selected"):
         order(np.empty(0, np.int64))
+
+
+def test_a_mixture_keeps_its_shares_and_the_orders_in_it():
+    main, other, few = order(), order(seed=1), order(np.arange(3), 1)
+    mixed = Mixture([main, other, few], [0.25, 0.1], seed=0)
+    per_epoch = mixed.visits_per_epoch
+    assert per_epoch == round(main.visits_per_epoch / 0.65)
+    visits = mixed.visits(0, 3 * per_epoch)
+    assert keys(mixed.visits(per_epoch + 5, per_epoch + 9)) == keys(visits[per_epoch + 5 : per_epoch + 9])
+    for epoch in range(3):
+        count = Counter(visit.source for visit in visits[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert count[0] == main.visits_per_epoch
+        assert (count[1], count[2]) == (round(0.25 * per_epoch), round(0.1 * per_epoch))
+    for source, this in enumerate([main, other, few]):  # none skips or repeats a visit
+        own = [visit for visit in visits if visit.source == source]
+        assert keys(own) == keys(this.visits(0, len(own)))
+    turns = [[visit.source for visit in visits[epoch * per_epoch :][:per_epoch]] for epoch in (0, 1)]
+    assert turns[0] != turns[1]
+
+
+def test_a_mixture_is_the_same_at_any_world_size():
+    def mixed() -> Mixture:
+        return Mixture([order(), order(seed=1)], [0.3], seed=0)
+
+    expected = steps(mixed(), 1, 0, 12)
+    assert steps(mixed(), 4, 0, 12) == expected
+    assert steps(mixed(), 2, 5 * 8, 7) == expected[5:]

@@ -1,24 +1,26 @@
 """Answers depend on model and features alone; a model that hears fails on other clips' audio; foreign features are
-refused."""
+refused; scores reach the run that trained the model."""
 
 import json
-import shutil
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from feature_sets import write_rows
+from mlflow import MlflowClient
+from transformers import PreTrainedTokenizerBase
 
-from feature_sets import write_feature_set, write_rows
-from pipeline.answering import Answerer, Request
-from pipeline.data.chat import AUDIO_TOKEN, Chat, load_tokenizer
+from pipeline import assembly, checkpoint
+from pipeline.answering import Answerer
+from pipeline.config import ExperimentConfig, validate_config
+from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
-from pipeline.evaluate import _spread, ask, commonest_answers, evaluate, swap_within_domains
-from pipeline.features import CLIP_COLUMNS, CLIPS
+from pipeline.evaluate import EVALUATION_FOLDER, ask, evaluate, main, swap_within_domains
+from pipeline.features import CONTRACT_FILE, load_contract
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
 from pipeline.streams import Connector, preset_streams
@@ -57,16 +59,20 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
 
 
 @pytest.fixture(scope="module")
-def answerer(tmp_path_factory: pytest.TempPathFactory, features: FeatureSet) -> Answerer:
-    """A tiny LAL model that has learned the set by heart."""
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, features: FeatureSet) -> PreTrainedTokenizerBase:
     folder = tmp_path_factory.mktemp("language_model")
     texts = [f"{q.question} {q.answer}" for clip in range(3) for q in features.clip(clip).questions]
     save_scratch_language_model(folder, texts * 5, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2)
-    tokenizer = load_tokenizer(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCausalLM:
+    """A tiny LAL model that has learned the set by heart."""
     chat = Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128)
     torch.manual_seed(0)
     model = PalForCausalLM.from_language_model(
-        str(folder),
+        tokenizer.name_or_path,
         streams=preset_streams("lal", ["log_mel"], 2, connector=Connector()),
         encoder_widths=features.widths,
         audio_token_id=chat.audio_token_id,
@@ -83,13 +89,128 @@ def answerer(tmp_path_factory: pytest.TempPathFactory, features: FeatureSet) -> 
     for step in count():
         loss = model(**inputs).loss
         if loss < 0.01:
-            break
+            return model
         assert step < 300, "does not learn"
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return Answerer(model, chat, max_new_tokens=16)
+    raise AssertionError
 
 
-def test_x(answerer, features):
-    print(ask(answerer, features, {0:0,1:1}, 4))
+@pytest.fixture(scope="module")
+def answerer(model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Answerer:
+    return Answerer(model, Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
+
+
+def test_a_model_that_hears_fails_on_other_audio(answerer: Answerer, features: FeatureSet) -> None:
+    scores, lines = evaluate(
+        answerer, features.folder, wanted_by="test", swap_audio=True, commonest_from=features.folder
+    )
+    assert scores["accuracy"] == 1.0
+    assert (scores["questions"], scores["clips"]) == (2 * CLIPS_IN_SET, CLIPS_IN_SET)
+    # What is heard decides: with another clip's audio the answer is right where that clip's answer is the same.
+    heard = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
+    agreeing = [
+        features.clip(clip).questions[number].answer == features.clip(other).questions[number].answer
+        for clip, other in heard.items()
+        for number in range(2)
+    ]
+    assert scores["swapped_audio"]["accuracy"] == pytest.approx(np.mean(agreeing))
+    assert np.mean(agreeing) < 0.7
+    guess = scores["commonest_answer"]["by_task"]
+    assert guess["what"]["accuracy"] == pytest.approx(1 / 3)
+    assert guess["verify"]["accuracy"] == pytest.approx(2 / 3)
+    assert [line["audio"] for line in lines] == ["own"] * 18 + ["swapped"] * 18
+    assert [line["question_id"] for line in lines[:4]] == ["0/0", "0/1", "1/0", "1/1"], "in storage order"
+
+
+def test_batch_size_changes_nothing(answerer: Answerer, features: FeatureSet) -> None:
+    swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
+    for heard in ({clip: clip for clip in range(CLIPS_IN_SET)}, swapped):
+        answers = [ask(answerer, features, heard, batch_size) for batch_size in (1, 4, 64)]
+        assert answers[0] == answers[1] == answers[2]
+
+
+def test_a_limit_takes_clips_from_all_over_the_set(answerer: Answerer, features: FeatureSet) -> None:
+    scores, lines = evaluate(answerer, features.folder, wanted_by="test", limit=3)
+    assert scores["clips"] == 3
+    assert list(dict.fromkeys(line["clip_id"] for line in lines)) == ["clip-0", "clip-3", "clip-6"]
+    assert "swapped_audio" not in scores
+
+
+def test_features_of_another_encoder_are_refused(answerer: Answerer, tmp_path: Path) -> None:
+    folder = write_set(tmp_path / "foreign")
+    contract = load_contract(folder)
+    encoder = contract.encoders["log_mel"].model_copy(update={"revision": "2"})
+    (folder / CONTRACT_FILE).write_text(contract.model_copy(update={"encoders": {"log_mel": encoder}}).dump())
+    with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, my model was made with"):
+        evaluate(answerer, folder, wanted_by="my model")
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [({"limit": 0}, "--limit"), ({"batch_size": 0}, "--batch-size"), ({"limit": 1, "swap_audio": True}, "two clips")],
+)
+def test_settings_that_cannot_be_are_refused(
+    answerer: Answerer, features: FeatureSet, settings: dict, fault: str
+) -> None:
+    with pytest.raises(UserError, match=fault):
+        evaluate(answerer, features.folder, wanted_by="test", **settings)
+
+
+@pytest.mark.parametrize("lone", [0, 1, 2, 3])
+def test_every_clip_hears_another_one_of_its_domain(lone: int) -> None:
+    domains = {clip: ("sound", "music")[clip % 2] for clip in range(20)}
+    domains |= {100 + clip: f"lone-{clip}" for clip in range(lone)}
+    heard = swap_within_domains(domains)
+    assert heard.keys() == domains.keys() == set(heard.values()), "each audio is heard once"
+    assert all(clip != other for clip, other in heard.items())
+    assert heard == swap_within_domains(dict(reversed(domains.items())))
+    crossing = [clip for clip, other in heard.items() if domains[clip] != domains[other]]
+    assert len(crossing) <= max(lone, 2 * (lone == 1))
+
+
+def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
+    model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase, features: FeatureSet, tmp_path: Path
+) -> None:
+    output, uri = tmp_path / "lal", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = validate_config(
+        ExperimentConfig,
+        {
+            "output": str(output),
+            "model": {"language_model": tokenizer.name_or_path},
+            "data": {"train": str(features.folder), "system_prompt": SYSTEM_PROMPT},
+            "train": {"steps": 1},
+            "tracking": {"uri": uri},
+        },
+        "test",
+    )
+    assembly.save_model(model, tokenizer, config, output / "model")
+    client = MlflowClient(uri)
+    run_id = client.create_run(client.create_experiment("pal", (tmp_path / "artifacts").as_uri())).info.run_id
+    checkpoint.write_run(output, checkpoint.RunRecord(identity={}, run_id=run_id))
+
+    files = ["--json", str(tmp_path / "scores.json"), "--predictions", str(tmp_path / "predictions.jsonl")]
+    assert main([str(output / "model"), str(features.folder), "--swap-audio", *files]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {"held-out"}
+    assert scores["held-out"]["accuracy"] == 1.0, "the exported model answers as the trained one"
+    assert set(scores["held-out"]["by_domain"]) == {"sound", "music"}
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 * CLIPS_IN_SET
+    assert all(line["benchmark"] == "held-out" for line in lines)
+    assert all(line["correct"] for line in lines if line["audio"] == "own")
+
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["eval/held-out/accuracy"] == 1.0
+    assert metrics["eval/held-out/accuracy_sound"] == 1.0
+    assert metrics["eval/held-out/swapped_audio_accuracy"] == scores["held-out"]["swapped_audio"]["accuracy"]
+    (artifact,) = client.list_artifacts(run_id, EVALUATION_FOLDER)
+    assert artifact.path == f"{EVALUATION_FOLDER}/held-out.json"
+
+
+def test_what_is_not_an_exported_model_is_one_line(tmp_path: Path, features: FeatureSet) -> None:
+    with pytest.raises(UserError, match="is not an exported model"):
+        main([str(tmp_path), str(features.folder)])
+    with pytest.raises(UserError, match="the same name"):
+        main([str(tmp_path), str(features.folder), str(features.folder)])

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("data_prep.synth", "write a synthetic audio corpus with ground truth"),
     "prepare": ("data_prep.extract", "manifest -> features -> MDS shards, with Ray"),
     "validate": ("data_prep.validate", "check every shard, hash, shape and count of a finished set"),
+    "scratch": ("pipeline.scratch", "write a small language model with random weights"),
     "train": ("pipeline.train", "train one model with DeepSpeed"),
     "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),

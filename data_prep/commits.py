@@ -13,6 +13,7 @@ from pipeline.features import CLIPS
 
 COMMITS = "commits"
 INDEX = "index.json"
+REJECTS = "rejects.jsonl"
 
 
 class _Record(BaseModel):

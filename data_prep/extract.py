@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.commits import INDEX, Commit, RejectedClip, column_names, merged_index, read_commit, remove_commit, sweep
+from data_prep.commits import (
+    INDEX,
+    REJECTS,
+    Commit,
+    RejectedClip,
+    column_names,
+    merged_index,
+    read_commit,
+    remove_commit,
+    sweep,
+)
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
 from data_prep.manifest import audio_path, audio_roots, manifest_sha256, read_clips
@@ -33,7 +43,6 @@ from pipeline.errors import EXIT_FAILURE, run_command
 from pipeline.features import CONTRACT_FILE, EncoderContract, FeatureContract
 
 CONFIG_FILE = "prepare.yaml"
-REJECTS_FILE = "rejects.jsonl"
 SAMPLED_CLIPS = 64
 
 
@@ -65,14 +74,15 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
     """Makes (or goes on making, or lets grow) one feature set; only what is not committed is worked on.
 
     Returns:
-        clips, written, rejected, audio_hours, wall_s, clips_per_s (of this run), bytes, fingerprint; or the estimate
+        clips, written, rejected, audio_hours, wall_s, work_s (without the start of the
+        workers), clips_per_s (of this run), bytes, fingerprint; or the estimate
         of a dry run.
 
     Raises:
         UserError: a fault of the config or manifest, an output folder of other settings.
         PreparationFailed: too many rejects, or workers that cannot work.
     """
-    start = time.monotonic()
+    start, work_s = time.monotonic(), 0.0
     contracts = {name: describe_encoder(encoder) for name, encoder in config.encoders.items()}
     settings = settings_of(config, contracts)
     store = open_store(config.output)
@@ -97,7 +107,8 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
                 f"about {expected['bytes'] / 1e9:.2f} GB of features in {config.output}\n"
             )
             sweep(store, column_names(contracts), commits.values(), keep_indexed=True)
-            _extract(config, contracts, plan, done, todo)
+            load = any(set(contracts) - (commits[i].columns.keys() if i in commits else set()) for i in todo)
+            work_s = _extract(config, contracts, plan, done, todo, load)
         contract = finish(config, contracts, plan, [done[i] for i in range(len(plan.partitions))], store)
     wall_s = time.monotonic() - start
     return {
@@ -107,6 +118,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
         "questions": contract.questions,
         "audio_hours": contract.audio_hours,
         "wall_s": wall_s,
+        "work_s": work_s,
         "clips_per_s": (_clips_done(done) - before) / wall_s,
         "bytes": sum(commit.bytes for commit in done.values()),
         "fingerprint": contract.fingerprint,
@@ -160,8 +172,9 @@ def _extract(
     plan: Plan,
     commits: dict[int, Commit],
     todo: list[int],
-) -> None:
-    """Does the partitions of `todo` and adds them to `commits`."""
+    load_encoders: bool,
+) -> float:
+    """Does the partitions of `todo` and adds them to `commits`; the seconds that workers were at work."""
     line = ProgressLine(plan.clips, _clips_done(commits) + len(plan.rejects))
     audio_before = sum(commit.audio_s for commit in commits.values())
 
@@ -182,7 +195,7 @@ def _extract(
 
     try:
         with ray_cluster():
-            Cluster(config, contracts, plan).run(todo, on_commit, on_progress)
+            return Cluster(config, contracts, plan, load_encoders).run(todo, on_commit, on_progress)
     finally:
         line.close()
 
@@ -211,7 +224,7 @@ def finish(
         manifest_sha256=plan.manifest_sha256,
     )
     files = {f"{column}/{INDEX}": merged_index(store, column, commits) for column in columns}
-    files[REJECTS_FILE] = "".join(reject.model_dump_json() + "\n" for reject in rejects).encode()
+    files[REJECTS] = "".join(reject.model_dump_json() + "\n" for reject in rejects).encode()
     files[CONFIG_FILE] = dump_config(config).encode()
     files[CONTRACT_FILE] = contract.dump().encode()
     if any(store.size(name) != len(data) or store.read(name) != data for name, data in files.items()):

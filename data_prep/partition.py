@@ -74,9 +74,12 @@ class PartitionWorker:
         self._on_gpu = config.workers.gpus > 0
         self._device = torch.cuda.get_device_name() if self._on_gpu else "cpu"
 
+    def load_encoders(self) -> None:
+        """Loads them now rather than with the first clip."""
+        _ = self._encoders
+
     @functools.cached_property
     def _encoders(self) -> dict[str, Encoder]:
-        # Once per process, and not at all where only questions change.
         device = "cuda" if self._on_gpu else "cpu"
         return {name: build_encoder(e, self._contracts[name], device) for name, e in self._config.encoders.items()}
 

@@ -6,43 +6,73 @@ import argparse
 import contextlib
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.commits import COMMITS, INDEX, Commit, column_names, merged_index, read_record
+import numpy as np
+
+from data_prep.commits import COMMITS, INDEX, REJECTS, Commit, column_names, merged_index, read_record
 from data_prep.storage import Store, open_store
 from pipeline.errors import EXIT_FAILURE, run_command
 from pipeline.features import CLIPS, FeatureContract, load_contract
+
+
+@dataclass
+class Statistics:
+    """What a set holds, for its picture.
+
+    Attributes:
+        norms: by encoder, the root mean square of each clip's features.
+    """
+
+    durations_s: list[float] = field(default_factory=list)
+    questions: list[int] = field(default_factory=list)
+    domains: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
+    rejects: Counter[str] = field(default_factory=Counter)
+    norms: dict[str, list[float]] = field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 for a sound set and 1 for one with problems."""
     parser = argparse.ArgumentParser(prog="pal validate", description=__doc__)
     parser.add_argument("shards", help="folder of the feature set")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what the set holds (.png, .pdf, .svg)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write clips, questions and problems")
     args = parser.parse_args(argv)
     store = open_store(args.shards)
     with store.fetch("") as folder:  # of an object store only the files beside the columns are copied
         contract = load_contract(folder)
-    problems = find_problems(store, contract)
+    statistics = Statistics()
+    problems = find_problems(store, contract, statistics)
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
     sys.stdout.write(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems\n")
+    if args.picture is not None:
+        from data_prep.pictures import draw
+
+        title = f"{args.shards}: {contract.clips} clips, {contract.audio_hours:.2f} hours"
+        draw(statistics, title).savefig(args.picture, dpi=150)
     if args.json is not None:
         figures = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return EXIT_FAILURE if problems else 0
 
 
-def find_problems(store: Store, contract: FeatureContract) -> list[str]:
+def find_problems(store: Store, contract: FeatureContract, statistics: Statistics | None = None) -> list[str]:
     """What is wrong with a finished set, one line each, the file first; empty when it is sound.
+
+    Args:
+        statistics: filled on the way, as far as the set can be read.
 
     A partition with a file whose bytes are not those that were committed is reported, and not looked into.
     """
     columns = column_names(contract.encoders)
     commits, problems = _commits(store, columns)
-    totals = _Totals()
+    totals = _Totals(statistics or Statistics())
     damaged: set[int] = set()
     for commit in commits:
         with contextlib.ExitStack() as stack:
@@ -56,16 +86,18 @@ def find_problems(store: Store, contract: FeatureContract) -> list[str]:
             problems += damages or _content_problems(commit, folders, contract, totals)
     for column in columns:
         problems += _index_problems(store, column, commits, bool(damaged))
+    lines = store.read(REJECTS).splitlines() if store.size(REJECTS) is not None else []
+    totals.statistics.rejects.update(json.loads(line)["reason"] for line in lines)
     if not problems:
-        problems += _total_problems(contract, commits, totals)
+        problems += _total_problems(contract, totals)
     return problems
 
 
+@dataclass
 class _Totals:
-    def __init__(self) -> None:
-        self.clip_ids: set[str] = set()
-        self.question_ids: set[str] = set()
-        self.questions = 0
+    statistics: Statistics
+    clip_ids: set[str] = field(default_factory=set)
+    question_ids: set[str] = field(default_factory=set)
 
 
 def _commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]:
@@ -122,6 +154,7 @@ def _content_problems(
     def folder(column: str) -> str:
         return f"{column}/{commit.columns[column].folder}"
 
+    statistics = totals.statistics
     order = []
     for sample in read_partition(folders[CLIPS]):
         clip_id = sample["clip_id"]
@@ -129,17 +162,23 @@ def _content_problems(
         if clip_id in totals.clip_ids:
             yield f"{folder(CLIPS)}: clip {clip_id} is in the set twice"
         totals.clip_ids.add(clip_id)
+        statistics.durations_s.append(float(sample["duration_s"]))
+        statistics.questions.append(len(sample["questions"]))
+        statistics.domains[sample["domain"]] += 1
         for question in sample["questions"]:
-            totals.questions += 1
+            statistics.tasks[question["task"]] += 1
             if question["question_id"] in totals.question_ids:
                 yield f"{folder(CLIPS)}: question {question['question_id']} of clip {clip_id} is in the set twice"
             totals.question_ids.add(question["question_id"])
     for name, encoder in contract.encoders.items():
         ids = []
+        norms = statistics.norms.setdefault(name, [])
         for sample in read_partition(folders[name]):
             ids.append(sample["clip_id"])
             fault = _feature_fault(sample["features"], encoder.width)
-            if fault:
+            if fault is None:
+                norms.append(float(np.sqrt(np.square(sample["features"], dtype=np.float32).mean())))
+            else:
                 yield f"{folder(name)}: features of clip {sample['clip_id']} {fault}"
         if ids != order:
             yield f"{folder(name)}: its clips are not those of {folder(CLIPS)} in their order"
@@ -148,8 +187,6 @@ def _content_problems(
 
 
 def _feature_fault(features: Any, width: int) -> str | None:
-    import numpy as np
-
     if features.dtype != np.float16:
         return f"are {features.dtype}, not float16"
     if features.ndim != 2 or features.shape[1] != width:
@@ -159,12 +196,13 @@ def _feature_fault(features: Any, width: int) -> str | None:
     return None
 
 
-def _total_problems(contract: FeatureContract, commits: list[Commit], totals: _Totals) -> Iterator[str]:
-    rejected = sum(len(commit.rejects) for commit in commits)
-    if len(totals.clip_ids) != contract.clips or rejected > contract.rejected:
+def _total_problems(contract: FeatureContract, totals: _Totals) -> Iterator[str]:
+    if len(totals.clip_ids) != contract.clips:
         yield f"features.json: counts {contract.clips} clips, the shards hold {len(totals.clip_ids)}"
-    if totals.questions != contract.questions:
-        yield f"features.json: counts {contract.questions} questions, the shards hold {totals.questions}"
+    if totals.statistics.rejects.total() != contract.rejected:
+        yield f"{REJECTS}: holds {totals.statistics.rejects.total()} clips, features.json counts {contract.rejected}"
+    if len(totals.question_ids) != contract.questions:
+        yield f"features.json: counts {contract.questions} questions, the shards hold {len(totals.question_ids)}"
 
 
 if __name__ == "__main__":

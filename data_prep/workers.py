@@ -23,7 +23,8 @@ from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
 OBJECT_STORE_BYTES = 100 << 20  # nothing but records passes through it
-MAX_START_FAILURES = 5
+MAX_START_FAILURES = 10
+MAX_START_PAUSE_S = 20
 
 
 class PreparationFailed(RuntimeError):
@@ -72,7 +73,9 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = {} if joins else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    # "local": without it ray joins whatever cluster it finds on this machine.
+    fresh = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    local = {} if joins else fresh
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
     except ConnectionError as error:
@@ -85,27 +88,37 @@ def ray_cluster() -> Iterator[None]:
 
 
 class Cluster:
-    """Works through partitions with as many actors as the config and the cluster allow."""
+    """Works through partitions with as many actors as the config and the cluster allow.
 
-    def __init__(self, config: PrepareConfig, contracts: dict[str, EncoderContract], plan: Plan) -> None:
+    Args:
+        load_encoders: False where only questions change.
+    """
+
+    def __init__(
+        self, config: PrepareConfig, contracts: dict[str, EncoderContract], plan: Plan, load_encoders: bool = True
+    ) -> None:
         self._config = config
+        self._load_encoders = load_encoders
         self._plan = plan
         self._contracts = contracts
         self._actors: dict[Any, _Actor] = {}  # by what it is doing: an object reference or a generator of them
         self._start_failures = 0
         self._no_start_before = 0.0
-        self._first_ready = False
+        self._first_ready: float | None = None
 
     def run(
         self,
         partitions: list[int],
         on_commit: Callable[[Commit], None],
         on_progress: Callable[[dict[int, Progress], int], None],
-    ) -> None:
+    ) -> float:
         """Does these partitions; each reaches `on_commit` once, in any order.
 
         Args:
             on_progress: receives the partitions under work and the number of actors.
+
+        Returns:
+            seconds from the first actor being ready to the last commit.
 
         Raises:
             PreparationFailed: actors cannot be placed or started, or keep dying without a clip to blame.
@@ -124,7 +137,7 @@ class Cluster:
                 ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
                 for reference in ready:
                     self._advance(reference, waiting, under_work, on_commit)
-                if not self._first_ready and time.monotonic() - started > self._config.workers.start_timeout_s:
+                if self._first_ready is None and time.monotonic() - started > self._config.workers.start_timeout_s:
                     raise PreparationFailed(
                         f"no worker started within workers.start_timeout_s {self._config.workers.start_timeout_s} s: "
                         f"the cluster cannot place {self._resources()}"
@@ -133,6 +146,7 @@ class Cluster:
         finally:
             for actor in self._actors.values():
                 ray.kill(actor.handle)
+        return time.monotonic() - (self._first_ready or started)
 
     def _resources(self) -> str:
         return f"{self._config.workers.cpus} CPUs and {self._config.workers.gpus} GPUs"
@@ -160,7 +174,7 @@ class Cluster:
         busy = sum(actor.task is not None for actor in self._actors.values())
         while len(self._actors) < min(self._bound(), len(waiting) + busy):
             handle = _remote_worker(self._config).remote(self._config, self._contracts)
-            self._actors[handle.start.remote()] = _Actor(handle)
+            self._actors[handle.start.remote(self._load_encoders)] = _Actor(handle)
 
     def _advance(
         self,
@@ -184,7 +198,7 @@ class Cluster:
             ray.kill(actor.handle)
             if task is None:
                 self._start_failures += 1
-                self._no_start_before = time.monotonic() + 2**self._start_failures
+                self._no_start_before = time.monotonic() + min(2**self._start_failures, MAX_START_PAUSE_S)
                 if self._start_failures >= MAX_START_FAILURES:
                     raise PreparationFailed(f"workers die while starting: {_last_line(error)}") from error
             else:
@@ -193,7 +207,7 @@ class Cluster:
                 waiting.appendleft(task)
             return
         if task is None:
-            self._first_ready, self._start_failures = True, 0
+            self._first_ready, self._start_failures = self._first_ready or time.monotonic(), 0
         elif isinstance(result, Commit):
             under_work.pop(task.partition, None)
             on_commit(result)
@@ -265,10 +279,12 @@ class _Worker:
     def __init__(self, config: PrepareConfig, contracts: dict[str, EncoderContract]) -> None:
         self._config, self._contracts = config, contracts
 
-    def start(self) -> None:
+    def start(self, load_encoders: bool) -> None:
         from data_prep.partition import PartitionWorker
 
         self._worker = PartitionWorker(self._config, self._contracts)
+        if load_encoders:
+            self._worker.load_encoders()
 
     def extract(
         self, partition: int, planned: PlannedPartition, killers: dict[int, str]

@@ -29,6 +29,11 @@ def test_a_sound_set_has_no_problems(root, capsys):
     assert run(root, capsys) == (0, {"clips": 6, "questions": 12, "problems": []}, "")
 
 
+def test_the_picture_is_drawn(root, capsys):
+    assert validate.main([str(root), "--picture", str(root.parent / "set.png")]) == 0
+    assert (root.parent / "set.png").read_bytes().startswith(b"\x89PNG")
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -50,6 +55,7 @@ SHARD = "log_mel/part-00001/shard.00000.mds"
         (lambda r: shutil.copy(r / "clips/index.json", r / "log_mel/index.json"), "log_mel/index.json", "index"),
         (lambda r: (r / "clips/index.json").unlink(), "clips/index.json", "missing"),
         (lambda r: (r / RECORD).write_bytes((r / RECORD).read_bytes()[:-10]), RECORD, "commit record"),
+        (lambda r: (r / "rejects.jsonl").write_text('{"reason": "empty"}\n'), "rejects.jsonl", "holds 1 clips"),
         (lambda r: (r / "commits/00000.json").unlink(), "commits/00000.json", "missing"),
     ],
 )

@@ -1,0 +1,151 @@
+"""`pal bench prepare`: the whole preparation against a bare loop of the encoder, on the same cores, in one run.
+
+The bare loop has its inputs in memory: no file, no decoding, no spectrogram, no shard. Both times leave out the start
+of their processes and the loading of the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from data_prep.config import PrepareConfig, WhisperConfig
+from data_prep.extract import prepare
+from pipeline.config.loading import validate_config
+from pipeline.errors import run_command
+
+RATE_HZ, CHANNELS = 44100, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="pal bench prepare", description=__doc__)
+    parser.add_argument("--clips", type=int, default=96, help="clips of the corpus (default: %(default)s)")
+    parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of each (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="actors, and processes of the bare loop")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    args = parser.parse_args(argv)
+    what = f"{args.clips} FLAC clips of {args.clip_s} s, Whisper base shape, {args.workers} workers of one core each"
+    print(what)
+    if args.dry_run:
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(Path(folder), args.clips, args.clip_s, args.workers)
+    text = json.dumps(figures, indent=2) + "\n"
+    sys.stdout.write(text)
+    if args.json is not None:
+        args.json.write_text(text, encoding="utf-8")
+    return 0
+
+
+def measure(folder: Path, clips: int, clip_s: float, workers: int) -> dict[str, float]:
+    """Bare loop, preparation, bare loop again: the mean of the two bare speeds is compared with."""
+    model = write_whisper_base(folder / "whisper")
+    manifest = write_noise(folder / "corpus", clips, clip_s)
+    config = validate_config(
+        PrepareConfig,
+        {
+            "manifest": str(manifest),
+            "output": str(folder / "set"),
+            "encoders": {"whisper": {"kind": "whisper", "model": str(model)}},
+            "partition_clips": -(-clips // workers),
+            "workers": {"min": workers, "max": workers},
+        },
+        "bench",
+    )
+    before = bare_clips_per_s(config, clips, workers)
+    figures = prepare(config)
+    after = bare_clips_per_s(config, clips, workers)
+    pipeline, encoder = clips / figures["work_s"], (before + after) / 2
+    return {
+        "pipeline_clips_per_s": pipeline,
+        "encoder_clips_per_s": encoder,
+        "ratio": pipeline / encoder,
+        "encoder_clips_per_s_before": before,
+        "encoder_clips_per_s_after": after,
+        "pipeline_wall_s": figures["wall_s"],
+    }
+
+
+def bare_clips_per_s(config: PrepareConfig, clips: int, workers: int) -> float:
+    """Windows per second of the encoder alone, over as many processes as there are workers."""
+    context = multiprocessing.get_context("spawn")
+    ready = context.Barrier(workers)
+    with context.Pool(workers, initializer=_remember, initargs=(ready,)) as pool:
+        share = -(-clips // workers)
+        seconds = pool.map(_bare_loop, [(config, share)] * workers, chunksize=1)
+    return share * workers / max(seconds)
+
+
+def _remember(ready: Barrier) -> None:
+    global _ready  # a barrier reaches a pool's process only this way
+    _ready = ready
+
+
+def _bare_loop(job: tuple[PrepareConfig, int]) -> float:
+    import numpy as np
+    import torch
+
+    from data_prep.encoders.base import Window
+    from data_prep.encoders.build import build_encoder, describe_encoder
+
+    config, clips = job
+    torch.set_num_threads(max(1, int(config.workers.cpus)))
+    (whisper,) = config.encoders.values()
+    assert isinstance(whisper, WhisperConfig)
+    encoder = build_encoder(whisper, describe_encoder(whisper), "cpu")
+    audio = np.random.default_rng(0).normal(0, 0.1, encoder.window_samples).astype(np.float32)
+    prepared = encoder.prepare(Window(audio, len(audio)))
+    batch = max(1, int(config.batch_s * encoder.contract.sample_rate_hz / encoder.window_samples))
+    _ready.wait()
+    start = time.monotonic()
+    for first in range(0, clips, batch):
+        inputs = [prepared] * min(batch, clips - first)
+        encoder.encode_windows(inputs, [len(audio)] * len(inputs))
+    return time.monotonic() - start
+
+
+def write_whisper_base(folder: Path) -> Path:
+    """A model of random weights whose encoder has the shape of Whisper base."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, decoder_layers=1,
+        decoder_attention_heads=8, decoder_ffn_dim=64, vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def write_noise(folder: Path, clips: int, clip_s: float) -> Path:
+    """Stereo FLAC files that have to be resampled, and their manifest."""
+    import numpy as np
+    import soundfile
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(clips):
+        audio = random.normal(0, 0.1, (round(clip_s * RATE_HZ), CHANNELS)).astype(np.float32)
+        soundfile.write(folder / f"{i}.flac", audio, RATE_HZ)
+        rows.append({"clip_id": str(i), "audio": f"{i}.flac", "questions": []})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
+_ready: Barrier
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

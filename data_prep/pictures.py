@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -42,8 +43,8 @@ def _histogram(axes: Axes, series: dict[str, list[float]], title: str, unit: str
         width = (high - low) / 40 or max(abs(high), 1.0) / 40
         edges = [low + width * i for i in range(41)]
     for (name, of_one), colour in zip(series.items(), (COLOUR, *OTHER), strict=False):
-        style = {"histtype": "step", "linewidth": 2} if len(series) > 1 else {}
-        axes.hist(of_one, bins=edges, label=name or None, color=colour, **style)
+        kind: Literal["bar", "step"] = "step" if len(series) > 1 else "bar"
+        axes.hist(of_one, bins=edges, label=name or None, color=colour, histtype=kind, linewidth=1.5)
     if any(series):
         axes.legend(frameon=False)
     axes.set(title=title, xlabel=f"{unit} (log scale)" if wide else unit, ylabel="clips")

@@ -61,7 +61,8 @@ def flamingo_hook(decoder_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[
     hidden, *rest = args
     for stream in pal.audio.clips.flamingo[layer]:
         block = pal.audio.clips.streams[stream].layer_blocks[str(layer)]
-        hidden = block(hidden, pal.audio.flamingo(layer, stream), pal.flamingo_seen(stream))
+        k, v = (x.expand(len(hidden), -1, -1, -1) for x in pal.audio.flamingo(layer, stream))
+        hidden = block(hidden, (k, v), pal.flamingo_seen(stream))
     return (hidden, *rest), kwargs
 
 

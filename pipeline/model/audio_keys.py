@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class AudioKeys:
             self._let_audio_query()
 
     def lal_keys_values(self, layer: int) -> KeysValues:
-        """(N, kv_heads, head_dim) keys, not rotated, and values of the LAL streams of this layer, one after the other."""
+        """(N, kv_heads, head_dim) keys, not rotated, and values of this layer's LAL streams, one after the other."""
         if layer in self._lal:
             return self._lal[layer]
         decoder_layer = self.language_model.model.layers[layer]
@@ -74,7 +75,7 @@ class AudioKeys:
         """(N, heads, head_dim) keys and values of one flamingo stream at this layer."""
         if (layer, stream) in self._flamingo:
             return self._flamingo[layer, stream]
-        block = self.streams[stream].layer_blocks[str(layer)]
+        block: Any = self.streams[stream].layer_blocks[str(layer)]
         return block.attention.keys_values(self.audio.tokens[stream])
 
     def remember(self) -> AudioKeys:
@@ -189,6 +190,6 @@ class PlacedKeys:
             return self
         repeated = PlacedKeys(self.clips, {key: audio.repeat(times) for key, audio in self.beside.items()})
         for layer, (k, v) in self._lal.items():
-            shared = len(k) == 1
-            repeated._lal[layer] = (k, v) if shared else tuple(x.repeat_interleave(times, dim=0) for x in (k, v))
+            each = 1 if len(k) == 1 else times
+            repeated._lal[layer] = (k.repeat_interleave(each, dim=0), v.repeat_interleave(each, dim=0))
         return repeated

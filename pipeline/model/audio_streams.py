@@ -94,20 +94,20 @@ def audio_tokens(
     cpu_lengths = {name: n.cpu() for name, n in (lengths or {}).items()}
     specs = [s.spec for s in streams]
     stand_in = not any(len(n) for n in cpu_lengths.values())
+    given = features or {}
     if stand_in:
-        features = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
+        given = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
         cpu_lengths = {name: torch.ones(1, dtype=torch.long) for name in encoder_widths}
         for stream in streams:
             for name, bands in zip(stream.spec.encoders, stream.connector.frames_of_a_step(), strict=True):
-                features[name] = features[name].new_zeros(bands, encoder_widths[name])
+                given[name] = given[name].new_zeros(bands, encoder_widths[name])
                 cpu_lengths[name] = torch.tensor([bands])
     else:
-        check_features(specs, encoder_widths, features or {}, cpu_lengths)
-    assert features is not None
+        check_features(specs, encoder_widths, given, cpu_lengths)
     tokens, counts, frames = [], [], []
     for stream in streams:
         own = [cpu_lengths[name] for name in stream.spec.encoders]
-        tokens.append(stream.connector([features[name].to(like.dtype) for name in stream.spec.encoders], own))
+        tokens.append(stream.connector([given[name].to(like.dtype) for name in stream.spec.encoders], own))
         counts.append(stream.connector.token_counts(own))
         frames.append(own[0])
     return AudioTokens(tokens, counts, frames, stand_in)

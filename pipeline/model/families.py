@@ -105,12 +105,11 @@ def project_heads(attention: Any, family: Family, kind: str, x_ND: Tensor) -> Te
 
     They are called as modules, so that ZeRO-3's and LoRA's hooks are at work.
     """
-    projection, norm = getattr(attention, f"{kind}_proj"), getattr(attention, f"{kind}_norm", None)
-    x_NE = projection(x_ND)
+    x_NE = getattr(attention, f"{kind}_proj")(x_ND)
     if family.key_norm == "width":
-        x_NE = norm(x_NE)
+        x_NE = getattr(attention, f"{kind}_norm")(x_NE)
     x_NHE = x_NE.unflatten(-1, (-1, attention.head_dim))
-    return norm(x_NHE) if family.key_norm == "head" else x_NHE
+    return getattr(attention, f"{kind}_norm")(x_NHE) if family.key_norm == "head" else x_NHE
 
 
 def project_keys_values(attention: Any, family: Family, x_ND: Tensor) -> tuple[Tensor, Tensor]:

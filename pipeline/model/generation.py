@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pipeline.model.audio_keys import AudioKeys
 from pipeline.model.context import AttentionContext
-from pipeline.model.layout import Places, build_layout
-
-if TYPE_CHECKING:
-    from pipeline.model.modeling import PalForCausalLM
+from pipeline.model.layout import Places
 
 
 @dataclass
@@ -71,12 +69,24 @@ class PalGeneration:
     """The part of `PalForCausalLM` that writes answers."""
 
     @torch.no_grad()
+    def encode_audio(self: Any, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]) -> AudioKeys:
+        """Everything that decoding needs of some clips, computed once for any number of prompts.
+
+        Raises:
+            UserError: features are unfit.
+        """
+        return self.audio_keys(self.audio_tokens(audio_features, audio_lengths)).remember()
+
+    @torch.no_grad()
     def generate(
-        self: PalForCausalLM,
+        self: Any,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         audio_features: dict[str, Tensor] | None = None,
         audio_lengths: dict[str, Tensor] | None = None,
+        *,
+        audio: AudioKeys | None = None,
+        clips: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Answers to a batch of prompts of unequal length.
@@ -84,6 +94,9 @@ class PalGeneration:
         Args:
             input_ids, attention_mask: (B, T) prompts, padded on either side; one placeholder for each clip.
             audio_features, audio_lengths: as in `forward`.
+            audio: clips encoded before by `encode_audio`, instead of features.
+            clips: (num_placeholders,) which of these clips each placeholder is, row by row; None means in their order,
+                or the one clip for every placeholder.
             settings: of transformers' `generate` (max_new_tokens, do_sample, num_beams, eos_token_id, ...).
 
         Returns:
@@ -92,24 +105,18 @@ class PalGeneration:
         Raises:
             UserError: placeholders and clips disagree, or features are unfit.
         """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        tokens, counts, frames, dummy = self.audio_tokens(audio_features or {}, audio_lengths or {})
-        layout = build_layout(
-            input_ids.cpu(),
-            attention_mask.cpu(),
-            None,
-            None,
-            audio_token_id=self.config.audio_token_id,
-            streams=self.specs,
-            token_counts=counts,
-            frame_counts=frames,
-            pad_left=True,
-        ).to(input_ids.device)
-        context = self.attention_context(layout, tokens, dummy)
-        context.audio.materialise()
-        return super().generate(
-            inputs_embeds=self.embed(layout, tokens, dummy),
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if audio is None:
+            audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        elif clips is None and audio.audio.num_clips == 1:
+            clips = torch.zeros(int((mask.bool() & (input_ids == self.config.audio_token_id)).sum()), dtype=torch.long)
+        layout = self.layout(audio.audio, input_ids, mask, clips=clips, pad_left=True)
+        shared = replace(layout, beside={key: places.shared() for key, places in layout.beside.items()})
+        context = self.attention_context(shared, audio)
+        context.audio.remember()
+        # Both mixins come after this class in the model's bases; transformers' own loop runs here.
+        return super().generate(  # type: ignore[misc]
+            inputs_embeds=self.embed(layout, audio.audio),
             attention_mask=layout.places.valid.long(),
             past_key_values=DynamicCache(),  # no sliding layers: windows count positions, which the mask knows
             decoding=Decoding(context, layout.next_position),
@@ -126,13 +133,14 @@ class PalGeneration:
         **_: Any,  # masks and positions that transformers would make: `Decoding` makes ours
     ) -> dict[str, Any]:
         """Inputs of the next step: the embedded prompts first, the newest token after that."""
+        cache: Any = past_key_values
         inputs = {"past_key_values": past_key_values, "decoding": decoding, "use_cache": True}
-        if past_key_values.get_seq_length() == 0:
+        if cache.get_seq_length() == 0:
             return {"inputs_embeds": inputs_embeds, **inputs}
         return {"input_ids": input_ids[:, -1:], **inputs}
 
     def _decoding_step(
-        self: PalForCausalLM,
+        self: Any,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         past_key_values: Cache,

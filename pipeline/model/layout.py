@@ -81,6 +81,8 @@ class AudioPlaces:
 
     def repeat(self, times: int) -> AudioPlaces:
         """Each row `times` times; places that all rows share stay one row."""
+        if len(self.source) == 1:
+            return self
         return AudioPlaces(self.places.repeat(times), self.source.repeat_interleave(times, dim=0), False)
 
     def to(self, device: torch.device) -> AudioPlaces:
@@ -102,6 +104,7 @@ class Layout:
         predictors, targets: (M,) flat entries b * T + t that carry loss and the token each must predict.
         next_position: (B,) position of the first token to be generated.
         max_position: the largest position of the batch.
+        reuses_clips: placeholders do not take the clips in their order, each once: `sequence_sources` picks.
         plain_causal: memory order alone gives the mask of the sequence (no segments, no padding on the left).
     """
 
@@ -115,6 +118,7 @@ class Layout:
     targets: Tensor
     next_position: Tensor
     max_position: int
+    reuses_clips: bool
     plain_causal: bool
 
     def to(self, device: torch.device) -> Layout:
@@ -135,6 +139,7 @@ class Layout:
             move(self.targets),
             move(self.next_position),
             self.max_position,
+            self.reuses_clips,
             self.plain_causal,
         )
 
@@ -291,6 +296,7 @@ def build_layout(
         targets=targets,
         next_position=torch.where(valid, position + slots, 0).amax(1),
         max_position=int(position.max() + slots.max()) if position.numel() else 0,
+        reuses_clips=not torch.equal(clips, torch.arange(num_clips)),
         plain_causal=bool((out["segment"] == 0).all()) and (not pad_left or bool((lengths == total).all())),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The `lfst` connector: Cambrian-1's spatial vision aggregator on a time-frequency grid (arXiv 2406.16860, section 3)."""
+"""The `lfst` connector: Cambrian-1's spatial vision aggregator (arXiv 2406.16860, section 3) on a sound's grid."""
 
 from __future__ import annotations
 

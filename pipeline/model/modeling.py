@@ -1,4 +1,4 @@
-"""`PalForCausalLM`: a language model of transformers plus streams of audio. No forward of the language model is patched."""
+"""`PalForCausalLM`: a language model of transformers plus streams of audio, no forward of it patched."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pipeline.model.attention import ATTENTION_NAME
-from pipeline.model.audio_streams import AudioStream, check_features
+from pipeline.model.attention import ATTENTION_NAME, flamingo_hook
+from pipeline.model.audio_keys import AudioKeys, PlacedKeys
+from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens
 from pipeline.model.configuration import PalConfig
-from pipeline.model.context import AttentionContext, AudioKeys
-from pipeline.model.families import audio_embedding_scale, family_of
+from pipeline.model.context import AttentionContext
+from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
 from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import Layout, build_layout
 from pipeline.streams import Stream, custom_streams
@@ -41,7 +42,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
     def __init__(self, config: PalConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         family_of(config.language_model_config)
-        self.specs = custom_streams(config.stream_specs(), config.language_model_config.num_hidden_layers)
+        self.specs = custom_streams(config.stream_specs(), config.language_model.num_hidden_layers)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(
                 config.language_model_config, attn_implementation=ATTENTION_NAME
@@ -49,7 +50,10 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         self.language_model = language_model
         # transformers 4 clears it on the config of a part when the config of the whole is built
         language_model.set_attn_implementation(ATTENTION_NAME)
-        self.streams = nn.ModuleList(AudioStream(spec, config) for spec in self.specs)
+        self.audio_streams = [AudioStream(spec, config) for spec in self.specs]
+        self.streams = nn.ModuleList(self.audio_streams)
+        for layer in sorted({n for s in self.specs if s.integration == "flamingo" for n in s.audio_layers}):
+            language_model.model.layers[layer].register_forward_pre_hook(flamingo_hook, with_kwargs=True)
         self.post_init()
 
     @classmethod
@@ -101,7 +105,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers asks this for modules without saved weights; the language model answers for itself.
-        for index, stream in enumerate(self.streams):
+        for index, stream in enumerate(self.audio_streams):
             if stream is module:
                 stream.initialise(f"streams.{index}")
 
@@ -159,9 +163,55 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         """
         if decoding is not None:
             return self._decoding_step(input_ids, inputs_embeds, past_key_values, decoding)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        tokens, counts, frames, dummy = self.audio_tokens(audio_features or {}, audio_lengths or {})
+        assert input_ids is not None
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        layout = self.layout(audio.audio, input_ids, mask, segment_ids, labels)
+        hidden_BTD = self.language_model.model(
+            inputs_embeds=self.embed(layout, audio.audio),
+            position_ids=layout.places.position.clamp(min=0),
+            use_cache=False,
+            pal=self.attention_context(layout, audio),
+        ).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        if labels is None:
+            return CausalLMOutputWithPast(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
+        logits = self.vocabulary_logits(hidden_ND[layout.predictors])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, layout.targets, reduction="sum")
+        count = max(len(layout.targets), 1) if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=loss / count)
+
+    def audio_tokens(
+        self, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None
+    ) -> AudioTokens:
+        """Runs every connector; on one stand-in clip of silence if the batch holds none."""
+        like: Any = self.get_input_embeddings().weight
+        return audio_tokens(self.audio_streams, self.config.encoder_widths, audio_features, audio_lengths, like)
+
+    def audio_keys(self, audio: AudioTokens) -> AudioKeys:
+        """What these clips give to the layers."""
+        return AudioKeys(
+            self.language_model,
+            self.audio_streams,
+            audio,
+            norm_audio_tokens=self.config.norm_audio_tokens,
+            audio_queries=self.config.audio_queries,
+        )
+
+    def layout(
+        self,
+        audio: AudioTokens,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        clips: Tensor | None = None,
+        pad_left: bool = False,
+    ) -> Layout:
+        """The batch as the language model sees it, on the batch's device; see `build_layout`."""
+        none = torch.empty(0, dtype=torch.long)
         layout = build_layout(
             input_ids.cpu(),
             attention_mask.cpu(),
@@ -169,92 +219,43 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             None if labels is None else labels.cpu(),
             audio_token_id=self.config.audio_token_id,
             streams=self.specs,
-            token_counts=counts,
-            frame_counts=frames,
-        ).to(input_ids.device)
-        inputs_embeds = self.embed(layout, tokens, dummy)
-        hidden_BTD = self._run_layers(inputs_embeds, self.attention_context(layout, tokens, dummy), layout)
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        if labels is None:
-            return CausalLMOutputWithPast(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
-        logits = self.vocabulary_logits(hidden_ND[layout.predictors])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, layout.targets, reduction="sum")
-        return CausalLMOutputWithPast(loss=loss / (num_items_in_batch or max(len(layout.targets), 1)))
+            token_counts=[none] * len(self.specs) if audio.stand_in else audio.counts,
+            frame_counts=[none] * len(self.specs) if audio.stand_in else audio.frames,
+            clips=clips,
+            pad_left=pad_left,
+        )
+        return layout.to(input_ids.device)
 
-    def audio_tokens(
-        self, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], bool]:
-        """Runs every connector.
-
-        Returns:
-            for each stream its tokens (N, width), tokens and frames of each clip (num_clips,) on the CPU; and whether
-            they are a stand-in, because the batch holds no clip.
-        """
-        lengths = {name: n.cpu() for name, n in audio_lengths.items()}
-        clips = check_features(self.specs, self.config.encoder_widths, audio_features, lengths) if lengths else 0
-        dummy = clips == 0
-        if dummy:
-            lengths = {name: torch.ones(1, dtype=torch.long) for name in self.config.encoder_widths}
-            audio_features = {
-                name: torch.zeros(1, width, device=self.device) for name, width in self.config.encoder_widths.items()
-            }
-        tokens, counts, frames = [], [], []
-        for spec, stream in zip(self.specs, self.streams, strict=True):
-            stream_lengths = [lengths[name] for name in spec.encoders]
-            features = [audio_features[name].to(self.dtype) for name in spec.encoders]
-            tokens.append(stream.connector(features, stream_lengths))
-            none = torch.empty(0, dtype=torch.long)
-            counts.append(none if dummy else stream.connector.token_counts(stream_lengths))
-            frames.append(none if dummy else stream_lengths[0])
-        return tokens, counts, frames, dummy
-
-    def embed(self, layout: Layout, tokens: Sequence[Tensor], dummy: bool) -> Tensor:
+    def embed(self, layout: Layout, audio: AudioTokens) -> Tensor:
         """(B, T, d): text embeddings with the tokens of PLITS at their entries."""
         x_BTD = self.get_input_embeddings()(layout.token_ids)
         scale = audio_embedding_scale(self.language_model)
-        for spec, x_ND, entries, sources in zip(
-            self.specs, tokens, layout.sequence_entries, layout.sequence_sources, strict=True
-        ):
+        for i, spec in enumerate(self.specs):
             if spec.integration != "plits":
                 continue
-            if dummy:
-                x_BTD = x_BTD + x_ND.sum() * 0
+            if audio.stand_in:
+                x_BTD = x_BTD + audio.tokens[i].sum() * 0
                 continue
-            x_ND = x_ND[sources] if len(sources) != len(x_ND) else x_ND
+            x_ND = audio.tokens[i]
+            if layout.reuses_clips:
+                x_ND = x_ND[layout.sequence_sources[i]]
             x_ND = x_ND if scale is None else x_ND / scale.to(x_ND)
-            x_BTD = x_BTD.flatten(0, 1).index_copy(0, entries, x_ND.to(x_BTD.dtype)).view_as(x_BTD)
+            x_BTD = x_BTD.flatten(0, 1).index_copy(0, layout.sequence_entries[i], x_ND).view_as(x_BTD)
         return x_BTD
 
-    def attention_context(self, layout: Layout, tokens: Sequence[Tensor], dummy: bool) -> AttentionContext:
+    def attention_context(self, layout: Layout, audio: AudioKeys) -> AttentionContext:
         """The context of a pass over all entries of a layout."""
-        audio = AudioKeys(
-            self.language_model,
-            list(self.streams),
-            tokens,
-            layout.beside,
-            norm_audio_tokens=self.config.norm_audio_tokens,
-            dummy=dummy,
-        )
         return AttentionContext(
             layout.places,
             layout.places,
-            audio,
+            PlacedKeys(audio, layout.beside),
             plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
             max_position=layout.max_position,
             system_text_sees_audio=self.config.system_text_sees_audio,
         )
 
-    def _run_layers(self, inputs_embeds: Tensor, context: AttentionContext, layout: Layout) -> Tensor:
-        return self.language_model.model(
-            inputs_embeds=inputs_embeds,
-            position_ids=layout.places.position.clamp(min=0),
-            use_cache=False,
-            pal=context,
-        ).last_hidden_state
-
     def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits over the vocabulary, bounded where the family bounds them (Gemma 2)."""
         logits = self.get_output_embeddings()(hidden_ND)
-        softcap = getattr(self.config.language_model_config, "final_logit_softcapping", None)
+        softcap = logit_softcap(self.language_model.config)
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -3,10 +3,19 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.configuration import PalConfig
+from pipeline.model.lora import add_lora, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
 
 AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
 
-__all__ = ["PalConfig", "PalForCausalLM", "TrainableSet", "count_parameters", "set_trainable"]
+__all__ = [
+    "PalConfig",
+    "PalForCausalLM",
+    "TrainableSet",
+    "add_lora",
+    "count_parameters",
+    "merge_lora",
+    "set_trainable",
+]

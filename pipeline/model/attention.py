@@ -48,7 +48,7 @@ def pal_attention(
         active, nothing = (), (k.sum() + v.sum()) * 0
     elif active:
         blocks.insert(0, pal.audio.lal(layer))
-    mask = pal.mask(active, window, query)
+    mask = pal.mask(active, window, query, flex=dropout == 0)
     out = attend(query, blocks, mask, scaling=scaling, dropout=dropout, softcap=softcap).transpose(1, 2)
     return (out if nothing is None else out + nothing), None
 

@@ -23,7 +23,7 @@ from pipeline.model.families import (
 )
 from pipeline.model.kernels import KeysValues, attend
 from pipeline.model.layout import AudioPlaces, clip_places, streams_at_layer
-from pipeline.model.visibility import additive_mask, visible
+from pipeline.model.visibility import Rule, additive_mask
 
 
 class AudioKeys:
@@ -139,8 +139,7 @@ class AudioKeys:
         rows = [x[source.to(x.device)] for x in (q_NHE, k_NHE, v_NHE)]
         cos, sin = rope(self.language_model, layer, x_ND, places.position)
         q, k, v = (x.transpose(1, 2) for x in (rotate(rows[0], cos, sin), rotate(rows[1], cos, sin), rows[2]))
-        seen = visible(places, places, sliding_window(config, layer), system_text_sees_audio=False)
-        mask = additive_mask(seen, places.valid, q.dtype)
+        mask = additive_mask(Rule(sliding_window(config, layer)), places, places, q.dtype)
         out = attend(q, [(k, v)], mask, scaling=attention.scaling, softcap=score_softcap(config))
         flat = out.transpose(1, 2).flatten(2)[places.valid]
         # Rows hold the clips' tokens stream by stream; back to the order of the flat tokens.

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from pipeline.model.audio_keys import PlacedKeys
 from pipeline.model.layout import Places
-from pipeline.model.visibility import additive_mask, visible
+from pipeline.model.visibility import Rule, additive_mask, block_mask, visible
+
+AttentionPath = Literal["auto", "sdpa", "flex"]
+FLEX_FROM_KEYS = 2048  # below it a dense mask is small and SDPA's kernels start sooner
 
 
 class AttentionContext:
@@ -17,6 +23,7 @@ class AttentionContext:
         audio: keys beside the sequence.
         plain_causal: query and key are the same entries and their memory order alone gives the mask.
         max_position: no position is larger.
+        attention_path: `sdpa`, `flex`, or `auto`: FlexAttention on a GPU where rows are packed or long.
     """
 
     def __init__(
@@ -28,6 +35,7 @@ class AttentionContext:
         plain_causal: bool,
         max_position: int,
         system_text_sees_audio: bool,
+        attention_path: AttentionPath = "auto",
     ) -> None:
         self.query = query
         self.key = key
@@ -35,7 +43,8 @@ class AttentionContext:
         self.plain_causal = plain_causal
         self.max_position = max_position
         self.system_text_sees_audio = system_text_sees_audio
-        self._masks: dict[tuple[tuple[int, ...], int | None], Tensor] = {}
+        self.attention_path = attention_path
+        self._masks: dict[tuple[tuple[int, ...], int | None, bool], Tensor | BlockMask] = {}
         self._flamingo: dict[int, Tensor] = {}
 
     def effective_window(self, window: int | None) -> int | None:
@@ -48,18 +57,34 @@ class AttentionContext:
             return self.key
         return Places.concat([self.audio.beside[active].places.expand(len(self.key.valid)), self.key])
 
-    def mask(self, active: tuple[int, ...], window: int | None, like: Tensor) -> Tensor | None:
-        """(B, 1, Nq, Nk) additive, made once for each kind of layer; None where plain causal order says it all."""
+    def mask(
+        self, active: tuple[int, ...], window: int | None, like: Tensor, *, flex: bool
+    ) -> Tensor | BlockMask | None:
+        """The mask of a layer, made once for each kind of layer; see `kernels.attend`.
+
+        Args:
+            like: the queries, for device and dtype.
+            flex: FlexAttention may be used (it knows no dropout).
+        """
         if not active and self.plain_causal and window is None:
             return None
-        if (active, window) not in self._masks:
-            seen = visible(self.query, self.keys(active), window, self.system_text_sees_audio)
-            self._masks[active, window] = additive_mask(seen, self.query.valid, like.dtype)
-        return self._masks[active, window]
+        flex = flex and self._prefers_flex(active, like)
+        if (active, window, flex) not in self._masks:
+            rule, key = Rule(window, self.system_text_sees_audio), self.keys(active)
+            made = block_mask(rule, self.query, key) if flex else additive_mask(rule, self.query, key, like.dtype)
+            self._masks[active, window, flex] = made
+        return self._masks[active, window, flex]
+
+    def _prefers_flex(self, active: tuple[int, ...], like: Tensor) -> bool:
+        if self.attention_path != "auto" or like.shape[2] == 1:
+            return self.attention_path == "flex" and like.shape[2] > 1
+        beside = self.audio.beside[active].source.shape[1] if active else 0
+        long = self.key.valid.shape[1] + beside > FLEX_FROM_KEYS
+        return like.is_cuda and (long or not self.plain_causal)
 
     def flamingo_seen(self, stream: int) -> Tensor:
         """(B, Nq, S) bool: what of a flamingo stream each query sees."""
         if stream not in self._flamingo:
             places = self.audio.beside[(stream,)].places.expand(len(self.key.valid))
-            self._flamingo[stream] = visible(self.query, places, None, self.system_text_sees_audio)
+            self._flamingo[stream] = visible(Rule(None, self.system_text_sees_audio), self.query, places)
         return self._flamingo[stream]

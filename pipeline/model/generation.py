@@ -53,7 +53,7 @@ class Decoding:
         valid = torch.ones_like(position, dtype=torch.bool)
         answer = Places(position, segment, valid, torch.zeros_like(valid))
         key = Places.concat([prompt, answer])
-        query = Places(*(x[:, seen:] for x in (key.position, key.segment, key.valid, key.audio)))
+        query = key.map(lambda x: x[:, seen:])
         context = AttentionContext(
             query,
             key,

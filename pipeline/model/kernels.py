@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -14,7 +17,7 @@ KeysValues = tuple[Tensor, Tensor]
 def attend(
     query: Tensor,
     blocks: Sequence[KeysValues],
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     *,
     scaling: float,
     dropout: float = 0.0,
@@ -25,27 +28,48 @@ def attend(
     Args:
         query: (B, heads, N, head_dim).
         blocks: keys and values, (B or 1, kv_heads, K, head_dim) each; 1 where all rows share them.
-        mask: (B, 1, N, sum of K) additive; None for the causal mask of N = K in memory order.
+        mask: (B, 1, N, sum of K) additive; a block mask, for FlexAttention; None for the causal mask of N = K in
+            memory order.
         softcap: bound of the scores, score -> softcap * tanh(score / softcap).
 
     Returns:
         (B, heads, N, head_dim).
     """
+    if isinstance(mask, BlockMask):
+        return _flex(query, _joined(query, blocks), mask, scaling, softcap)
     if mask is not None and (softcap is not None or query.shape[2] == 1):
         return _written_out(query, blocks, mask, scaling, dropout, softcap)
     if mask is None and softcap is not None:
         n = query.shape[2]
         mask = torch.full((n, n), float("-inf"), dtype=query.dtype, device=query.device).triu(1)[None, None]
         return _written_out(query, blocks, mask, scaling, dropout, softcap)
-    if len(blocks) == 1:
-        key, value = blocks[0]
-    else:
-        parts = [[x.expand(len(query), -1, -1, -1) for x in block] for block in blocks]
-        key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    key, value = _joined(query, blocks)
     gqa = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=gqa
     )
+
+
+def _joined(query: Tensor, blocks: Sequence[KeysValues]) -> KeysValues:
+    """All blocks as one, with a row for each row of queries."""
+    if len(blocks) == 1:
+        return blocks[0]
+    parts = [[x.expand(len(query), -1, -1, -1) for x in block] for block in blocks]
+    return torch.cat([k for k, _ in parts], dim=2), torch.cat([v for _, v in parts], dim=2)
+
+
+def _flex(query: Tensor, joined: KeysValues, mask: BlockMask, scaling: float, softcap: float | None) -> Tensor:
+    def bound(score: Tensor, *_: Tensor) -> Tensor:
+        return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+    function: Any = _compiled_flex() if query.is_cuda else flex_attention
+    score_mod = None if softcap is None else bound
+    return function(query, *joined, score_mod, mask, scale=scaling, enable_gqa=query.shape[1] != joined[0].shape[1])
+
+
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)  # uncompiled it would write out all scores
 
 
 def _written_out(

@@ -5,7 +5,7 @@ Pure functions on CPU tensors; the only place that knows how audio takes positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -34,16 +34,20 @@ class Places:
     valid: Tensor
     audio: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Places:
+        """The function on every tensor."""
+        return Places(*(function(getattr(self, f.name)) for f in fields(self)))
+
     def to(self, device: torch.device) -> Places:
-        return Places(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
     def expand(self, rows: int) -> Places:
         """The same places for each of `rows` rows, where there is but one."""
-        return Places(*(getattr(self, f.name).expand(rows, -1) for f in fields(self)))
+        return self.map(lambda x: x.expand(rows, -1))
 
     def repeat(self, times: int) -> Places:
         """Each row `times` times, one after the other."""
-        return Places(*(getattr(self, f.name).repeat_interleave(times, dim=0) for f in fields(self)))
+        return self.map(lambda x: x.repeat_interleave(times, dim=0))
 
     @staticmethod
     def concat(parts: Sequence[Places]) -> Places:
@@ -77,7 +81,7 @@ class AudioPlaces:
         tables = (self.source, self.places.position, self.places.segment, self.places.valid)
         if not all(bool((t == t[:1]).all()) for t in tables):
             return self
-        return AudioPlaces(Places(*(getattr(self.places, f.name)[:1] for f in fields(Places))), self.source[:1], False)
+        return AudioPlaces(self.places.map(lambda x: x[:1]), self.source[:1], False)
 
     def repeat(self, times: int) -> AudioPlaces:
         """Each row `times` times; places that all rows share stay one row."""

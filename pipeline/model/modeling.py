@@ -16,10 +16,11 @@ from pipeline.model.attention import ATTENTION_NAME, flamingo_hook
 from pipeline.model.audio_keys import AudioKeys, PlacedKeys
 from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens
 from pipeline.model.configuration import PalConfig
-from pipeline.model.context import AttentionContext
+from pipeline.model.context import AttentionContext, AttentionPath
 from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
 from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import Layout, build_layout
+from pipeline.model.lora import adapt
 from pipeline.streams import Stream, custom_streams
 
 
@@ -47,7 +48,10 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             language_model = AutoModelForCausalLM.from_config(
                 config.language_model_config, attn_implementation=ATTENTION_NAME
             )
+        if config.lora is not None:
+            adapt(language_model, config.lora)
         self.language_model = language_model
+        self.attention_path: AttentionPath = "auto"
         # transformers 4 clears it on the config of a part when the config of the whole is built
         language_model.set_attn_implementation(ATTENTION_NAME)
         self.audio_streams = [AudioStream(spec, config) for spec in self.specs]
@@ -252,6 +256,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
             max_position=layout.max_position,
             system_text_sees_audio=self.config.system_text_sees_audio,
+            attention_path=self.attention_path,
         )
 
     def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:

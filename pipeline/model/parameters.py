@@ -15,10 +15,10 @@ def set_trainable(model: nn.Module, trainable: TrainableSet) -> None:
     Args:
         model: a `PalForCausalLM`.
         trainable: `connector` (all of the audio side, the language model frozen), `all_but_ffn` (the language model's
-            feed-forward layers frozen, the ablation of v3, table 9) or `all`.
+            feed-forward layers frozen, the ablation of v3, table 9) or `all`. Adapters (LoRA) are always trained.
     """
     for name, parameter in model.named_parameters():
-        audio = name.startswith("streams.")
+        audio = name.startswith("streams.") or ".lora_" in name
         ffn = not audio and ".mlp." in name
         parameter.requires_grad_(audio or trainable == "all" or (trainable == "all_but_ffn" and not ffn))
 

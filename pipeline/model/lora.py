@@ -1,0 +1,68 @@
+"""Low-rank adapters on the language model, through `peft` (imported only when they are asked for)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.model.modeling import PalForCausalLM
+
+
+def adapt(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
+    """Puts adapters into a language model, in place, and freezes all else in it.
+
+    Args:
+        lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, such as `q_proj`).
+
+    Raises:
+        UserError: peft is absent, or no layer has such a name.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError("train.lora", "needs the package peft", "install it, or remove train.lora") from error
+    settings = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=list(lora["target_modules"]),
+    )
+    try:
+        inject_adapter_in_model(settings, language_model)
+    except ValueError as error:
+        names = ", ".join(lora["target_modules"])
+        raise UserError("train.lora.target_modules", f"no layer is named {names}", "name linear layers") from error
+
+
+def add_lora(
+    model: PalForCausalLM,
+    rank: int,
+    alpha: int,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = ("q_proj", "v_proj"),
+) -> None:
+    """Gives a model adapters; its config remembers them, so that `from_pretrained` builds them again.
+
+    Raises:
+        UserError: see `adapt`.
+    """
+    lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": list(target_modules)}
+    adapt(model.language_model, lora)
+    model.config.lora = lora
+
+
+def merge_lora(model: PalForCausalLM) -> None:
+    """Adds the adapters into the weights they adapt and removes them, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(model.language_model.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.language_model.get_submodule(parent), child, module.get_base_layer())
+    model.config.lora = None

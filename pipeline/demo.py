@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ CONFIGS = ("demo", "demo_prepare", "demo_language_model")
 SETTINGS, STAGES, LOCK = "demo.json", "stages", ".lock"
 FOLDER_VARIABLE = "PAL_DEMO_FOLDER"  # tells the processes of a demo, so that a restart can end what a kill left behind
 LOG_TAIL_LINES = 15
+LONGEST_LINE = 120
+SIGN_OF_LIFE_S = 20.0
+LAST_WORDS_S = 60.0  # that a stage gets to save and end
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"{stage.name}: python -m {shlex.join(stage.command)}" for stage in stages))
         return 0
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like a Ctrl-C: the stage's process first
     try:
         with only_demo_in(out):
             keep_settings(out, stages)
@@ -199,27 +204,32 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
             continue
         print(f"{label} ...", flush=True)
         started = time.monotonic()
-        figures = _run(out, stage, shown=number == len(stages))
+        figures, last_line = _run(out, stage, label, shown=number == len(stages))
         wall_s = round(time.monotonic() - started, 1)
         _write_whole(done, {"command": stage.command, "wall_s": wall_s, "figures": figures})
-        headline = ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline)
-        print(f"{label} {_clock(wall_s)}  {headline}", flush=True)
+        headline = ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line
+        print(f"{label} {_clock(wall_s):12} {headline}", flush=True)
 
 
-def _run(out: Path, stage: Stage, shown: bool) -> Any:
-    """Runs one command and returns its figures; what it says goes to a log file, or to the terminal if `shown`."""
+def _run(out: Path, stage: Stage, label: str, shown: bool) -> tuple[Any, str]:
+    """Runs one command. What it says goes to a log file, with a sign of life now and then; or to the terminal.
+
+    Returns:
+        its figures, and the last line that it wrote to the log.
+    """
     name = stage.name.replace(" ", "_")
     log_path, figures_path = out / STAGES / f"{name}.log", out / STAGES / f"{name}.figures.json"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     figures_path.unlink(missing_ok=True)
     command = [sys.executable, "-m", *stage.command, f"--json={figures_path}"]
-    if shown:
-        exit_code = subprocess.run(command, check=False).returncode
-        lines = []
-    else:
-        with log_path.open("w", encoding="utf-8") as log:
-            exit_code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        lines = log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+    started = time.monotonic()
+    with log_path.open("w", encoding="utf-8") as log:
+        where = {} if shown else {"stdout": log, "stderr": subprocess.STDOUT}
+        with _child(command, where) as process:
+            while (exit_code := _wait(process, SIGN_OF_LIFE_S)) is None:
+                if not shown:
+                    print(f"{label} {_clock(time.monotonic() - started):12} {_last_line(log_path)}", flush=True)
+    lines = _read_lines(log_path)
     if exit_code == EXIT_USER_ERROR:
         told = [line for line in lines if line.startswith("pal: ")]
         raise StageFailed(told[-1] if told else f"pal: {stage.name} failed", EXIT_USER_ERROR)
@@ -228,7 +238,38 @@ def _run(out: Path, stage: Stage, shown: bool) -> Any:
         raise StageFailed(
             f"{tail}\npal: {stage.name} ended with code {exit_code}; all it said: {log_path}", EXIT_FAILURE
         )
-    return json.loads(figures_path.read_text(encoding="utf-8"))
+    return json.loads(figures_path.read_text(encoding="utf-8")), _last_line(log_path)
+
+
+@contextmanager
+def _child(command: Sequence[str], where: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does not outlive the block: asked to end first, so that training saves a checkpoint."""
+    # In a session of its own a Ctrl-C of the terminal reaches it through us, once.
+    process = subprocess.Popen(command, start_new_session=True, **where)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            if _wait(process, LAST_WORDS_S) is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _read_lines(log: Path) -> list[str]:
+    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in _read_lines(log) if line.strip()]
+    return lines[-1].strip()[:LONGEST_LINE] if lines else ""
 
 
 def _variants(out: Path) -> dict[str, Any]:

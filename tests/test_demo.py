@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.demo import FOLDER_VARIABLE, STAGES, Stage, StageFailed, keep_settings, main, only_demo_in, run_stages
@@ -13,12 +14,15 @@ from pipeline.errors import UserError
 
 # Appends its name to a list of what ran, then ends as it is told to.
 FAKE_COMMAND = """
-import json, sys
+import json, sys, time
 name, ending, ran, figures = *sys.argv[1:4], sys.argv[4].removeprefix("--json=")
 with open(ran, "a") as file:
     file.write(name + "\\n")
 if ending == "mistake":
     sys.exit(print("pal: data.train: does not exist; prepare it", file=sys.stderr) or 2)
+if ending == "endless":
+    print("step 1", flush=True)
+    time.sleep(60)
 if ending == "crash":
     raise RuntimeError("the disk is full")
 with open(figures, "w") as file:
@@ -119,3 +123,25 @@ def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pyte
     assert differing == {"model.integration", "output"}, "the three share data, order, steps, rates and seed"
     assert all("train.steps=3" in words for words in trained)
     assert not out.exists()
+
+
+def test_interrupted_it_ends_its_child_and_says_so_by_its_code(tmp_path: Path, ran: Path) -> None:
+    """Driven as a process: a signal to the demo alone must not leave the stage at work."""
+    code = (
+        "import sys; from pathlib import Path; from pipeline import demo\n"
+        "demo.SIGN_OF_LIFE_S = 0.2\n"
+        f"stages = [demo.Stage('one', ('fake_command', 'one', 'endless', {str(ran)!r}))] * 2\n"
+        "demo.plan_stages = lambda *_: stages\n"
+        f"sys.exit(demo.run_command(demo.main, ['--out', {str(tmp_path / 'demo')!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        assert any("step 1" in line for line in lines), "a sign of life"
+        (child,) = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(timeout=20) == 130
+        assert not child.is_running()
+    finally:
+        process.kill()

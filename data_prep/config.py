@@ -138,6 +138,7 @@ class WorkersConfig(Strict):
         max: bound on actors; None takes what the cluster's CPUs (and GPUs) hold.
         cpus, gpus: resources of one actor; gpus may be a fraction, so that actors share a GPU.
         start_timeout_s: how long to wait for `min` actors.
+        stall_timeout_s: an actor that gives no sign for so long counts as dead (a clip may hang its decoder).
     """
 
     min: PositiveInt = 1
@@ -145,6 +146,7 @@ class WorkersConfig(Strict):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     gpus: Annotated[float, Field(ge=0)] = 0.0
     start_timeout_s: PositiveFloat = 600.0
+    stall_timeout_s: PositiveFloat = 1800.0
 
     @model_validator(mode="after")
     def _consistent(self) -> WorkersConfig:

@@ -55,6 +55,7 @@ class _Task:
 class _Actor:
     handle: Any
     task: _Task | None = None
+    last_sign: float = field(default_factory=time.monotonic)
 
 
 @contextlib.contextmanager
@@ -77,7 +78,7 @@ def ray_cluster() -> Iterator[None]:
     fresh = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     local = {} if joins else fresh
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else local))
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS")
         raise UserError("RAY_ADDRESS", f"no cluster answers at {address}", "start it, or unset RAY_ADDRESS") from error
@@ -105,6 +106,7 @@ class Cluster:
         self._start_failures = 0
         self._no_start_before = 0.0
         self._first_ready: float | None = None
+        self._starts = 0
 
     def run(
         self,
@@ -137,19 +139,30 @@ class Cluster:
                 ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
                 for reference in ready:
                     self._advance(reference, waiting, under_work, on_commit)
-                if self._first_ready is None and time.monotonic() - started > self._config.workers.start_timeout_s:
-                    raise PreparationFailed(
-                        f"no worker started within workers.start_timeout_s {self._config.workers.start_timeout_s} s: "
-                        f"the cluster cannot place {self._resources()}"
-                    )
+                self._check_starts(len(partitions), time.monotonic() - started)
+                self._end_stalled()
                 on_progress(under_work, len(self._actors))
         finally:
             for actor in self._actors.values():
                 ray.kill(actor.handle)
         return time.monotonic() - (self._first_ready or started)
 
-    def _resources(self) -> str:
-        return f"{self._config.workers.cpus} CPUs and {self._config.workers.gpus} GPUs"
+    def _check_starts(self, partitions: int, elapsed_s: float) -> None:
+        workers = self._config.workers
+        if elapsed_s > workers.start_timeout_s and self._starts < min(workers.min, partitions):
+            raise PreparationFailed(
+                f"{self._starts} of workers.min {workers.min} workers started within workers.start_timeout_s "
+                f"{workers.start_timeout_s}: the cluster cannot place {workers.cpus} CPUs and {workers.gpus} GPUs each"
+            )
+
+    def _end_stalled(self) -> None:
+        """Kills actors that give no sign any more; their death is then found like any other."""
+        import ray
+
+        for actor in self._actors.values():
+            if actor.task and time.monotonic() - actor.last_sign > self._config.workers.stall_timeout_s:
+                ray.kill(actor.handle)
+                actor.last_sign = time.monotonic()
 
     def _bound(self) -> int:
         import ray
@@ -169,10 +182,12 @@ class Cluster:
         After a failed start it waits, longer each time: a cluster goes on placing actors on a machine that it has lost
         until it notices.
         """
-        if time.monotonic() < self._no_start_before:
-            return
         busy = sum(actor.task is not None for actor in self._actors.values())
-        while len(self._actors) < min(self._bound(), len(waiting) + busy):
+        wanted = len(waiting) + busy
+        if len(self._actors) >= wanted or time.monotonic() < self._no_start_before:
+            return
+        wanted = min(wanted, self._bound())
+        while len(self._actors) < wanted:
             handle = _remote_worker(self._config).remote(self._config, self._contracts)
             self._actors[handle.start.remote(self._load_encoders)] = _Actor(handle)
 
@@ -188,6 +203,7 @@ class Cluster:
         from ray.exceptions import RayActorError, RayTaskError
 
         actor = self._actors.pop(reference)
+        actor.last_sign = time.monotonic()
         task = actor.task
         try:
             is_stream = isinstance(reference, ray.ObjectRefGenerator)
@@ -208,6 +224,7 @@ class Cluster:
             return
         if task is None:
             self._first_ready, self._start_failures = self._first_ready or time.monotonic(), 0
+            self._starts += 1
         elif isinstance(result, Commit):
             under_work.pop(task.partition, None)
             on_commit(result)

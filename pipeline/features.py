@@ -54,7 +54,7 @@ class EncoderContract(_Record):
 
     Attributes:
         kind: which encoder class made it (`log_mel`, `whisper`, ...).
-        revision: version of the weights, or of the code for an encoder without weights.
+        revision: of the code that computes the features; weights are told apart by their hash.
         weights_sha256: hash of the weights; None for an encoder without weights.
         sample_rate_hz: of the audio given to the encoder.
         frame_rate_hz: of the stored features.

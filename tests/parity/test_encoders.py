@@ -28,9 +28,16 @@ from tests.parity import sslam_reference
 # Several windows of each encoder, the last one partly filled, and clips shorter than a window.
 SHORT = (0.1, 3.0, 31.0)
 LONG = (10.0, 122.0)
-lengths = pytest.mark.parametrize(
-    "lengths_s", [SHORT, pytest.param(LONG, marks=pytest.mark.slow)], ids=["short", "long"]
-)
+ONE = (3.0,)
+
+
+def variants(*others: object) -> pytest.MarkDecorator:
+    """The first variant at all lengths, the longest in the slow set; the others at one."""
+    first, *rest = others
+    slow = pytest.param(first, LONG, marks=pytest.mark.slow)
+    return pytest.mark.parametrize(("variant", "lengths_s"), [(first, SHORT), slow, *((other, ONE) for other in rest)])
+
+
 # Stored features are float16: half a unit in the last place of values up to 4, plus 1e-5 of the float32 pass.
 HALF = 2e-3
 
@@ -87,9 +94,9 @@ def whisper_folder(tmp_path_factory):
     return folder
 
 
-@lengths
-@pytest.mark.parametrize("layer", [None, 2])
-def test_whisper(whisper_folder, layer, lengths_s):
+@variants(None, 2)
+def test_whisper(whisper_folder, variant, lengths_s):
+    layer = variant
     model = WhisperForConditionalGeneration.from_pretrained(whisper_folder).model.encoder.eval()
     extractor = WhisperFeatureExtractor.from_pretrained(whisper_folder)
 
@@ -108,9 +115,8 @@ def test_whisper(whisper_folder, layer, lengths_s):
     check(encoder, reference, lengths_s)
 
 
-@lengths
-@pytest.mark.parametrize("whole_model", [False, True])
-def test_af_whisper(tmp_path, whole_model, lengths_s):
+@variants("alone", "whole_model")
+def test_af_whisper(tmp_path, variant, lengths_s):
     torch.manual_seed(0)
     config = Qwen2AudioEncoderConfig(
         num_mel_bins=128, d_model=64, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=128, init_std=0.2
@@ -119,7 +125,7 @@ def test_af_whisper(tmp_path, whole_model, lengths_s):
     model.save_pretrained(tmp_path)
     extractor = WhisperFeatureExtractor(feature_size=128)
     extractor.save_pretrained(tmp_path)
-    if whole_model:  # as inside Audio Flamingo 3: one of several parts
+    if variant == "whole_model":  # as inside Audio Flamingo 3: one of several parts
         tensors = {f"audio_tower.{name}": tensor for name, tensor in model.state_dict().items()}
         save_file({**tensors, "language_model.x": torch.zeros(1)}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text(f'{{"audio_config": {config.to_json_string()}}}')
@@ -141,9 +147,9 @@ def test_af_whisper(tmp_path, whole_model, lengths_s):
     check(encoder, reference, lengths_s)
 
 
-@lengths
-@pytest.mark.parametrize("truncation", ["rand_trunc", "fusion"])
-def test_clap(tmp_path, truncation, lengths_s):
+@variants("rand_trunc", "fusion")
+def test_clap(tmp_path, variant, lengths_s):
+    truncation = variant
     torch.manual_seed(0)
     audio_config = ClapAudioConfig(
         patch_embeds_hidden_size=16, hidden_size=128, depths=[1, 1, 1, 1], num_attention_heads=[2, 2, 4, 4],
@@ -195,12 +201,11 @@ def write_sslam(folder, naming: str, tensors) -> str:
     return str(folder / "checkpoint_last.pt")
 
 
-@lengths
-@pytest.mark.parametrize("naming", ["fairseq", "hugging_face", "fine_tuned", "fp16"])
-def test_sslam(tmp_path, naming, lengths_s):
+@variants("fairseq", "hugging_face", "fine_tuned", "fp16")
+def test_sslam(tmp_path, variant, lengths_s):
     tensors = sslam_reference.official_tensors(WIDTH, DEPTH)
-    path = write_sslam(tmp_path, naming, tensors)
-    if naming == "fp16":  # as training leaves them: read back what the rounding made of them
+    path = write_sslam(tmp_path, variant, tensors)
+    if variant == "fp16":  # as training leaves them: read back what the rounding made of them
         tensors = {name: tensor.half().float() for name, tensor in tensors.items()}
     encoder = build(configs.SslamConfig(kind="sslam", model=path, num_heads=HEADS))
     assert (encoder.contract.grid, encoder.contract.frame_rate_hz, encoder.contract.width) == ((64, 8), 50.0, WIDTH)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` 
     from pipeline.data.shards import Clip, FeatureSet
 
 SWAP_SEED = 0
-EVALUATION_FOLDER = "evaluation"  # artifacts of the run, one <benchmark>.json each: what `pal report` reads
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 
 
@@ -90,7 +89,7 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
         return
     scores, artifacts = {}, {}
     for name, result in results.items():
-        artifacts[f"{EVALUATION_FOLDER}/{name}.json"] = json.dumps(result, indent=2)
+        artifacts[f"{tracking.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
         scores[f"eval/{name}/accuracy"] = result["accuracy"]
         for domain, group in result["by_domain"].items():
             scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, nearest, run_command
+from pipeline.tracking import EVALUATIONS
 
 if TYPE_CHECKING:  # mlflow and matplotlib take seconds to import, which `--help` must not
     from matplotlib.figure import Figure
@@ -26,7 +27,6 @@ if TYPE_CHECKING:  # mlflow and matplotlib take seconds to import, which `--help
     from pipeline.plots import Bars, Point
 
 KIND_TAG = "pal.kind"  # marks the run that holds a report among the runs that it reports
-EVALUATION_FOLDER = "evaluation"  # artifacts: one <benchmark>.json per benchmark, written by `pal evaluate`
 LOSS = "train/loss"
 # column -> metric of the run
 COSTS = {
@@ -142,7 +142,7 @@ def _loss_history(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
 def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
     evaluations = {}
     with tempfile.TemporaryDirectory() as folder:
-        for artifact in client.list_artifacts(run.info.run_id, EVALUATION_FOLDER):
+        for artifact in client.list_artifacts(run.info.run_id, EVALUATIONS):
             if artifact.path.endswith(".json"):
                 file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
                 evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
@@ -304,8 +304,21 @@ def _markdown(experiment: str, runs: Sequence[TrainedRun], table: Sequence[Row],
     if differing:
         rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
         parts += ["## What differs between the runs", _markdown_table(["run", *differing], rows)]
+    for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
+        parts += [f"## Accuracy by task: {benchmark}", _markdown_table(*_task_cells(runs, benchmark))]
     parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def _task_cells(runs: Sequence[TrainedRun], benchmark: str) -> tuple[list[str], list[list[str]]]:
+    """Tasks down, runs across."""
+    tasks = {run.label: run.evaluations[benchmark]["by_task"] for run in runs if benchmark in run.evaluations}
+    names = sorted({task for scores in tasks.values() for task in scores})
+    rows = [
+        [name, *(f"{100 * scores[name]['accuracy']:.1f}" if name in scores else "-" for scores in tasks.values())]
+        for name in names
+    ]
+    return ["task", *(f"{label} %" for label in tasks)], rows
 
 
 def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

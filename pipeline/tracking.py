@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 METRICS = "metrics.jsonl"
 STATE = "tracking.json"
+EVALUATIONS = "evaluation"  # artifacts of a run: one <benchmark>.json each, from `pal evaluate` to `pal report`
 SHIP_EVERY_S = 2.0
 RETRY_EVERY_S = 15.0
 EXIT_WAIT_S = 20.0

@@ -19,11 +19,12 @@ from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
-from pipeline.evaluate import EVALUATION_FOLDER, ask, evaluate, main, swap_within_domains
+from pipeline.evaluate import ask, evaluate, main, swap_within_domains
 from pipeline.features import CONTRACT_FILE, load_contract
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
 from pipeline.streams import Connector, preset_streams
+from pipeline.tracking import EVALUATIONS
 
 SOUNDS = ("dog", "cat", "bell")
 CLIPS_IN_SET = 9
@@ -205,8 +206,8 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
     assert metrics["eval/held-out/accuracy"] == 1.0
     assert metrics["eval/held-out/accuracy_sound"] == 1.0
     assert metrics["eval/held-out/swapped_audio_accuracy"] == scores["held-out"]["swapped_audio"]["accuracy"]
-    (artifact,) = client.list_artifacts(run_id, EVALUATION_FOLDER)
-    assert artifact.path == f"{EVALUATION_FOLDER}/held-out.json"
+    (artifact,) = client.list_artifacts(run_id, EVALUATIONS)
+    assert artifact.path == f"{EVALUATIONS}/held-out.json"
 
 
 def test_what_is_not_an_exported_model_is_one_line(tmp_path: Path, features: FeatureSet) -> None:

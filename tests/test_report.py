@@ -9,7 +9,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.report import COSTS, EVALUATION_FOLDER, LOSS, main
+from pipeline.report import COSTS, LOSS, main
+from pipeline.tracking import EVALUATIONS
 
 VARIANTS = {"plits": (0.90, 1.4), "lal": (0.92, 0.8), "pal_v3": (0.94, 0.9)}
 
@@ -35,7 +36,7 @@ def log_run(
         file.write_text(
             json.dumps({**scores(accuracy), "swapped_audio": scores(0.3), "commonest_answer": scores(0.35)})
         )
-        client.log_artifact(run_id, str(file), EVALUATION_FOLDER)
+        client.log_artifact(run_id, str(file), EVALUATIONS)
     client.set_terminated(run_id, "FINISHED" if accuracy is not None else "FAILED")
 
 
@@ -84,6 +85,7 @@ def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: 
     markdown = (out / "report.md").read_text()
     assert all(f"]({name})" in markdown for name in names if name.endswith(".png"))
     assert "| lal | 92.0 (89.0 to 94.0) | 92.0 | 92.0 | 30.0 | 35.0 | 0.100 | 30.0 | 0.80 |" in markdown
+    assert "| what | 90.0 | 92.0 | 94.0 |" in markdown
     with (out / "report.csv").open() as stream:
         assert [float(line["accuracy"]) for line in csv.DictReader(stream)] == [a for a, _ in VARIANTS.values()]
     printed = capsys.readouterr().out

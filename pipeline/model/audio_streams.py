@@ -41,18 +41,18 @@ class AudioStream(nn.Module):
         heads = language_model.num_attention_heads
         self.layer_blocks = nn.ModuleDict({str(layer): FlamingoBlock(hidden, width, heads) for layer in crossed})
 
-    def initialise(self, name: str) -> None:
-        """Draws every parameter from a generator of its own, seeded by torch's seed and the parameter's module name.
 
-        Two models made under one seed therefore share the values of same-named parameters of equal shape, whatever
-        else they hold: their comparison starts from the same point.
-        """
-        for path, module in self.named_modules():
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed((torch.initial_seed() + zlib.crc32(f"{name}.{path}".encode())) % 2**63)
-                    reset()
+def initialise(module: nn.Module, name: str) -> None:
+    """Draws a module's own parameters from a generator seeded by torch's seed and the module's name in the model.
+
+    Two models made under one seed therefore share the values of same-named parameters of equal shape, whatever
+    else they hold: their comparison starts from the same point.
+    """
+    reset = getattr(module, "reset_parameters", None)
+    if reset is not None:  # containers and activations have none
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((torch.initial_seed() + zlib.crc32(name.encode())) % 2**63)
+            reset()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.model.attention import ATTENTION_NAME, flamingo_hook
 from pipeline.model.audio_keys import AudioKeys, PlacedKeys
-from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens
+from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens, initialise
 from pipeline.model.configuration import PalConfig
 from pipeline.model.context import AttentionContext, AttentionPath
 from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
@@ -58,6 +58,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         self.streams = nn.ModuleList(self.audio_streams)
         for layer in sorted({n for s in self.specs if s.integration == "flamingo" for n in s.audio_layers}):
             language_model.model.layers[layer].register_forward_pre_hook(flamingo_hook, with_kwargs=True)
+        self._stream_names = {module: name for name, module in self.streams.named_modules(prefix="streams")}
         self.post_init()
 
     @classmethod
@@ -109,9 +110,8 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers asks this for modules without saved weights; the language model answers for itself.
-        for index, stream in enumerate(self.audio_streams):
-            if stream is module:
-                stream.initialise(f"streams.{index}")
+        if module in self._stream_names:
+            initialise(module, self._stream_names[module])
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

@@ -1,0 +1,133 @@
+"""Decoding with a cache says what the full forward pass says, however prompts and clips are arranged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import AUDIO_TOKEN, FAMILIES, FRAMES, PRESETS, ROWS, Batch, batch, build
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.model import PalForCausalLM
+
+A = AUDIO_TOKEN
+NEW = 6
+
+
+def answers(model: PalForCausalLM, given: Batch, **settings: Any) -> Tensor:
+    settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False} | settings
+    return model.generate(given.input_ids, given.attention_mask, given.audio_features, given.audio_lengths, **settings)
+
+
+def full_forward(model: PalForCausalLM, row: list[int], clips: Batch) -> list[int]:
+    """Greedy decoding of one row without any cache."""
+    row = list(row)
+    for _ in range(NEW):
+        given = batch([row], [])
+        with torch.no_grad():
+            logits = model(
+                given.input_ids, audio_features=clips.audio_features, audio_lengths=clips.audio_lengths
+            ).logits
+        logits[0, -1, 2] = -torch.inf  # min_new_tokens forbids the end token
+        row.append(int(logits[0, -1].argmax()))
+    return row[-NEW:]
+
+
+def clips_of(given: Batch, indices: list[int]) -> Batch:
+    picked = {name: x.split(given.audio_lengths[name].tolist()) for name, x in given.audio_features.items()}
+    lengths = {name: n[indices] for name, n in given.audio_lengths.items()}
+    features = {name: torch.cat([p[i] for i in indices]) if indices else p[0][:0] for name, p in picked.items()}
+    return Batch(given.input_ids, given.attention_mask, given.labels, features, lengths)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_decoding_equals_the_full_forward(preset: str, family: str) -> None:
+    model = build(preset, family, audio_queries=family == "Qwen3")
+    given = batch(ROWS, FRAMES)
+    found = answers(model, given).tolist()
+    for row, clips, tokens in zip(ROWS, [[0], [1, 2], []], found, strict=True):
+        assert tokens == full_forward(model, row, clips_of(given, clips))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_questions_about_encoded_clips_equal_fresh_ones(preset: str) -> None:
+    model = build(preset)
+    questions = [[5, 6, A, 7, 8], [5, 6, A, 9], [5, A, 10, 11, 12]]
+    together = batch(questions, [9])
+    shared = model.encode_audio(together.audio_features, together.audio_lengths)
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    fresh = [answers(model, batch([q], [9]), **settings).tolist()[0] for q in questions]
+    for rows in ([0, 1], [0, 1, 2]):  # the first two rows place the clip alike, the third does not
+        given = batch([questions[i] for i in rows], [])
+        found = model.generate(given.input_ids, given.attention_mask, audio=shared, **settings)
+        assert found.tolist() == [fresh[i] for i in rows]
+    two = batch(ROWS[:1], [4, 6])
+    encoded = model.encode_audio(two.audio_features, two.audio_lengths)
+    for clip in (0, 1):
+        found = model.generate(two.input_ids, audio=encoded, clips=torch.tensor([clip]), **settings)
+        assert torch.equal(found, answers(model, clips_of(two, [clip]), **settings))
+
+
+@pytest.mark.parametrize("preset", ["plits", "lal", "pal_v3", "flamingo"])
+def test_beams_of_a_batch_equal_beams_of_each_row(preset: str) -> None:
+    model = build(preset)
+    given = batch(ROWS, FRAMES)
+    together = answers(model, given, num_beams=3)
+    for b, (row, clips) in enumerate(zip(ROWS, [[0], [1, 2], []], strict=True)):
+        one = clips_of(given, clips)
+        alone = batch([row], [])
+        alone = Batch(alone.input_ids, alone.attention_mask, alone.labels, one.audio_features, one.audio_lengths)
+        assert torch.equal(answers(model, alone, num_beams=3)[0], together[b])
+
+
+def test_a_beam_scores_what_the_model_scores() -> None:
+    """The score of the best beam is the log-probability that the full forward pass gives its tokens."""
+    model = build("lal")
+    given = batch(ROWS[:2], FRAMES)
+    out = answers(model, given, num_beams=4, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
+    for b, (row, clips) in enumerate(zip(ROWS[:2], [[0], [1, 2]], strict=True)):
+        tokens = out.sequences[b].tolist()
+        one = clips_of(given, clips)
+        with torch.no_grad():
+            logits = model(
+                torch.tensor([row + tokens]), audio_features=one.audio_features, audio_lengths=one.audio_lengths
+            ).logits[0, len(row) - 1 : -1]
+        logits[:, 2] = -torch.inf
+        # min_new_tokens takes the end token away after the softmax, so the plain log-probabilities count
+        total = sum(float(step[t]) for step, t in zip(logits.log_softmax(-1), tokens, strict=True))
+        assert float(out.sequences_scores[b]) <= total + 1e-4
+
+
+def test_sampling_is_reproducible_and_varies() -> None:
+    model = build("lal")
+    given = batch(ROWS, FRAMES)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(answers(model, given, do_sample=True, temperature=2.0).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_padding_side_of_prompts_does_not_matter() -> None:
+    model = build("pal_v3")
+    left, right = (batch(ROWS, FRAMES, left=side) for side in (True, False))
+    assert torch.equal(answers(model, left), answers(model, right))
+
+
+def test_audio_keys_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("lal")
+    calls = []
+    model.streams[0].layer_projections["0"].register_forward_hook(lambda *_: calls.append(1))
+    answers(model, batch(ROWS, FRAMES))
+    assert len(calls) == 1
+
+
+def test_more_placeholders_than_encoded_clips_is_one_clear_error() -> None:
+    model = build("lal")
+    given = batch(ROWS, [4, 5])
+    encoded = model.encode_audio(given.audio_features, given.audio_lengths)
+    with pytest.raises(UserError, match="placeholders"):
+        model.generate(given.input_ids, given.attention_mask, audio=encoded)

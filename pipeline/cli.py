@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
+    "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),
 }
 

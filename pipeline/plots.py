@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,6 +132,37 @@ def plot_accuracy_by_domain(runs: Sequence[Bars], commonest_answer: Mapping[str,
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     axes.grid(False, axis="x")
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
+
+
+def plot_cost(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Seconds and counted operations of a training sample against the audio tokens of its clip, log scales.
+
+    Args:
+        rows: of `pal bench integration`: `variant`, `num_audio_tokens`, `samples_per_s` (None: did not fit),
+            `flops_per_sample`. The two axes span equally many decades, so equal slopes look equal.
+    """
+    figure, axes = _new_figure(title, "audio tokens of a clip (N_a)", "measured seconds per sample", width=8.5)
+    right = axes.twinx()
+    right.set_ylabel("counted GFLOP per sample")
+    right.spines["top"].set_visible(False)
+    for index, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        own = sorted((r for r in rows if r["variant"] == variant), key=lambda r: r["num_audio_tokens"])
+        fits = [r for r in own if r["samples_per_s"] is not None]
+        style: dict[str, Any] = {"color": _colour(index), "marker": MARKERS[index % len(MARKERS)]}
+        axes.plot([r["num_audio_tokens"] for r in fits], [1 / r["samples_per_s"] for r in fits], label=variant, **style)
+        counted = [r["flops_per_sample"] / 1e9 for r in own]
+        right.plot([r["num_audio_tokens"] for r in own], counted, "--", color=_colour(index), alpha=0.5)
+    for side in (axes, right):
+        side.set_xscale("log", base=2)
+        side.set_yscale("log")
+    ticks = sorted({row["num_audio_tokens"] for row in rows})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    decades = max(np.ptp(np.log10(side.get_ylim())) for side in (axes, right))
+    for side in (axes, right):
+        middle = np.mean(np.log10(side.get_ylim()))
+        side.set_ylim(10 ** (middle - decades / 2), 10 ** (middle + decades / 2))
+    axes.legend(title="solid: measured\ndashed: counted", loc="upper left", bbox_to_anchor=(1.14, 1), frameon=False)
     return figure
 
 

@@ -22,7 +22,7 @@ SLOW_S = 0.5
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Its workers are slow to open a file that is called slow, and die of one that is called poison."""
+    """Its workers are slow to open a file that is called slow, die of one that is called poison and hang on `hang`."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
@@ -31,15 +31,19 @@ def cluster():
 
         class Misbehaving(soundfile.SoundFile):
             def __init__(self, file, *args, **kwargs):
-                if "slow" in str(file):
+                name = str(file).rpartition("/")[2]
+                if "slow" in name:
                     time.sleep(SLOW_S)
-                if "poison" in str(file):
+                if "poison" in name:
                     os._exit(1)
+                if "hang" in name:
+                    time.sleep(3600)
                 super().__init__(file, *args, **kwargs)
 
         soundfile.SoundFile = Misbehaving
 
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -125,6 +129,24 @@ def test_a_clip_that_kills_its_worker_is_rejected_and_the_rest_lives(cluster, tm
         "audio": "audio/poison.wav",
     }
     assert validate.main([str(tmp_path / "set")]) == 0
+
+
+@pytest.mark.slow
+def test_a_clip_that_hangs_is_rejected_as_well(cluster, tmp_path):
+    manifest = write_corpus(tmp_path / "corpus", 3)
+    (tmp_path / "corpus/audio/1.wav").rename(tmp_path / "corpus/audio/hang.wav")
+    manifest.write_text(manifest.read_text().replace("audio/1.wav", "audio/hang.wav"))
+    workers = {"max": 1, "stall_timeout_s": 5}
+    config = prepare_config(manifest, tmp_path / "set", max_attempts=1, max_reject_fraction=0.5, workers=workers)
+    assert extract.prepare(config)["written"] == 2
+    assert '"clip_id":"clip1","reason":"killed_worker"' in (tmp_path / "set/rejects.jsonl").read_text()
+
+
+def test_workers_that_never_start_are_told_about(cluster, tmp_path):
+    manifest = write_corpus(tmp_path / "corpus", 1)
+    config = prepare_config(manifest, tmp_path / "set", workers={"cpus": 99, "start_timeout_s": 0.5})
+    with pytest.raises(PreparationFailed, match=r"0 of workers\.min 1 .* cannot place 99\.0 CPUs"):
+        extract.prepare(config)
 
 
 class FakePlan:

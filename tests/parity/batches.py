@@ -108,6 +108,7 @@ def batches(seed: int = 0) -> dict[str, list[Row]]:
     text, clip = make.text, make.clip
     return {
         "padding": [Row([[*text(2), clip(4), *text(5)]]), Row([[*text(3), clip(7), *text(8)]])],
+        "equal_lengths": [Row([[*text(2), clip(3), *text(5)]]), Row([[*text(2), clip(3), *text(5)]])],
         "several_clips": [Row([[clip(2), *text(3), clip(4), clip(1), *text(4)]]), Row([[*text(2), clip(3), *text(4)]])],
         "text_only_row": [Row([text(6)]), Row([[*text(2), clip(5), *text(4)]])],
         "text_only_batch": [Row([text(6)]), Row([text(5)])],

@@ -98,6 +98,22 @@ def of_product(model: PalForCausalLM, case: Case, rows: Sequence[Row], loss_on: 
     return Result(found, loss.detach(), gradients)
 
 
+def answers(model: PalForCausalLM, case: Case, rows: Sequence[Row], new_tokens: int) -> list[list[int]]:
+    """Greedy answers of the product to unpacked rows, in float64."""
+    batch = collate(rows, case.encoders, "answer")
+    with lifted_to_float64():
+        found = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            audio_features=batch["audio_features"],
+            audio_lengths=batch["audio_lengths"],
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=AUDIO_TOKEN,  # is never written
+        )
+    return found.tolist()
+
+
 def of_oracle(model: PalForCausalLM, method: oracle.Method, rows: Sequence[Row], loss_on: str = "answer") -> Result:
     """The same by the oracle, from the product's weights."""
     weights = {

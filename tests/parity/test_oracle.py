@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from oracle import model as oracle
 from parity.batches import batches, grid_batch
-from parity.comparison import Case, build, differences, of_oracle, of_product, oracle_method
+from parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
 from parity.families import FAMILIES, SIZE
 
 from pipeline.streams import Connector, Stream, preset_streams
@@ -36,10 +37,11 @@ def preset(name: str, connector: Connector = Connector("mlp"), **rule: Any) -> t
 def check(case: Case, situation: str, loss_on: str = "answer") -> None:
     model = build(case)
     rows = BATCHES[situation]
-    expected = of_oracle(model, oracle_method(case), rows, loss_on)
+    method = oracle_method(case)
+    expected = of_oracle(model, method, rows, loss_on)
     worst = differences(of_product(model, case, rows, loss_on), expected)
     assert {name: value for name, value in worst.items() if not value < TOLERANCE} == {}
-    if situation != "text_only_batch":
+    if situation != "text_only_batch" and not any(method.language_model.windows):  # a window may hide a whole stream
         unused = [name for name, gradient in expected.gradients.items() if gradient is None or not gradient.any()]
         assert unused == [], "the comparison says nothing about these parameters"
 
@@ -137,15 +139,43 @@ def test_float32(family: str, name: str) -> None:
     assert worst["logits"] < 1e-5 * max(float(logits.abs().max()) for logits in expected.logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((name, "llama") for name in PRESETS), ("pal_v2", "mistral_window"), ("pal_v3", "gemma2"), ("lal", "gemma3")],
+)
+def test_greedy_answers(name: str, family: str) -> None:
+    """Cached decoding of prompts of unequal length writes what the oracle, which has no cache, finds most likely."""
+    case = Case(family, preset(name))
+    model = build(case)
+    rows = BATCHES["several_clips"]
+    method = oracle_method(case)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = []
+    for row in rows:
+        (items,) = row.alone()
+        answer: list[int] = []
+        for _ in range(5):
+            _, scores = oracle.run(method, weights, [*items, *answer])
+            answer.append(int(scores[-1].argmax()))
+        expected.append(answer)
+    assert answers(model, case, rows, new_tokens=5) == expected
+
+
 MISTAKES = {
     "no gap": {"position_gap": False},
     "audio one position late": {"audio_delay": 1},
     "system text sees audio": {"system_text_sees_audio": True},
 }
+# What a preset does not have cannot be mistaken in it: plits has no audio layers and flamingo no positions.
+SENSITIVE = [
+    (name, mistake)
+    for name in PRESETS
+    for mistake in [*MISTAKES, "a layer missing"]
+    if (name, mistake) not in {("plits", "a layer missing"), ("flamingo", "no gap")}
+]
 
 
-@pytest.mark.parametrize("mistake", [*MISTAKES, "a layer missing"])
-@pytest.mark.parametrize("name", ["lal", "pal_v2", "pal_v3", "delayed"])
+@pytest.mark.parametrize(("name", "mistake"), SENSITIVE)
 def test_a_mistake_is_found(name: str, mistake: str) -> None:
     """The comparison is sharp: an oracle that makes one mistake no longer agrees."""
     case = Case("llama", preset(name))

@@ -11,19 +11,22 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.distributed import free_port
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 CONSOLE = "pal> "
 LOG = "launcher.log"
-FAILURES = "failures"  # folder of an output: one file for each rank that ended with an error
+RANKS = "ranks"  # folder of an output: one file for each rank of the latest job, where it runs
+FAILURES = "failures"  # likewise, for each rank that ended with an error, why
 _SUPERVISED = "PAL_SUPERVISED"
 _LOG_TAIL_LINES = 15
 
@@ -65,8 +68,9 @@ def supervise(
     command += ["--num_accelerators", str(nproc)] if nproc else []
     command += ["pipeline.train", *arguments]
     output.mkdir(parents=True, exist_ok=True)
-    for left_over in (output / FAILURES).glob("*.json"):
-        left_over.unlink()
+    for folder in (FAILURES, RANKS):
+        for left_over in (output / folder).glob("*.json"):
+            left_over.unlink()
     with (output / LOG).open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
@@ -128,19 +132,28 @@ def _forward_signals(process: subprocess.Popen[str]) -> Iterator[None]:
 def _explain(code: int, output: Path) -> tuple[int, str]:
     if code == 0:
         return 0, ""
-    failures = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((output / FAILURES).glob("*.json"))]
-    # Ranks that lost a peer fail too, with a message about the network: the first failure is the cause.
-    first = min(failures, key=lambda failure: failure["time"], default=None)
-    if first is not None and first["code"] == EXIT_USER_ERROR:
-        return EXIT_USER_ERROR, first["message"]
-    if first is not None and first["code"] == EXIT_STOPPED:
-        return EXIT_STOPPED, first["message"]
     log = output / LOG
-    if first is not None:
+    failures = [json.loads(file.read_text(encoding="utf-8")) for file in (output / FAILURES).glob("*.json")]
+    # A rank that loses another one fails too; what it says is true but not the cause.
+    causes = sorted((f for f in failures if not f["lost_peer"]), key=lambda failure: failure["time"])
+    if causes:
+        first = causes[0]
+        if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
+            return first["code"], first["message"]
         return EXIT_FAILURE, f"rank {first['rank']} failed at step {first['step']}: {first['message']} (see {log})"
+    silent = sorted(set(_ranks_of(output)) - {failure["rank"] for failure in failures})
+    step = max((failure["step"] for failure in failures), default=None)
+    who = f"rank {', '.join(map(str, silent))}" if silent else "the launcher"
+    when = "" if step is None else f" after step {step}"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)
-    return EXIT_FAILURE, f"a rank died without a word: killed, or out of memory? The end of {log}:\n{text}"
+    return EXIT_FAILURE, f"{who} died or hung without a word{when}: killed, or out of memory? End of {log}:\n{text}"
+
+
+def _ranks_of(output: Path) -> dict[int, dict[str, Any]]:
+    """What the ranks of the latest job wrote of themselves in `present`, by rank."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (output / RANKS).glob("*.json")]
+    return {record["rank"]: record for record in records}
 
 
 # ---- on a rank ----------------------------------------------------------------------------------------------------
@@ -165,12 +178,25 @@ def watch_parent(stop: Callable[[], None]) -> None:
     threading.Thread(target=listen, name="parent", daemon=True).start()
 
 
-def leave(output: Path, rank: int, step: int, code: int, message: str) -> int:
-    """Records why this rank ends, for the parent; without one, says it on stderr. Returns `code`."""
+def present(output: Path, rank: int) -> None:
+    """Writes down where this rank runs."""
+    _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
+
+
+def leave(output: Path, rank: int, step: int, code: int, message: str, *, lost_peer: bool = False) -> int:
+    """Records why this rank ends, for the parent; without one, says it on stderr. Returns `code`.
+
+    Args:
+        lost_peer: it ends because another rank is gone or does not answer.
+    """
     if _SUPERVISED not in os.environ:
         print(f"pal: {message}", file=sys.stderr)
-    record = {"rank": rank, "step": step, "code": code, "message": message, "time": time.time()}
+    record = {"rank": rank, "step": step, "code": code, "message": message, "lost_peer": lost_peer, "time": time.time()}
     with contextlib.suppress(OSError):  # a full disk must not hide the reason, which is in the log as well
-        (output / FAILURES).mkdir(parents=True, exist_ok=True)
-        (output / FAILURES / f"rank-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+        _write(output / FAILURES / f"rank-{rank}.json", record)
     return code
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record), encoding="utf-8")

@@ -16,11 +16,13 @@ _FREE = (
     "tracking",
     "data.cache",
     "data.cache_gib",
+    "data.cache_gib",
     "data.workers",
     "train.checkpoint",
     "train.collective_timeout_s",
     "train.evaluate_every_steps",
     "train.log_every_steps",
+    "train.max_skipped_steps",
 )
 
 

@@ -46,9 +46,13 @@ def main(argv: Sequence[str]) -> int:
     passed_on = [arguments.config, *arguments.overrides]
     started = time.time()
     per_node = arguments.nproc if arguments.hostfile else nproc
-    code, message = launch.supervise(
-        passed_on, config.output, nproc=per_node, hostfile=arguments.hostfile, on_gpu=on_gpu
-    )
+    for restart in range(arguments.max_restarts + 1):
+        code, message = launch.supervise(
+            passed_on, config.output, nproc=per_node, hostfile=arguments.hostfile, on_gpu=on_gpu
+        )
+        if code != EXIT_FAILURE or restart == arguments.max_restarts:
+            break
+        print(f"pal: {message}\npal: restart {restart + 1} of {arguments.max_restarts}", file=sys.stderr, flush=True)
     results = config.output / "train.json"
     if code == 0 and (not results.is_file() or results.stat().st_mtime < started):
         code, message = EXIT_FAILURE, f"the launcher ended without an error and without {results}"
@@ -70,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
     parser.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` a line")
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="after a failure go on from the newest checkpoint"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check, and print what would be trained")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -160,6 +167,7 @@ def run_rank(config: ExperimentConfig, ranks: Ranks, results_file: Path | None) 
         with ExitStack() as resources:
             if ranks.is_main:
                 resources.enter_context(checkpoint.lock(config.output))
+            launch.present(config.output, ranks.rank)
             check(config, ranks.world_size, on_gpu=zero.on_gpu())
             from pipeline.trainer import Stopped, Trainer
 
@@ -181,7 +189,8 @@ def run_rank(config: ExperimentConfig, ranks: Ranks, results_file: Path | None) 
         traceback.print_exc()
         step = trainer.step if trainer else 0
         message = f"{type(error).__name__}: {error}"
-        return launch.leave(config.output, ranks.rank, step, EXIT_FAILURE, message)
+        lost_peer = zero.is_lost_peer(error)
+        return launch.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
 
 
 def _mark_failed(config: ExperimentConfig, code: int) -> None:

@@ -21,7 +21,7 @@ from pipeline.distributed import Ranks
 from pipeline.metrics import Meter, Work, duration, peak_memory_gib
 from pipeline.tracking import Status, Tracker, read_metrics
 
-MODEL, RESULTS = "model", "train.json"
+MODEL, RESULTS, SKIPPED = "model", "train.json", "skipped.jsonl"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
 IGNORED_LABEL = -100
 FINAL_LOSS_RECORDS = 10
@@ -51,6 +51,7 @@ class Trainer:
         self.step = 0
         self.work = Work()  # of all ranks since the run began, over resumes
         self.meter = Meter()
+        self.skipped_in_a_row = 0
         self.stop_requested = False
         identity = provenance.run_identity(config, self.parts.features.contract.fingerprint)
         self.run = checkpoint.read_run(self.output) or RunRecord(identity=identity)
@@ -110,6 +111,9 @@ class Trainer:
         applied = self.engine.step(factor)
         if self._due("log_every_steps") or self.step in (1, self.total_steps) or not applied:
             self._log_step(loss, factor)
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if not applied:
+            self._note_skipped(micro_batches)
         return stop > 0
 
     def _due(self, setting: str) -> bool:
@@ -170,6 +174,19 @@ class Trainer:
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
             f"{duration(step_s * (self.total_steps - self.step))} left"
         )
+
+    def _note_skipped(self, micro_batches: list[Batch]) -> None:
+        """Writes down what was in a step whose gradient was not finite; too many in a row end the run."""
+        mine = {name: [i for batch in micro_batches for i in batch[name]] for name in ("question_ids", "clip_ids")}
+        by_rank = self.engine.gather_over_ranks(mine)
+        file = self.output / SKIPPED
+        if self.ranks.is_main:
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": self.step, "by_rank": by_rank}) + "\n")
+        self.say(f"step {self.step:>6}/{self.total_steps}  skipped: the gradient is not finite (batch in {file})")
+        if self.skipped_in_a_row >= self.train.max_skipped_steps:
+            fault = f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite"
+            raise RuntimeError(f"{fault}; their batches are in {file}")
 
     def _record(self, metrics: dict[str, float]) -> None:
         if self.tracker is not None:

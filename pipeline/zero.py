@@ -142,6 +142,14 @@ def zero_stage(rendered: Mapping[str, Any]) -> int:
     return int(rendered["zero_optimization"]["stage"])
 
 
+def is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone or did not answer in time."""
+    import torch
+
+    # gloo raises a plain RuntimeError, whose text names its source file or its timeout.
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error) or "Timed out waiting" in str(error)
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Parameters that share a peak learning rate and a weight decay."""

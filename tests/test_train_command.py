@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -148,23 +147,32 @@ def _numbers(text: str, label: str) -> list[str]:
     return [word for word in line.split() if word[0].isdigit()]
 
 
+Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another rank; in the order of time
+
+
 @pytest.mark.parametrize(
     ("failures", "code", "message"),
     [
-        ([(1, 5.0, EXIT_FAILURE, "lost rank 0"), (0, 4.0, EXIT_FAILURE, "out of memory")], EXIT_FAILURE, "rank 0"),
-        ([(1, 5.0, EXIT_USER_ERROR, "shard: is damaged; repair it")], EXIT_USER_ERROR, "shard: is damaged"),
-        ([(0, 5.0, EXIT_STOPPED, "stopped"), (1, 5.1, EXIT_STOPPED, "stopped")], EXIT_STOPPED, "stopped"),
-        ([], EXIT_FAILURE, "died without a word"),
+        (
+            [(1, EXIT_FAILURE, "gloo: closed", True), (0, EXIT_FAILURE, "no memory", False)],
+            EXIT_FAILURE,
+            "rank 0 failed",
+        ),
+        ([(1, EXIT_USER_ERROR, "shard: is damaged; repair it", False)], EXIT_USER_ERROR, "shard: is damaged"),
+        ([(0, EXIT_STOPPED, "stopped", False), (1, EXIT_STOPPED, "stopped", False)], EXIT_STOPPED, "stopped"),
+        ([(0, EXIT_FAILURE, "gloo: closed", True)], EXIT_FAILURE, "rank 1 died or hung without a word after step 3"),
+        ([], EXIT_FAILURE, "the last line"),
     ],
 )
-def test_the_first_failure_of_a_rank_explains_the_end(
-    tmp_path: Path, failures: list[tuple[int, float, int, str]], code: int, message: str
+def test_the_cause_of_an_end_is_told_and_not_its_consequences(
+    tmp_path: Path, failures: list[Failure], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / launch.FAILURES).mkdir()
+    monkeypatch.setenv("PAL_SUPERVISED", "1")
     (tmp_path / launch.LOG).write_text("the last line\n")
-    for rank, moment, rank_code, text in failures:
-        record = {"rank": rank, "step": 3, "code": rank_code, "message": text, "time": moment}
-        (tmp_path / launch.FAILURES / f"rank-{rank}.json").write_text(json.dumps(record))
+    for rank in (0, 1):
+        launch.present(tmp_path, rank)
+    for rank, rank_code, text, lost_peer in failures:
+        assert launch.leave(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
     found_code, found = launch._explain(1, tmp_path)
     assert found_code == code and message in found
     assert launch._explain(0, tmp_path) == (0, "")

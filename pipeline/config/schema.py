@@ -238,6 +238,7 @@ class TrainConfig(Strict):
         loss_on: `answer` tokens only, or also the `prompt` (all text).
         zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
         collective_timeout_s: a rank that waits longer for another one ends the job instead of hanging.
+        max_skipped_steps: this many steps in a row whose gradient is not finite end the job; single ones are skipped.
     """
 
     trainable: Literal["connector", "all_but_ffn", "all"] = "all"
@@ -262,6 +263,7 @@ class TrainConfig(Strict):
     log_every_steps: PositiveInt = 10
     evaluate_every_steps: PositiveInt | None = None
     collective_timeout_s: PositiveInt = 1800
+    max_skipped_steps: PositiveInt = 10
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")

@@ -193,7 +193,9 @@ def _running_mean(values: Sequence[float], window: int) -> npt.NDArray[np.float6
 def _pad_accuracy_axis(axes: Axes, points: Sequence[Point]) -> None:
     low, high = min(point.low for point in points), max(point.high for point in points)
     margin = max(0.02, 0.15 * (high - low))
-    axes.set_ylim(max(-0.03, low - margin), min(1.03, high + margin))
+    low, high = max(-0.03, low - margin), min(1.03, high + margin)  # room for markers at 0 and at 100 %
+    axes.set_ylim(low, high)
+    axes.set_yticks([tick for tick in axes.get_yticks() if max(0, low) <= tick <= min(1, high)])
 
 
 def _label_points(canvas: FigureCanvasAgg, axes: Axes, points: Sequence[Point]) -> None:

@@ -59,6 +59,7 @@ def test_point_labels_cover_neither_each_other_nor_leave_the_frame(xs: list[floa
     assert [label.get_text() for label in axes.texts] == [point.label for point in points]
     assert axes.get_xlabel() == "peak memory (GiB)"
     boxes = boxes_of_labels(figure)
+    assert all(0 <= tick <= 1 for tick in axes.get_yticks()), "no accuracy beyond 0 and 100 % is promised"
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     frame = axes.get_window_extent()
     assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)

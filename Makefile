@@ -35,6 +35,23 @@ test-all: $(STAMP) ## all tests, the slow ones too
 test-gpu: $(STAMP) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+T5 := .transformers-5
+MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_model.py tests/test_model_*.py
+
+# Beside the environment and not in it: mosaicml-streaming declares transformers<5, so pip would not have both.
+# Named one by one, or pip would put newer copies of what the environment has in front of it.
+$(T5)/.installed: $(STAMP) Makefile
+	rm -rf $(T5)
+	$(BIN)/pip install --quiet --target $(T5) --no-deps \
+		"transformers==5.23.0" "huggingface-hub>=1.31,<3" "tokenizers>=0.23.1" \
+		"httpx2>=2,<3" "httpcore2>=2,<3" truststore
+	@touch $@
+
+.PHONY: test-transformers-5
+test-transformers-5: $(T5)/.installed ## the model's tests with transformers 5
+	PYTHONPATH=$(T5) $(BIN)/python -c "import transformers; assert transformers.__version__ == '5.23.0', transformers"
+	PYTHONPATH=$(T5) $(BIN)/python -m pytest $(MODEL_TESTS)
+
 .PHONY: check
 check: $(STAMP) ## format, lint, types, imports
 	$(BIN)/ruff format --check .
@@ -48,5 +65,5 @@ ui: $(STAMP) ## the MLflow UI on the demo's runs, http://127.0.0.1:5000
 
 .PHONY: clean
 clean: ## remove runs and caches, keep .venv
-	rm -rf runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf runs $(T5) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
 	find pipeline data_prep tests -name __pycache__ -type d -prune -exec rm -rf {} +

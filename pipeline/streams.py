@@ -195,8 +195,8 @@ def preset_streams(
     raise UserError("model.integration", f"unknown preset '{preset}'", f"choose from {', '.join(get_args(Preset))}")
 
 
-def custom_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, ...]:
-    """Streams written out in a config, checked against a language model of `num_layers` layers.
+def check_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, ...]:
+    """Streams that fit each other and a language model of `num_layers` layers.
 
     Raises:
         UserError: layers that do not exist, a summary of a stream that is not there, or several encoders in a
@@ -213,10 +213,16 @@ def custom_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, 
                 f"{where}.encoders", f"'{stream.connector.kind}' reads one encoder", "use lfst, or name one"
             )
         full = stream.summary_of
-        if full is not None and (full >= len(streams) or full == index or streams[full].encoders != stream.encoders):
+        if full is None:
+            continue
+        if full >= len(streams) or full == index or streams[full].encoders != stream.encoders:
             raise UserError(
-                f"{where}.summary_of",
-                f"stream {full} is not another stream of the same encoder",
-                "name its index",
+                f"{where}.summary_of", f"stream {full} is not another stream of the same encoder", "name its index"
+            )
+        if streams[full].connector.kind == "qformer":
+            raise UserError(
+                f"model.streams.{full}.connector",
+                "a query of 'qformer' covers no particular frames, so no summary can stand after its own frames",
+                "use linear, mlp or conv beside a summary stream",
             )
     return tuple(streams)

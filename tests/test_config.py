@@ -125,3 +125,22 @@ def test_a_mixture_leaves_something_for_the_training_set(config_file: Path) -> N
     assert [m.share for m in load(config_file, mixture % 0.3).data.mixture] == [0.6, 0.3]
     with pytest.raises(UserError, match=r"data\.mixture: its shares leave nothing"):
         load(config_file, mixture % 0.4)
+
+
+@pytest.mark.parametrize(
+    ("integration", "setting"),
+    [
+        ("plits", "audio_queries=true"),
+        ("plits", "norm_audio_tokens=false"),
+        ("plits", "num_audio_layers=2"),
+        ("plits", "layer_stride=2"),
+        ("lal", "summary_stride=2"),
+        ("flamingo", "audio_queries=true"),
+    ],
+)
+def test_a_setting_without_effect_is_an_error(config_file: Path, integration: str, setting: str) -> None:
+    config = load(config_file, f"model.integration={integration}", f"model.{setting}")
+    with pytest.raises(
+        UserError, match=rf"model.{setting.split('=')[0]}: has no effect on integration '{integration}'"
+    ):
+        config.model.resolve_streams(6)

@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.streams import Connector, Stream, custom_streams, preset_streams, resolve_audio_layers
+from pipeline.streams import Connector, Stream, check_streams, preset_streams, resolve_audio_layers
 
 
 @pytest.mark.parametrize(("num_layers", "third"), [(16, 5), (28, 9), (2, 1), (27, 9)])
@@ -60,9 +60,9 @@ def test_explicit_layers_are_checked(layers: tuple[int, ...]) -> None:
         preset_streams("lal", ["a"], 6, connector=Connector(), audio_layers=layers)
 
 
-def test_custom_streams_are_checked() -> None:
+def test_streams_are_checked() -> None:
     full = Stream(("a",), "lal", audio_layers=(0,))
-    assert custom_streams([full, Stream(("a",), "plits", summary_of=0)], 2)
+    assert check_streams([full, Stream(("a",), "plits", summary_of=0)], 2)
     for bad in (
         Stream(("b",), "plits", summary_of=0),
         Stream(("a",), "plits", summary_of=1),
@@ -70,7 +70,12 @@ def test_custom_streams_are_checked() -> None:
         Stream(("a",), "plits", audio_layers=(0,)),
     ):
         with pytest.raises(UserError, match=r"model\.streams\.1"):
-            custom_streams([full, bad], 2)
+            check_streams([full, bad], 2)
+
+
+def test_a_summary_of_queries_is_refused() -> None:
+    with pytest.raises(UserError, match="covers no particular frames"):
+        check_streams(preset_streams("pal_v3", ["a"], 6, connector=Connector(kind="qformer")), 6)
 
 
 def test_stream_survives_json() -> None:

@@ -16,7 +16,7 @@ from pipeline.streams import (
     IntegrationKind,
     Preset,
     Stream,
-    custom_streams,
+    check_streams,
     preset_streams,
 )
 
@@ -125,24 +125,16 @@ class ModelConfig(Strict):
         """The explicit streams for a language model of `num_layers` layers.
 
         Raises:
-            UserError: a layer that the model does not have, or encoders that do not suit the preset.
+            UserError: a layer that the model does not have, encoders that do not suit the preset, or a setting that
+                these streams make nothing of.
         """
-        if self.streams is not None:
-            return custom_streams(
-                [
-                    Stream(
-                        tuple(s.encoders),
-                        s.integration,
-                        s.connector.spec(),
-                        tuple(s.audio_layers),
-                        s.summary_of,
-                    )
-                    for s in self.streams
-                ],
-                num_layers,
+        if self.integration == "custom":
+            streams = tuple(
+                Stream(tuple(s.encoders), s.integration, s.connector.spec(), tuple(s.audio_layers), s.summary_of)
+                for s in self.streams or []
             )
-        if self.integration != "custom":
-            return preset_streams(
+        else:
+            streams = preset_streams(
                 self.integration,
                 self.encoders,
                 num_layers,
@@ -153,7 +145,20 @@ class ModelConfig(Strict):
                 layer_stride=self.layer_stride,
                 audio_layers=None if self.audio_layers is None else tuple(self.audio_layers),
             )
-        raise AssertionError("a custom integration has streams: the validator saw to it")
+        self._refuse_dead_settings(streams)
+        return check_streams(streams, num_layers)
+
+    def _refuse_dead_settings(self, streams: tuple[Stream, ...]) -> None:
+        kinds = {stream.integration for stream in streams}
+        rule = ("first_audio_layer", "num_audio_layers", "layer_stride", "audio_layers")
+        needs = {name: self.integration != "custom" and kinds != {"plits"} for name in rule}
+        needs |= dict.fromkeys(("audio_queries", "norm_audio_tokens"), "lal" in kinds)
+        needs["summary_stride"] = self.integration == "pal_v3"
+        for name, has_effect in needs.items():
+            if not has_effect and getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(
+                    f"model.{name}", f"has no effect on integration '{self.integration}'", "remove this setting"
+                )
 
 
 class MixtureConfig(Strict):

@@ -21,7 +21,7 @@ from pipeline.model.families import audio_embedding_scale, family_of, logit_soft
 from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import Layout, build_layout
 from pipeline.model.lora import adapt
-from pipeline.streams import Stream, custom_streams
+from pipeline.streams import Stream, check_streams
 
 
 class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
@@ -43,7 +43,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
     def __init__(self, config: PalConfig, language_model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         family_of(config.language_model_config)
-        self.specs = custom_streams(config.stream_specs(), config.language_model.num_hidden_layers)
+        self.specs = check_streams(config.stream_specs(), config.language_model.num_hidden_layers)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(
                 config.language_model_config, attn_implementation=ATTENTION_NAME

@@ -19,7 +19,7 @@ from pipeline.data.loader import TrainingLoader
 from pipeline.data.shards import FeatureSet, open_feature_set
 from pipeline.distributed import Ranks
 from pipeline.features import FeatureContract
-from pipeline.model import PalConfig, PalForCausalLM, set_trainable
+from pipeline.model import PalConfig, PalForCausalLM, add_lora, set_trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -84,13 +84,13 @@ def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]
 
 
 def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
-    """The language model with its weights and fresh streams, frozen as `train.trainable` says."""
+    """The language model with its weights and fresh streams, adapted and frozen as `train` says."""
     model = PalForCausalLM.from_language_model(
         config.model.language_model,
         **_model_settings(config, contract, audio_token_id),
         dtype=DTYPES[config.train.precision],
     )
-    set_trainable(model, config.train.trainable)
+    _choose_trained(model, config.train)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -101,8 +101,14 @@ def build_empty_model(config: ExperimentConfig, contract: FeatureContract, audio
     language_model = AutoConfig.from_pretrained(config.model.language_model)
     with torch.device("meta"):
         model = PalForCausalLM(PalConfig(language_model, **_model_settings(config, contract, audio_token_id)))
-    set_trainable(model, config.train.trainable)
+        _choose_trained(model, config.train)
     return model
+
+
+def _choose_trained(model: PalForCausalLM, train: TrainConfig) -> None:
+    if train.lora is not None:
+        add_lora(model, **train.lora.model_dump())
+    set_trainable(model, train.trainable)
 
 
 def save_model(

@@ -142,6 +142,16 @@ def test_dry_run_tells_what_would_be_trained(
     assert not output.exists()
 
 
+def test_adapters_are_counted_as_trained(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = []
+    for lora in ("null", "{rank: 2}"):
+        arguments = [str(original / "config.yaml"), "--dry-run", f"output={tmp_path / 'run'}", f"train.lora={lora}"]
+        assert train.main([*arguments, "train.trainable=connector"]) == 0
+        trained.append(int(_numbers(capsys.readouterr().out, "parameters:")[1].replace(",", "")))
+    # q_proj is 32 x 32 and v_proj 32 x 16 (2 key heads of 8), in 2 layers: rank x (in + out) each.
+    assert trained[1] - trained[0] == 2 * (2 * (32 + 32) + 2 * (32 + 16))
+
+
 def _numbers(text: str, label: str) -> list[str]:
     line = next(line for line in text.splitlines() if line.startswith(label))
     return [word for word in line.split() if word[0].isdigit()]

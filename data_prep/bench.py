@@ -28,7 +28,7 @@ RATE_HZ, CHANNELS = 44100, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="pal bench prepare", description=__doc__)
-    parser.add_argument("--clips", type=int, default=96, help="clips of the corpus (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=64, help="clips of the corpus (default: %(default)s)")
     parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of each (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="actors, and processes of the bare loop")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")

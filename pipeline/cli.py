@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
+    "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),
 }
 

@@ -13,7 +13,7 @@ from data_prep import extract, validate
 from data_prep.config import PrepareConfig
 from data_prep.plan import PlannedPartition
 from data_prep.workers import Cluster, PreparationFailed, _Task
-from pipeline.config.loading import dump_config
+from pipeline.config.loading import dump_config, load_config
 from pipeline.errors import EXIT_FAILURE, UserError
 from tests.corpora import clip_row, hashes, prepare_config, prepare_here, write_corpus, write_manifest
 
@@ -210,3 +210,10 @@ def test_dry_run_tells_the_size_and_writes_nothing(tmp_path, capsys):
         "bytes": pytest.approx(seconds * 25 * 256 * 2, abs=1),
     }
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("name", ["demo_prepare", "openaqa_prepare"])
+def test_shipped_configs_are_valid(name):
+    config = load_config(PrepareConfig, name)
+    assert load_config(PrepareConfig, name, ["workers.max=3"]).workers.max == 3
+    assert config.encoders

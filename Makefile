@@ -58,6 +58,12 @@ check: $(STAMP) ## format, lint, types, imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: bench
+bench: $(STAMP) ## cost of the integrations and of preparation on this machine, under runs/bench
+	mkdir -p runs/bench
+	$(BIN)/pal bench integration --batch 8 --questions 1 6 --json runs/bench/integration.json --plot runs/bench/cost.png
+	$(BIN)/pal bench prepare --json runs/bench/prepare.json
+
 .PHONY: ui
 ui: $(STAMP) ## the MLflow UI on the demo's runs, http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db --host 127.0.0.1 --port 5000

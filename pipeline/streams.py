@@ -27,7 +27,7 @@ class Connector:
         kind: `linear` and `mlp` map frame by frame, `conv` merges `summary_stride` frames into one token,
             `qformer` compresses to `num_queries` tokens, `lfst` reads several encoders on one time-frequency grid.
         width: width of the audio tokens; None means the language model's width for tokens in the sequence
-            (PLITS) and the encoder's width for LAL, whose per-layer projections go to the model's width.
+            (PLITS); beside it, where per-layer projections follow, the narrower of the encoder's and the model's.
         num_layers, num_heads, hidden_size: of `qformer` and `lfst`; None means the kind's own default.
     """
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from pipeline.model.context import AttentionContext
-from pipeline.model.kernels import attend
+from pipeline.model.kernels import KeysValues, attend
+from pipeline.model.unpacking import Unpacking
 
 # No mask builder is registered under this name, so transformers makes no mask of its own.
 ATTENTION_NAME = "pal"
@@ -48,9 +50,36 @@ def pal_attention(
         active, nothing = (), (k.sum() + v.sum()) * 0
     elif active:
         blocks.insert(0, pal.audio.lal(layer))
-    mask = pal.mask(active, window, query, flex=dropout == 0)
-    out = attend(query, blocks, mask, scaling=scaling, dropout=dropout, softcap=softcap).transpose(1, 2)
+    settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+    flex = dropout == 0 and pal.prefers_flex(active, query)
+    if pal.unpacking is not None and not flex:
+        out = _attend_unpacked(pal, pal.unpacking, active, query, blocks, window, settings)
+    else:
+        out = attend(query, blocks, pal.mask(active, window, query, flex=flex), **settings)
+    out = out.transpose(1, 2)
     return (out if nothing is None else out + nothing), None
+
+
+def _attend_unpacked(
+    pal: AttentionContext,
+    unpacking: Unpacking,
+    active: tuple[int, ...],
+    query: Tensor,
+    blocks: Sequence[KeysValues],
+    window: int | None,
+    settings: dict[str, Any],
+) -> Tensor:
+    """Prefixes as rows, and each packed question as another: no pair of two questions is computed."""
+    *beside, (key, value) = blocks
+    prefix = (unpacking.prefix_of(key), unpacking.prefix_of(value))
+    out_prefix = None
+    if unpacking.prefix:
+        q = unpacking.prefix_of(query)
+        out_prefix = attend(q, [*beside, prefix], pal.prefixes.mask(active, window, q, flex=False), **settings)
+    q = unpacking.own(query)
+    keys = [*map(unpacking.of_rows, beside), unpacking.of_rows(prefix), (unpacking.own(key), unpacking.own(value))]
+    out_own = attend(q, keys, pal.questions.mask(active, window, q, flex=False), **settings)
+    return unpacking.pack(out_prefix, out_own, query)
 
 
 def flamingo_hook(decoder_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

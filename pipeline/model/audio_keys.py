@@ -22,7 +22,8 @@ from pipeline.model.families import (
     sliding_window,
 )
 from pipeline.model.kernels import KeysValues, attend
-from pipeline.model.layout import AudioPlaces, clip_places, streams_at_layer
+from pipeline.model.lines import clip_places, streams_at_layer
+from pipeline.model.places import AudioPlaces
 from pipeline.model.visibility import Rule, additive_mask
 
 

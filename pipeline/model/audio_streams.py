@@ -17,6 +17,13 @@ from pipeline.model.mlp import Mlp
 from pipeline.streams import Stream
 
 
+def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:
+    """Width of a stream's audio tokens; without a setting, beside the sequence never wider than what they enter."""
+    if spec.connector.width is not None:
+        return spec.connector.width
+    return hidden if spec.integration == "plits" else min(encoder_width, hidden)
+
+
 class AudioStream(nn.Module):
     """One stream: `connector`, and at its audio layers `layer_projections` (LAL: P_l) or `layer_blocks` (flamingo)."""
 
@@ -27,7 +34,7 @@ class AudioStream(nn.Module):
         hidden = language_model.hidden_size
         widths = [config.encoder_widths[name] for name in spec.encoders]
         grids = [config.encoder_grids.get(name) for name in spec.encoders]
-        width = spec.connector.width or (hidden if spec.integration == "plits" else widths[0])
+        width = token_width(spec, widths[0], hidden)
         if spec.integration == "plits" and width != hidden:
             raise UserError(
                 "model.connector.width",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.model.audio_streams import token_width
 from pipeline.model.configuration import PalConfig
-from pipeline.model.layout import clip_line
+from pipeline.model.lines import clip_line
 from pipeline.streams import Connector, Stream
 
 
@@ -53,7 +54,7 @@ def forward_flops(config: PalConfig, row: RowShape) -> int:
     per_entry = 2 * (2 * hidden * inner + 2 * hidden * kv_width + 3 * hidden * model.intermediate_size)
     total = layers * (entries * per_entry + 4 * inner * pairs) + 2 * row.loss_tokens * hidden * model.vocab_size
     for stream, count, n, slot in zip(streams, counts, frames, slots, strict=True):
-        width = stream.connector.width or (hidden if stream.integration == "plits" else _width(config, stream))
+        width = token_width(stream, _width(config, stream), hidden)
         total += connector_flops(stream.connector, _width(config, stream), width, n, count)
         beside = questions * count + int((slot[None, :] <= in_sequence[:, None]).sum())
         if stream.integration == "lal":
@@ -67,8 +68,18 @@ def forward_flops(config: PalConfig, row: RowShape) -> int:
 
 
 def training_flops(config: PalConfig, row: RowShape) -> int:
-    """Forward and backward with everything trained: three times the forward pass."""
-    return 3 * forward_flops(config, row)
+    """Forward and backward with everything trained: three times the forward pass, less what features do not need.
+
+    Features take no gradient, so the first projection of a connector has no second product in the backward pass.
+    """
+    unneeded = 0
+    for stream in config.stream_specs() if row.frames else ():
+        frames, spec = row.frames[stream.encoders[0]], stream.connector
+        encoder_width = _width(config, stream)
+        width = token_width(stream, encoder_width, config.language_model.hidden_size)
+        first = {"conv": encoder_width, "qformer": spec.hidden_size or 768, "lfst": spec.hidden_size or 1024}
+        unneeded += 2 * frames * encoder_width * first.get(spec.kind, width)
+    return 3 * forward_flops(config, row) - unneeded
 
 
 def token_count(connector: Connector, frames: int) -> int:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.model.audio_keys import AudioKeys
 from pipeline.model.context import AttentionContext
-from pipeline.model.layout import Places
+from pipeline.model.places import Places
 
 
 @dataclass

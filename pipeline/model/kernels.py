@@ -90,8 +90,7 @@ def _written_out(
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
     parts = weights.split([k.shape[2] for k, _ in blocks], dim=-1)
-    outputs = [_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)]
-    out = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
+    out = torch.stack([_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)]).sum(0)
     return out.unflatten(2, (-1, n)).flatten(1, 2)
 
 

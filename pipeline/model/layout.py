@@ -5,92 +5,19 @@ Pure functions on CPU tensors; the only place that knows how audio takes positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pipeline.errors import UserError
+from pipeline.model.lines import beside_sets, clip_line
+from pipeline.model.places import AudioPlaces, Places, place_beside
+from pipeline.model.unpacking import Unpacking, find_unpacking
 from pipeline.streams import Stream
 
 IGNORED_LABEL = -100
-
-
-@dataclass(frozen=True)
-class Places:
-    """What the visibility rule reads of queries or keys; every tensor is (B, N).
-
-    Attributes:
-        position: int64; -1 where not valid.
-        segment: int64; 0 = shared prefix of the row.
-        valid: bool; False for padding.
-        audio: bool; True for audio tokens.
-    """
-
-    position: Tensor
-    segment: Tensor
-    valid: Tensor
-    audio: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Places:
-        """The function on every tensor."""
-        return Places(*(function(getattr(self, f.name)) for f in fields(self)))
-
-    def to(self, device: torch.device) -> Places:
-        return self.map(lambda x: x.to(device, non_blocking=True))
-
-    def expand(self, rows: int) -> Places:
-        """The same places for each of `rows` rows, where there is but one."""
-        return self.map(lambda x: x.expand(rows, -1))
-
-    def repeat(self, times: int) -> Places:
-        """Each row `times` times, one after the other."""
-        return self.map(lambda x: x.repeat_interleave(times, dim=0))
-
-    @staticmethod
-    def concat(parts: Sequence[Places]) -> Places:
-        """Keys of several origins in one memory order."""
-        return Places(*(torch.cat([getattr(p, f.name) for p in parts], dim=1) for f in fields(Places)))
-
-
-@dataclass(frozen=True)
-class AudioPlaces:
-    """The keys beside the sequence that one set of streams gives.
-
-    Attributes:
-        places: (B, S), padded on the right.
-        source: (B, S) index into the flat tokens of these streams, one stream after the other.
-        regular: `source` only cuts the flat tokens into rows of equal length, so a view does.
-    """
-
-    places: Places
-    source: Tensor
-    regular: bool
-
-    def rows(self, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Flat keys and values, (N, heads, head_dim) each, sorted into rows: (B, S, heads, head_dim)."""
-        first, second = flat
-        if self.regular:
-            return first.unflatten(0, self.source.shape), second.unflatten(0, self.source.shape)
-        return first[self.source], second[self.source]
-
-    def shared(self) -> AudioPlaces:
-        """One row in place of all, if all rows are the same (many questions about one clip)."""
-        tables = (self.source, self.places.position, self.places.segment, self.places.valid)
-        if not all(bool((t == t[:1]).all()) for t in tables):
-            return self
-        return AudioPlaces(self.places.map(lambda x: x[:1]), self.source[:1], False)
-
-    def repeat(self, times: int) -> AudioPlaces:
-        """Each row `times` times; places that all rows share stay one row."""
-        if len(self.source) == 1:
-            return self
-        return AudioPlaces(self.places.repeat(times), self.source.repeat_interleave(times, dim=0), False)
-
-    def to(self, device: torch.device) -> AudioPlaces:
-        return AudioPlaces(self.places.to(device), self.source.to(device, non_blocking=True), self.regular)
 
 
 @dataclass(frozen=True)
@@ -109,6 +36,7 @@ class Layout:
         next_position: (B,) position of the first token to be generated.
         max_position: the largest position of the batch.
         reuses_clips: placeholders do not take the clips in their order, each once: `sequence_sources` picks.
+        unpacking: how to attend to packed questions as rows of their own; None where nothing is packed.
         plain_causal: memory order alone gives the mask of the sequence (no segments, no padding on the left).
     """
 
@@ -123,6 +51,7 @@ class Layout:
     next_position: Tensor
     max_position: int
     reuses_clips: bool
+    unpacking: Unpacking | None
     plain_causal: bool
 
     def to(self, device: torch.device) -> Layout:
@@ -144,54 +73,9 @@ class Layout:
             move(self.next_position),
             self.max_position,
             self.reuses_clips,
+            None if self.unpacking is None else self.unpacking.to(device),
             self.plain_causal,
         )
-
-
-def streams_at_layer(streams: Sequence[Stream], integration: str, layer: int) -> tuple[int, ...]:
-    """Indices of the streams of this integration that enter at this layer, in the order listed."""
-    return tuple(i for i, s in enumerate(streams) if s.integration == integration and layer in s.audio_layers)
-
-
-@lru_cache(maxsize=4096)
-def clip_line(streams: tuple[Stream, ...], counts: tuple[int, ...], frames: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Slots of one clip's tokens on its line of positions.
-
-    Streams take slots one after the other, in the order listed; summary streams are interleaved with the stream
-    that they summarise, each token right after the tokens that cover its frames. Flamingo takes no slot.
-
-    Args:
-        counts: tokens of the clip in each stream.
-        frames: frames of the clip that each stream reads.
-
-    Returns:
-        for each stream (count,) slots from 0; for flamingo all 0.
-    """
-    slots = [torch.zeros(count, dtype=torch.long) for count in counts]
-    taken = 0
-    for i, stream in enumerate(streams):
-        if stream.integration == "flamingo" or _is_interleaved(streams, i):
-            continue
-        group = [i] + [j for j in range(len(streams)) if _is_interleaved(streams, j) and streams[j].summary_of == i]
-        kinds = len(group)
-        order = [torch.arange(counts[i]) * kinds + kinds - 1]
-        for kind, j in enumerate(group[1:]):
-            covered = (torch.arange(counts[j]) + 1) * streams[j].connector.summary_stride
-            # tokens of the full stream that come before this summary, rounded up where they are coarser than frames
-            before = -(-covered.clamp(max=frames[i]) * counts[i] // max(frames[i], 1))
-            order.append(before * kinds + kind)
-        rank = torch.cat(order).argsort(stable=True).argsort()
-        for j, part in zip(group, rank.split([counts[j] for j in group]), strict=True):
-            slots[j] = taken + part
-        taken += len(rank)
-    return tuple(slots)
-
-
-def _is_interleaved(streams: Sequence[Stream], index: int) -> bool:
-    stream = streams[index]
-    if stream.summary_of is None or stream.integration == "flamingo":
-        return False
-    return streams[stream.summary_of].integration != "flamingo" and streams[stream.summary_of].summary_of is None
 
 
 def build_layout(
@@ -288,44 +172,23 @@ def build_layout(
     flats = [torch.cat(parts) if parts else empty for parts in flat]
     counts = [int(n.sum()) for n in token_counts]
     predictors, targets = _targets(out["labels"], out["segment"], out_valid)
+    places = Places(out["position"], out["segment"], out_valid, out_audio)
     return Layout(
         token_ids=out["token_ids"],
-        places=Places(out["position"], out["segment"], out_valid, out_audio),
+        places=places,
         sequence_entries=tuple(torch.cat(e) if e else empty[:, 0] for e in sequence_entries),
         sequence_sources=tuple(f[:, 3] if s.integration == "plits" else empty[:, 0]
                                for f, s in zip(flats, streams, strict=True)),
-        beside={key: _beside(key, flats, counts, batch) for key in _beside_sets(streams)},
+        beside={key: place_beside(key, flats, counts, batch) for key in beside_sets(streams)},
         input_entries=(start + entries - 1).clamp(min=0) + torch.arange(batch)[:, None] * total,
         predictors=predictors,
         targets=targets,
         next_position=torch.where(valid, position + slots, 0).amax(1),
         max_position=int(position.max() + slots.max()) if position.numel() else 0,
         reuses_clips=not torch.equal(clips, torch.arange(num_clips)),
+        unpacking=find_unpacking(places),
         plain_causal=bool((out["segment"] == 0).all()) and (not pad_left or bool((lengths == total).all())),
     )  # fmt: skip
-
-
-def clip_places(
-    streams: tuple[Stream, ...], token_counts: Sequence[Tensor], frame_counts: Sequence[Tensor]
-) -> dict[tuple[int, ...], AudioPlaces]:
-    """Places of audio tokens among those of their own clip: a row for each clip, slots as positions."""
-    num_clips = len(token_counts[0])
-    flat: list[list[Tensor]] = [[] for _ in streams]
-    begin = [0 for _ in streams]
-    for clip in range(num_clips):
-        line = clip_line(streams, tuple(int(n[clip]) for n in token_counts), tuple(int(n[clip]) for n in frame_counts))
-        for i, slot in enumerate(line):
-            source = begin[i] + torch.arange(len(slot))
-            begin[i] += len(slot)
-            flat[i].append(torch.stack([torch.full_like(slot, clip), slot, torch.zeros_like(slot), source], dim=1))
-    flats = [torch.cat(parts) for parts in flat]
-    return {key: _beside(key, flats, begin, num_clips) for key in _beside_sets(streams)}
-
-
-def _beside_sets(streams: Sequence[Stream]) -> set[tuple[int, ...]]:
-    """Sets of streams whose keys enter a layer together: LAL's in one attention, each flamingo stream in its own."""
-    together = {streams_at_layer(streams, "lal", layer) for s in streams for layer in s.audio_layers} - {()}
-    return together | {(i,) for i, s in enumerate(streams) if s.integration == "flamingo"}
 
 
 def _positions(slots: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
@@ -338,30 +201,6 @@ def _positions(slots: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
         first = width.cumsum(1) - width + (prefix_end if s else 0)
         position = torch.where(here, first, position)
     return position
-
-
-def _beside(key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence[int], batch: int) -> AudioPlaces:
-    """Sorts the flat tokens of these streams into rows, padded on the right."""
-    base = 0
-    parts = []
-    for i in key:
-        part = flats[i].clone()
-        part[:, 3] += base
-        base += counts[i]
-        parts.append(part)
-    flat = torch.cat(parts)
-    flat = flat[flat[:, 0].argsort(stable=True)]
-    row = flat[:, 0]
-    per_row = torch.bincount(row, minlength=batch)
-    width = max(int(per_row.max()), 1)
-    column = torch.arange(len(row)) - (per_row.cumsum(0) - per_row)[row]
-    tables = torch.zeros(3, batch, width, dtype=torch.long)
-    tables[:, row, column] = flat[:, 1:].T
-    valid = torch.zeros(batch, width, dtype=torch.bool)
-    valid[row, column] = True
-    position = torch.where(valid, tables[0], 0)
-    regular = bool(valid.all()) and len(row) == base and torch.equal(flat[:, 3], torch.arange(base))
-    return AudioPlaces(Places(position, tables[1], valid, torch.ones_like(valid)), tables[2], regular)
 
 
 def _targets(labels: Tensor, segment: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

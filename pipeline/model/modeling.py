@@ -257,6 +257,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             max_position=layout.max_position,
             system_text_sees_audio=self.config.system_text_sees_audio,
             attention_path=self.attention_path,
+            unpacking=layout.unpacking,
         )
 
     def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from pipeline.model.layout import Places
+from pipeline.model.places import Places
 
 
 class Rule(NamedTuple):

@@ -100,8 +100,12 @@ def model_config(case: Case) -> PalConfig:
     streams: Any = ()
     if case.variant != "text_only":
         stride = FLAMINGO_LAYER_STRIDE if case.variant == "flamingo" else 1
+        # PLITS has the field's two-layer connector. Beside the sequence a linear one is enough: every audio layer adds
+        # its own two-layer projection, and reads tokens no wider than itself.
+        beside = Connector("linear", width=min(case.feature_width, shape.hidden))
+        connector = Connector("mlp") if case.variant == "plits" else beside
         encoders, preset = list(case.frames), case.variant
-        streams = preset_streams(preset, encoders, shape.layers, connector=Connector("mlp"), layer_stride=stride)  # type: ignore[arg-type]
+        streams = preset_streams(preset, encoders, shape.layers, connector=connector, layer_stride=stride)  # type: ignore[arg-type]
     widths = dict.fromkeys(case.frames, case.feature_width)
     return PalConfig(language_model, streams, widths, audio_token_id=shape.vocabulary)
 

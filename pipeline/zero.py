@@ -291,7 +291,8 @@ class Engine:
             False when a gradient was not finite: DeepSpeed then leaves weights and optimizer untouched.
         """
         for values, group in zip(self._engine.optimizer.param_groups, self.groups, strict=True):
-            values["lr"] = group.learning_rate * factor
+            # Not the rate alone: loading a universal checkpoint under ZeRO-3 gives every group the first one's values.
+            values.update(lr=group.learning_rate * factor, weight_decay=group.weight_decay)
         applied = self._clip_and_check() if self._plain else True
         self._engine.step()
         if not self._plain:
@@ -336,6 +337,9 @@ class Engine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
+        if self.stage == 3:  # a universal checkpoint gives all groups one step counter, which each would then advance
+            for state in self._engine.optimizer.optimizer.state.values():
+                state["step"] = self._torch.as_tensor(state["step"]).clone()
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model on rank 0 (CPU, the model's precision), None elsewhere. Called by all ranks."""

@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
 
@@ -12,26 +13,30 @@ help: ## show the targets
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(DEV): $(STAMP)
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## make .venv with everything in it (about 4 minutes, 7.5 GB)
+install: $(DEV) ## make .venv with everything in it (about 4 minutes, 7.5 GB)
 
 .PHONY: demo
 demo: $(STAMP) ## from audio files to trained, compared models (goes on where it stopped)
 	$(BIN)/pal demo --out runs/demo
 
 .PHONY: test
-test: $(STAMP) ## the tests that CI runs
+test: $(DEV) ## the tests that CI runs
 	$(BIN)/python -m pytest
 
 .PHONY: test-all
-test-all: $(STAMP) ## all tests, the slow ones too
+test-all: $(DEV) ## all tests, the slow ones too
 	$(BIN)/python -m pytest -m "not gpu"
 
 .PHONY: test-gpu
-test-gpu: $(STAMP) ## the tests that need a CUDA device
+test-gpu: $(DEV) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 T5 := .transformers-5
@@ -39,7 +44,7 @@ MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_mod
 
 # Beside the environment and not in it: mosaicml-streaming declares transformers<5, so pip would not have both.
 # Named one by one, or pip would put newer copies of what the environment has in front of it.
-$(T5)/.installed: $(STAMP) Makefile
+$(T5)/.installed: $(DEV) Makefile
 	rm -rf $(T5)
 	$(BIN)/pip install --quiet --target $(T5) --no-deps \
 		"transformers==5.23.0" "huggingface-hub>=1.31,<3" "tokenizers>=0.23.1" \
@@ -52,7 +57,7 @@ test-transformers-5: $(T5)/.installed ## the model's tests with transformers 5
 	PYTHONPATH=$(T5) $(BIN)/python -m pytest $(MODEL_TESTS)
 
 .PHONY: check
-check: $(STAMP) ## format, lint, types, imports
+check: $(DEV) ## format, lint, types, imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -6,18 +6,19 @@ import json
 import signal
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from itertools import islice
 from typing import Any
 
 import torch
 
 from pipeline import assembly, checkpoint, provenance, zero
-from pipeline.checkpoint import CheckpointRecord, RunRecord
+from pipeline.checkpoint import RunRecord
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.data.loader import evaluation_batches
 from pipeline.data.shards import FeatureSet
 from pipeline.distributed import Ranks
+from pipeline.keeper import Keeper
 from pipeline.metrics import Meter, Work, duration, peak_memory_gib
 from pipeline.tracking import Status, Tracker, read_metrics
 
@@ -48,14 +49,13 @@ class Trainer:
         self.say = say if ranks.is_main else lambda _: None
         self.parts = assembly.assemble(config, ranks)
         self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
-        self.step = 0
-        self.work = Work()  # of all ranks since the run began, over resumes
         self.meter = Meter()
         self.skipped_in_a_row = 0
         self.stop_requested = False
         identity = provenance.run_identity(config, self.parts.features.contract.fingerprint)
         self.run = checkpoint.read_run(self.output) or RunRecord(identity=identity)
-        self._resume()
+        self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say)
+        self.step, self.work = self.keeper.resume()  # work of all ranks since the run began, over resumes
         self.tracker = self._start_tracking() if ranks.is_main else None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.request_stop)
@@ -230,42 +230,7 @@ class Trainer:
 
     def _save(self) -> None:
         with self.meter.paused():
-            temporary = checkpoint.temporary_path(self.output, self.step)
-            if self.ranks.is_main:
-                checkpoint.begin(self.output, self.step)
-                (temporary / checkpoint.CONFIG).write_text(dump_config(self.config), encoding="utf-8")
-            self.engine.barrier()
-            self.engine.save(temporary)
-            share = checkpoint.files_of(temporary)[self.ranks.rank :: self.ranks.world_size]
-            measured = self.engine.gather_over_ranks(checkpoint.measure(temporary, share))
-            if self.ranks.is_main:
-                record = CheckpointRecord(
-                    step=self.step,
-                    world_size=self.ranks.world_size,
-                    zero_stage=self.engine.stage,
-                    config_sha256=self.run.sha256,
-                    data=self.loader.state_dict(),
-                    progress={**asdict(self.work), "skipped_steps": self.engine.skipped_steps},
-                    run_id=self.run.run_id,
-                    versions=provenance.package_versions(),
-                    files={name: file for part in measured for name, file in part.items()},
-                )
-                checkpoint.commit(temporary, record)
-                checkpoint.retain(self.output, self.train.checkpoint.keep)
-            self.engine.barrier()
-
-    def _resume(self) -> None:
-        found = checkpoint.newest_good(self.output, self.say) if self.ranks.is_main else None
-        found = self.engine.gather_over_ranks(found)[0]
-        if found is None:
-            return
-        path, record = found
-        self.engine.load(path)
-        self.loader.load_state_dict(record.data)
-        progress = dict(record.progress)
-        self.engine.skipped_steps = int(progress.pop("skipped_steps"))
-        self.step, self.work = record.step, Work(**progress)
-        self.say(f"resumed from {path} at step {self.step} of {self.total_steps}")
+            self.keeper.save(self.step, self.work, self.run)
 
     def _export(self) -> dict[str, float]:
         """Writes the trained model for evaluation; returns the figures of the run."""

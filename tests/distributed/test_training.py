@@ -107,4 +107,4 @@ def test_a_finished_run_started_again_only_says_so(folder: Path, straight: Path)
     job = start_job(folder / "config.yaml", f"output={straight}", "--nproc", 2)
     code, out, err = end_of(job, straight)
     assert code == 0, err
-    assert "at step 12 of 12" in out and curve(straight) == before
+    assert "at step 12" in out and curve(straight) == before

@@ -25,6 +25,7 @@ from pipeline.features import EncoderContract
 OBJECT_STORE_BYTES = 100 << 20  # nothing but records passes through it
 MAX_START_FAILURES = 10
 MAX_START_PAUSE_S = 20
+NODE_CHECK_S = 5
 
 
 class PreparationFailed(RuntimeError):
@@ -107,6 +108,7 @@ class Cluster:
         self._no_start_before = 0.0
         self._first_ready: float | None = None
         self._starts = 0
+        self._node_checked = time.monotonic()
 
     def run(
         self,
@@ -123,7 +125,8 @@ class Cluster:
             seconds from the first actor being ready to the last commit.
 
         Raises:
-            PreparationFailed: actors cannot be placed or started, or keep dying without a clip to blame.
+            PreparationFailed: actors cannot be placed or started, or keep dying without a clip to blame; or the node
+                that this driver belongs to is lost.
         """
         import ray
 
@@ -141,6 +144,7 @@ class Cluster:
                     self._advance(reference, waiting, under_work, on_commit)
                 self._check_starts(len(partitions), time.monotonic() - started)
                 self._end_stalled()
+                self._check_node()
                 on_progress(under_work, len(self._actors))
         finally:
             for actor in self._actors.values():
@@ -154,6 +158,17 @@ class Cluster:
                 f"{self._starts} of workers.min {workers.min} workers started within workers.start_timeout_s "
                 f"{workers.start_timeout_s}: the cluster cannot place {workers.cpus} CPUs and {workers.gpus} GPUs each"
             )
+
+    def _check_node(self) -> None:
+        """Ray lets a driver wait for ever when the node that it talks through is gone."""
+        import ray
+
+        if time.monotonic() - self._node_checked < NODE_CHECK_S:
+            return
+        self._node_checked = time.monotonic()
+        own = ray.get_runtime_context().get_node_id()
+        if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
+            raise PreparationFailed("this driver's node left the cluster; what is committed is kept, start again")
 
     def _end_stalled(self) -> None:
         """Kills actors that give no sign any more; their death is then found like any other."""

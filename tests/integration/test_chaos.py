@@ -33,13 +33,9 @@ class Chaos:
 
     def prepare(self, config_file: Path, wanted_kills: int) -> None:
         """Runs `pal prepare` until it is through, again after each death of its driver."""
-        environment = {**os.environ, "RAY_ADDRESS": self._cluster.address, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "data_prep.extract", str(config_file)]
         while True:
             nodes_lost = self.kills["node"]
-            with subprocess.Popen(
-                command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-            ) as driver:
+            with self.start_driver(config_file) as driver:
                 while driver.poll() is None:
                     self._pause(driver)
                     if self.kills.total() < wanted_kills and driver.poll() is None:
@@ -50,6 +46,15 @@ class Chaos:
                 # On one machine a driver may belong to either node, and dies with it.
                 if self.kills["node"] == nodes_lost:
                     assert driver.returncode == -signal.SIGKILL, driver.stderr.read().decode()
+
+    def start_driver(self, config_file: Path) -> subprocess.Popen:
+        environment = {**os.environ, "RAY_ADDRESS": self._cluster.address, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "data_prep.extract", str(config_file)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def lose_all_nodes(self) -> None:
+        for node in self._cluster.list_all_nodes():
+            _raylet(node).kill()
 
     def _pause(self, driver: subprocess.Popen) -> None:
         """Some seconds, in which workers start (which takes most of the time) or are in the middle of their work."""
@@ -62,7 +67,7 @@ class Chaos:
         if what == "driver":
             driver.kill()
         elif what == "worker":
-            workers = [p for node in self._cluster.list_all_nodes() for p in _processes(node, "ray::")]
+            workers = [p for node in self._cluster.list_all_nodes() for p in _workers(node)]
             if not workers:
                 return
             self._random.choice(workers).kill()
@@ -75,16 +80,20 @@ class Chaos:
         self._cluster.shutdown()
 
 
-def _processes(node, name: str) -> list[psutil.Process]:
-    """The running processes of a node (actors, idle workers) whose title has this name."""
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+def _raylet(node) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
+
+
+def _workers(node) -> list[psutil.Process]:
+    """The worker processes of a node: actors and idle ones, not Ray's agents, whose death is that of the node."""
     found = []
-    for process in raylet.children(recursive=True):
+    for process in _raylet(node).children(recursive=True):
         try:
-            if name in " ".join(process.cmdline()):
-                found.append(process)
+            title = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
+        if title.startswith("ray::") and "Agent" not in title:
+            found.append(process)
     return found
 
 
@@ -123,6 +132,24 @@ def test_the_set_is_the_same_however_often_it_was_interrupted(tmp_path, clips, s
     finally:
         chaos.close()
     print(f"{dict(chaos.kills)} kills in {rounds} runs of {clips} clips, {time.monotonic() - started:.0f} s")
+
+
+@pytest.mark.timeout(180)
+def test_a_driver_whose_node_is_lost_ends_and_says_so(tmp_path):
+    config = prepare_config(write_corpus(tmp_path / "corpus", 8, 1.0), tmp_path / "set", workers={"cpus": 64})
+    config_file = tmp_path / "prepare.yaml"
+    config_file.write_text(dump_config(config))
+    chaos = Chaos(seed=0)
+    try:
+        with chaos.start_driver(config_file) as driver:  # it waits for a worker that no node has room for
+            while not (tmp_path / "set" / "plan").exists():
+                time.sleep(0.1)
+            time.sleep(3)
+            chaos.lose_all_nodes()
+            _, told = driver.communicate()
+        assert driver.returncode == 1 and "node left the cluster" in told.decode()
+    finally:
+        chaos.close()
 
 
 def _prepared(root: Path) -> list[str]:

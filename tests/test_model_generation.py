@@ -131,3 +131,67 @@ def test_more_placeholders_than_encoded_clips_is_one_clear_error() -> None:
     encoded = model.encode_audio(given.audio_features, given.audio_lengths)
     with pytest.raises(UserError, match="placeholders"):
         model.generate(given.input_ids, given.attention_mask, audio=encoded)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_questions_behind_a_prefix_equal_whole_prompts(preset: str, family: str) -> None:
+    """Prefixes of unequal length, several questions about one clip, rests of unequal length, and beams."""
+    model = build(preset, family)
+    prefixes, rests, rows = [[5, 6, A], [5, A]], [[7, 8], [9], [10, 11, 12], [13, 14]], [0, 1, 1, 0]
+    clips, questions = batch(prefixes, FRAMES[:2]), batch(rests, [])
+    prefix = model.read_prefix(clips.input_ids, clips.attention_mask, clips.audio_features, clips.audio_lengths)
+    settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    for more in ({}, {"num_beams": 3}):
+        found = model.generate(
+            questions.input_ids,
+            questions.attention_mask,
+            prefix=prefix,
+            prefix_rows=torch.tensor(rows),
+            **settings,
+            **more,
+        )
+        for rest, row, tokens in zip(rests, rows, found, strict=True):
+            one = clips_of(clips, [row])
+            whole = batch([prefixes[row] + rest], [])
+            expected = answers(model, Batch(**{**one.__dict__, **_tokens_of(whole)}), **more)
+            assert torch.equal(tokens, expected[0])
+
+
+def _tokens_of(given: Batch) -> dict[str, Tensor]:
+    return {"input_ids": given.input_ids, "attention_mask": given.attention_mask, "labels": given.labels}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
+    model = build(preset)
+    clips = [batch([[5, 6, A]], [9], seed=seed) for seed in (0, 1)]
+    kinds = {spec.integration for spec in model.specs}
+
+    def logits(given: Batch, hidden: set[str]) -> Tensor:
+        prefix = model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths, hidden=hidden)
+        out = model.generate(
+            torch.tensor([[7, 8]]),
+            prefix=prefix,
+            prefix_rows=torch.tensor([0]),
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return out.logits[0]
+
+    assert torch.equal(*(logits(given, kinds) for given in clips)), "what is hidden is not heard"
+    assert not torch.allclose(*(logits(given, set()) for given in clips))
+    if len(kinds) > 1:
+        partly = [logits(given, {kind}) for kind in sorted(kinds) for given in clips]
+        assert not torch.allclose(partly[0], partly[1])
+        assert not torch.allclose(partly[2], partly[3])
+
+
+def test_a_placeholder_behind_a_prefix_is_one_clear_error() -> None:
+    model = build("lal")
+    given = batch([[5, A]], [4])
+    prefix = model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths)
+    with pytest.raises(UserError, match="behind a prefix"):
+        model.generate(torch.tensor([[7, A]]), prefix=prefix, prefix_rows=torch.tensor([0]), max_new_tokens=1)

@@ -24,6 +24,7 @@ from pipeline.model.families import (
 from pipeline.model.kernels import KeysValues, attend
 from pipeline.model.lines import clip_places, streams_at_layer
 from pipeline.model.places import AudioPlaces
+from pipeline.model.recompute import recomputed
 from pipeline.model.visibility import Rule, additive_mask
 
 
@@ -55,6 +56,7 @@ class AudioKeys:
         specs = [s.spec for s in streams]
         layers = range(language_model.config.num_hidden_layers)
         self.lal = {layer: streams_at_layer(specs, "lal", layer) for layer in layers}
+        self._last_lal = max((layer for layer, active in self.lal.items() if active), default=None)
         self.flamingo = {layer: streams_at_layer(specs, "flamingo", layer) for layer in layers}
         self._lal: dict[int, KeysValues] = {}
         self._flamingo: dict[tuple[int, int], KeysValues] = {}
@@ -65,12 +67,27 @@ class AudioKeys:
         """(N, kv_heads, head_dim) keys, not rotated, and values of this layer's LAL streams, one after the other."""
         if layer in self._lal:
             return self._lal[layer]
-        decoder_layer = self.language_model.model.layers[layer]
-        x_ND = self._project(layer)
-        if torch.is_grad_enabled() and x_ND.requires_grad:
-            # Keeps the projected tokens alone, not what the norm makes of them.
-            return checkpoint(self._keys_values, decoder_layer, x_ND, use_reentrant=False, preserve_rng_state=False)
-        return self._keys_values(decoder_layer, x_ND)
+        parts = [part for i in self.lal[layer] for part in self._lal_parts(layer, i)]
+        return parts[0] if len(parts) == 1 else (torch.cat([k for k, _ in parts]), torch.cat([v for _, v in parts]))
+
+    def _lal_parts(self, layer: int, stream: int) -> list[KeysValues]:
+        """Keys and values of one stream, of one half of its tokens after the other where gradients are wanted.
+
+        What follows the projection is computed again in the backward pass. A norm's backward pass takes five times the
+        size of its input, hence the halves, which also fit the cache better. Always two: ZeRO-3 wants every rank to
+        call every module equally often. In the last layer half of the projection is computed again as well: the
+        backward pass comes there first, while all else is still held, so the peak falls by as much as if every layer
+        did so.
+        """
+        projection: Any = self.streams[stream].layer_projections[str(layer)]
+        tokens = self.audio.tokens[stream]
+        last = layer == self._last_lal
+
+        def keys_values(x: Tensor) -> KeysValues:
+            return self._keys_values(layer, projection.finish(x) if last else x)
+
+        x = projection.input(tokens) if last else projection(tokens)
+        return [recomputed(keys_values, half) for half in (x.tensor_split(2) if torch.is_grad_enabled() else [x])]
 
     def flamingo_keys_values(self, layer: int, stream: int) -> KeysValues:
         """(N, heads, head_dim) keys and values of one flamingo stream at this layer."""
@@ -98,7 +115,8 @@ class AudioKeys:
             return decoder_layer.get_submodule(self.family.input_norm)(x_ND)
         return x_ND
 
-    def _keys_values(self, decoder_layer: nn.Module, x_ND: Tensor) -> KeysValues:
+    def _keys_values(self, layer: int, x_ND: Tensor) -> KeysValues:
+        decoder_layer = self.language_model.model.layers[layer]
         return project_keys_values(decoder_layer.self_attn, self.family, self._normed(decoder_layer, x_ND))
 
     def _let_audio_query(self) -> None:
@@ -184,12 +202,9 @@ class PlacedKeys:
             self._lal = {layer: self.lal(layer) for layer, active in self.clips.lal.items() if active}
         return self
 
-    def repeat(self, times: int) -> PlacedKeys:
-        """The same keys with each row `times` times (beams); what all rows share stays shared."""
-        if times == 1:
-            return self
-        repeated = PlacedKeys(self.clips, {key: audio.repeat(times) for key, audio in self.beside.items()})
+    def pick(self, rows: Tensor) -> PlacedKeys:
+        """The keys of these rows, in this order; what all rows share stays shared."""
+        picked = PlacedKeys(self.clips, {key: audio.pick(rows) for key, audio in self.beside.items()})
         for layer, (k, v) in self._lal.items():
-            each = 1 if len(k) == 1 else times
-            repeated._lal[layer] = (k.repeat_interleave(each, dim=0), v.repeat_interleave(each, dim=0))
-        return repeated
+            picked._lal[layer] = (k, v) if len(k) == 1 else (k[rows], v[rows])
+        return picked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +12,31 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pipeline.errors import UserError
 from pipeline.model.audio_keys import AudioKeys
 from pipeline.model.context import AttentionContext
 from pipeline.model.places import Places
+from pipeline.streams import IntegrationKind
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Conversations up to the end of their audio, read once for any number of questions; a row for each.
+
+    Attributes:
+        context: of the prefixes' own pass, with the audio keys and values of all layers.
+        next_position: (rows,) position of the first token after each prefix.
+        cache: keys and values of its text (and PLITS) tokens.
+    """
+
+    context: AttentionContext
+    next_position: Tensor
+    cache: Any
+
+    def fill(self, cache: Cache, rows: Tensor) -> None:
+        """Puts these rows, in this order, into an empty cache."""
+        for number, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys[rows], layer.values[rows], number)
 
 
 @dataclass
@@ -21,12 +44,20 @@ class Decoding:
     """What stays fixed while one batch of prompts is answered.
 
     Attributes:
-        prompt: context of the prompts' own pass, with the audio keys and values of all layers.
+        prompt: context of the prompts, prefixes included, with the audio keys and values of all layers.
         next_position: (rows,) position of the first new token of each prompt.
+        prefix, prefix_rows: what was read before, and (rows,) which row of it each prompt goes on from; or None.
     """
 
     prompt: AttentionContext
     next_position: Tensor
+    prefix: Prefix | None = None
+    prefix_rows: Tensor | None = None
+
+    def begin(self, cache: Cache, rows: int) -> None:
+        """Gives the empty cache of `rows` rows (beams included) what was read before."""
+        if self.prefix is not None and self.prefix_rows is not None:
+            self.prefix.fill(cache, self.prefix_rows.repeat_interleave(rows // len(self.prefix_rows)))
 
     def context(self, seen: int, new: int, rows: int) -> tuple[AttentionContext, Tensor]:
         """Context and position ids (rows, new) of the next `new` entries after `seen` cached ones.
@@ -34,35 +65,26 @@ class Decoding:
         Beams are rows that follow one another, and take each other's place within one prompt only: what belongs to a
         prompt never has to be reordered.
         """
-        times = rows // len(self.next_position)
-        prompt = self.prompt.key.repeat(times) if times > 1 else self.prompt.key
-        length = prompt.position.shape[1]
-        if seen == 0:
-            context = AttentionContext(
-                prompt,
-                prompt,
-                self.prompt.audio.repeat(times),
-                plain_causal=self.prompt.plain_causal,
-                max_position=self.prompt.max_position,
-                system_text_sees_audio=self.prompt.system_text_sees_audio,
-            )
-            return context, prompt.position.clamp(min=0)
-        step = torch.arange(seen + new - length, device=prompt.position.device)
-        position = self.next_position.repeat_interleave(times)[:, None] + step
-        segment = prompt.segment.amax(1, keepdim=True).expand_as(position)
+        prompt, audio, next_position = self.prompt.key, self.prompt.audio, self.next_position
+        times = rows // len(next_position)
+        if times > 1:
+            each = torch.arange(len(next_position), device=next_position.device).repeat_interleave(times)
+            prompt, audio, next_position = prompt.pick(each), audio.pick(each), next_position[each]
+        step = torch.arange(max(0, seen + new - prompt.position.shape[1]), device=next_position.device)
+        position = next_position[:, None] + step
         valid = torch.ones_like(position, dtype=torch.bool)
-        answer = Places(position, segment, valid, torch.zeros_like(valid))
+        answer = Places(position, torch.zeros_like(position), valid, torch.zeros_like(valid))
         key = Places.concat([prompt, answer])
         query = key.map(lambda x: x[:, seen:])
         context = AttentionContext(
             query,
             key,
-            self.prompt.audio.repeat(times),
-            plain_causal=False,
+            audio,
+            plain_causal=self.prompt.plain_causal and seen == 0,
             max_position=self.prompt.max_position + len(step),
             system_text_sees_audio=self.prompt.system_text_sees_audio,
         )
-        return context, query.position
+        return context, query.position.clamp(min=0)
 
 
 class PalGeneration:
@@ -78,6 +100,41 @@ class PalGeneration:
         return self.audio_keys(self.audio_tokens(audio_features, audio_lengths)).remember()
 
     @torch.no_grad()
+    def read_prefix(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        audio_features: dict[str, Tensor],
+        audio_lengths: dict[str, Tensor],
+        *,
+        hidden: Collection[IntegrationKind] = (),
+    ) -> Prefix:
+        """Reads the beginnings of conversations, with all that depends on their clips, for any number of questions.
+
+        Args:
+            input_ids, attention_mask: (B, T) text before the audio and a placeholder for each clip.
+            audio_features, audio_lengths: as in `forward`.
+            hidden: integrations whose audio tokens nothing may see; positions stay as they are.
+
+        Raises:
+            UserError: placeholders and clips disagree, or features are unfit.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        layout = self.layout(audio.audio, input_ids, mask, pad_left=True).hide(self.specs, hidden)
+        context = self.attention_context(layout, audio)
+        context.audio.remember()
+        cache = DynamicCache()
+        self.language_model.model(
+            inputs_embeds=self.embed(layout, audio.audio),
+            position_ids=layout.places.position.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            pal=context,
+        )
+        return Prefix(context, layout.next_position, cache)
+
+    @torch.no_grad()
     def generate(
         self: Any,
         input_ids: Tensor,
@@ -87,6 +144,8 @@ class PalGeneration:
         *,
         audio: AudioKeys | None = None,
         clips: Tensor | None = None,
+        prefix: Prefix | None = None,
+        prefix_rows: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
         """Answers to a batch of prompts of unequal length.
@@ -97,6 +156,8 @@ class PalGeneration:
             audio: clips encoded before by `encode_audio`, instead of features.
             clips: (num_placeholders,) which of these clips each placeholder is, row by row; None means in their order,
                 or the one clip for every placeholder.
+            prefix: the prompts' beginnings, read before by `read_prefix`; `input_ids` then hold what comes after them.
+            prefix_rows: (B,) which of the beginnings each prompt goes on from.
             settings: of transformers' `generate` (max_new_tokens, do_sample, num_beams, eos_token_id, ...).
 
         Returns:
@@ -106,22 +167,50 @@ class PalGeneration:
             UserError: placeholders and clips disagree, or features are unfit.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if audio is None:
-            audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
-        elif clips is None and audio.audio.num_clips == 1:
-            clips = torch.zeros(int((mask.bool() & (input_ids == self.config.audio_token_id)).sum()), dtype=torch.long)
-        layout = self.layout(audio.audio, input_ids, mask, clips=clips, pad_left=True)
-        shared = replace(layout, beside={key: places.shared() for key, places in layout.beside.items()})
-        context = self.attention_context(shared, audio)
-        context.audio.remember()
+        if prefix is not None and prefix_rows is not None:
+            inputs_embeds, decoding = self._after_prefix(input_ids, mask, prefix, prefix_rows.to(input_ids.device))
+        else:
+            if audio is None:
+                audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+            elif clips is None and audio.audio.num_clips == 1:
+                placeholders = int((mask.bool() & (input_ids == self.config.audio_token_id)).sum())
+                clips = torch.zeros(placeholders, dtype=torch.long)
+            layout = self.layout(audio.audio, input_ids, mask, clips=clips, pad_left=True)
+            shared = replace(layout, beside={key: places.shared() for key, places in layout.beside.items()})
+            context = self.attention_context(shared, audio)
+            context.audio.remember()
+            inputs_embeds, decoding = self.embed(layout, audio.audio), Decoding(context, layout.next_position)
         # Both mixins come after this class in the model's bases; transformers' own loop runs here.
         return super().generate(  # type: ignore[misc]
-            inputs_embeds=self.embed(layout, audio.audio),
-            attention_mask=layout.places.valid.long(),
+            inputs_embeds=inputs_embeds,
+            attention_mask=inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long),  # `Decoding` knows better
             past_key_values=DynamicCache(),  # no sliding layers: windows count positions, which the mask knows
-            decoding=Decoding(context, layout.next_position),
+            decoding=decoding,
             **settings,
         )
+
+    def _after_prefix(
+        self: Any, input_ids: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor
+    ) -> tuple[Tensor, Decoding]:
+        """Embedded rests of prompts, padding moved to the left, and how they go on from their prefixes."""
+        order = mask.argsort(dim=1, stable=True)
+        ids, valid = input_ids.gather(1, order), mask.gather(1, order).bool()
+        if bool((valid & (ids == self.config.audio_token_id)).any()):
+            raise UserError("input_ids", "hold an audio placeholder behind a prefix", "put all audio into the prefix")
+        start = prefix.next_position[rows]
+        position = torch.where(valid, start[:, None] + valid.long().cumsum(1) - 1, -1)
+        nothing = torch.zeros_like(valid)
+        own = Places(position, torch.zeros_like(position), valid, nothing)
+        key = Places.concat([prefix.context.key.pick(rows), own])
+        context = AttentionContext(
+            key,
+            key,
+            prefix.context.audio.pick(rows),
+            plain_causal=False,
+            max_position=prefix.context.max_position + ids.shape[1],
+            system_text_sees_audio=prefix.context.system_text_sees_audio,
+        )
+        return self.get_input_embeddings()(ids), Decoding(context, start + valid.sum(1), prefix, rows)
 
     def prepare_inputs_for_generation(
         self,
@@ -133,9 +222,8 @@ class PalGeneration:
         **_: Any,  # masks and positions that transformers would make: `Decoding` makes ours
     ) -> dict[str, Any]:
         """Inputs of the next step: the embedded prompts first, the newest token after that."""
-        cache: Any = past_key_values
         inputs = {"past_key_values": past_key_values, "decoding": decoding, "use_cache": True}
-        if cache.get_seq_length() == 0:
+        if input_ids.shape[1] == 0:
             return {"inputs_embeds": inputs_embeds, **inputs}
         return {"input_ids": input_ids[:, -1:], **inputs}
 
@@ -149,6 +237,8 @@ class PalGeneration:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         rows, new, _ = inputs_embeds.shape
+        if past_key_values.get_seq_length() == 0:
+            decoding.begin(past_key_values, rows)
         context, position_ids = decoding.context(past_key_values.get_seq_length(), new, rows)
         hidden_BTD = self.language_model.model(
             inputs_embeds=inputs_embeds,

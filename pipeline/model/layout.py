@@ -5,8 +5,8 @@ Pure functions on CPU tensors; the only place that knows how audio takes positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.model.lines import beside_sets, clip_line
 from pipeline.model.places import AudioPlaces, Places, place_beside
 from pipeline.model.unpacking import Unpacking, find_unpacking
-from pipeline.streams import Stream
+from pipeline.streams import IntegrationKind, Stream
 
 IGNORED_LABEL = -100
 
@@ -76,6 +76,17 @@ class Layout:
             None if self.unpacking is None else self.unpacking.to(device),
             self.plain_causal,
         )
+
+    def hide(self, streams: Sequence[Stream], integrations: Collection[IntegrationKind]) -> Layout:
+        """The same layout, in which no query sees a token of these integrations; no position changes."""
+        beside = {
+            key: audio.hide() if streams[key[0]].integration in integrations else audio
+            for key, audio in self.beside.items()
+        }
+        if "plits" not in integrations:
+            return replace(self, beside=beside)
+        places = replace(self.places, valid=self.places.valid & ~self.places.audio)
+        return replace(self, beside=beside, places=places, plain_causal=False)
 
 
 def build_layout(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class Places:
         """The same places for each of `rows` rows, where there is but one."""
         return self.map(lambda x: x.expand(rows, -1))
 
-    def repeat(self, times: int) -> Places:
-        """Each row `times` times, one after the other."""
-        return self.map(lambda x: x.repeat_interleave(times, dim=0))
+    def pick(self, rows: Tensor) -> Places:
+        """These rows, in this order."""
+        return self.map(lambda x: x[rows])
 
     @staticmethod
     def concat(parts: Sequence[Places]) -> Places:
@@ -74,11 +74,16 @@ class AudioPlaces:
             return self
         return AudioPlaces(self.places.map(lambda x: x[:1]), self.source[:1], False)
 
-    def repeat(self, times: int) -> AudioPlaces:
-        """Each row `times` times; places that all rows share stay one row."""
+    def pick(self, rows: Tensor) -> AudioPlaces:
+        """These rows, in this order; places that all rows share stay one row."""
         if len(self.source) == 1:
             return self
-        return AudioPlaces(self.places.repeat(times), self.source.repeat_interleave(times, dim=0), False)
+        return AudioPlaces(self.places.pick(rows), self.source[rows], False)
+
+    def hide(self) -> AudioPlaces:
+        """The same keys, seen by no query."""
+        places = replace(self.places, valid=torch.zeros_like(self.places.valid))
+        return replace(self, places=places)
 
     def to(self, device: torch.device) -> AudioPlaces:
         return AudioPlaces(self.places.to(device), self.source.to(device, non_blocking=True), self.regular)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline import checkpoint, zero
-from pipeline.config import ExperimentConfig, TrainConfig, dump_config
+from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, dump_config, load_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.loader import TrainingLoader
 from pipeline.data.shards import FeatureSet, open_feature_set
 from pipeline.distributed import Ranks
+from pipeline.errors import UserError
 from pipeline.features import FeatureContract
-from pipeline.model import PalConfig, PalForCausalLM, add_lora, set_trainable
+from pipeline.model import PalConfig, PalForCausalLM, add_lora, merge_lora, set_trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,17 +52,7 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     features = open_feature_set(config.data.train, encoders, config.data)
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat = build_chat(config)
-    loader = TrainingLoader(
-        features,
-        chat,
-        config.data,
-        seed=train.seed,
-        visits_per_step=train.global_batch_size // config.data.questions_per_sequence,
-        micro_batch_size=train.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        feature_dtype=feature_dtype(train),
-    )
+    loader = build_loader(config, features, chat, ranks)
     torch.manual_seed(train.seed)
     model = build_model(config, features.contract, chat.audio_token_id)
     deepspeed_config = zero.render(
@@ -71,8 +63,29 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
         on_gpu=zero.on_gpu(),
     )
     engine = zero.Engine(model, parameter_groups(model, train), deepspeed_config)
-    steps = train.steps or math.ceil((train.epochs or 0) * loader.steps_per_epoch)
+    steps = total_steps(train, loader)
     return Parts(features, validation, model, tokenizer, chat, loader, engine, deepspeed_config, steps)
+
+
+def build_loader(config: ExperimentConfig, features: FeatureSet, chat: Chat, ranks: Ranks) -> TrainingLoader:
+    """The training batches of one rank."""
+    train = config.train
+    return TrainingLoader(
+        features,
+        chat,
+        config.data,
+        seed=train.seed,
+        visits_per_step=train.global_batch_size // config.data.questions_per_sequence,
+        micro_batch_size=train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        feature_dtype=feature_dtype(train),
+    )
+
+
+def total_steps(train: TrainConfig, loader: TrainingLoader) -> int:
+    """Optimizer steps of the whole run."""
+    return train.steps or math.ceil((train.epochs or 0) * loader.steps_per_epoch)
 
 
 def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]:
@@ -84,13 +97,20 @@ def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]
 
 
 def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
-    """The language model with its weights and fresh streams, adapted and frozen as `train` says."""
+    """The language model with its weights and fresh streams, or what the runs before this one made of them, adapted
+    and frozen as `train` says.
+
+    Raises:
+        UserError: the run that it starts from has no good checkpoint.
+    """
     model = PalForCausalLM.from_language_model(
         config.model.language_model,
         **_model_settings(config, contract, audio_token_id),
         dtype=DTYPES[config.train.precision],
     )
-    _choose_trained(model, config.train)
+    if config.starts_from is not None:
+        _take_over(model, config.starts_from)
+    choose_trained(model, config.train)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -101,14 +121,57 @@ def build_empty_model(config: ExperimentConfig, contract: FeatureContract, audio
     language_model = AutoConfig.from_pretrained(config.model.language_model)
     with torch.device("meta"):
         model = PalForCausalLM(PalConfig(language_model, **_model_settings(config, contract, audio_token_id)))
-        _choose_trained(model, config.train)
+        choose_trained(model, config.train)
     return model
 
 
-def _choose_trained(model: PalForCausalLM, train: TrainConfig) -> None:
-    if train.lora is not None:
-        add_lora(model, **train.lora.model_dump())
+def choose_trained(model: PalForCausalLM, train: TrainConfig) -> None:
+    _adapt(model, train.lora)
     set_trainable(model, train.trainable)
+
+
+def _adapt(model: PalForCausalLM, lora: LoraConfig | None) -> None:
+    """Gives the model these adapters. Equal ones, of a run before, are trained on; others become part of the weights."""
+    wanted = None if lora is None else lora.model_dump()
+    if model.config.lora not in (None, wanted):
+        merge_lora(model)
+    if wanted is not None and model.config.lora is None:
+        add_lora(model, **wanted)
+
+
+def _take_over(model: PalForCausalLM, origin: Path) -> None:
+    """Gives the model what a finished run trained, on top of what that run took over itself."""
+    before = load_config(ExperimentConfig, origin / checkpoint.CONFIG)
+    if before.starts_from is not None:
+        _take_over(model, before.starts_from)
+    choose_trained(model, before.train)
+    load_trained(model, newest_checkpoint(origin))
+
+
+def newest_checkpoint(output: Path) -> Path:
+    """The newest good checkpoint of an output folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoint.newest_good(output, lambda warning: print(f"pal: {warning}", file=sys.stderr))
+    if found is None:
+        raise UserError(output, "holds no complete checkpoint", "give a step-* folder or a run's output folder")
+    return found[0]
+
+
+def load_trained(model: PalForCausalLM, source: Path) -> None:
+    """Gives the model every weight that is trained, from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint lacks some.
+    """
+    trained = zero.trained_weights(source)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if wanted - trained.keys():
+        missing = min(wanted - trained.keys())
+        raise UserError(source, f"lacks trained weights ({missing} and others)", "use the config it was written by")
+    model.load_state_dict({name: tensor for name, tensor in trained.items() if name in wanted}, strict=False)
 
 
 def save_model(

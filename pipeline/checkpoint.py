@@ -8,27 +8,32 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UserError
 
 RECORD = "COMPLETE.json"
+VALIDATION = "validation.json"  # the validation loss of a checkpoint; written after it, as training goes on
 RUN = "run.json"
+RESULTS = "train.json"  # figures of a finished run, written last
 CONFIG = "config.yaml"  # the resolved config, in every checkpoint and in the output folder
 LOCK = ".lock"
 LOCK_PATIENCE_S = 3.0  # the ranks of a killed job need a moment to notice
 _NAME = re.compile(r"step-(\d{6,})")
 _READ_BYTES = 8 << 20
+_GIB = 2**30
+_SPACE_MARGIN = 1.01  # what files hold beside tensors
 
 
 class _Record(BaseModel):
@@ -48,21 +53,27 @@ class CheckpointRecord(_Record):
         config_sha256: identity of the run; see `RunRecord`.
         data: where the loader stands, in its own words.
         progress: counters of the trainer that go on after a resume.
+        checksums: of the parameters, in the engine's own words; compared after loading.
         run_id: of MLflow; None while the server has not answered.
         versions: packages that wrote it.
         files: path inside the directory -> size and hash.
     """
 
-    format_version: int = 1
+    format_version: Literal[2] = 2
     step: int
     world_size: int
     zero_stage: int
     config_sha256: str
     data: dict[str, Any]
     progress: dict[str, float]
+    checksums: dict[str, str]
     run_id: str | None
     versions: dict[str, str]
     files: dict[str, FileRecord]
+
+    def fits(self, world_size: int) -> bool:
+        """Whether this number of ranks can load it as it is; without ZeRO every rank holds all."""
+        return self.zero_stage == 0 or self.world_size == world_size
 
 
 def checkpoint_name(step: int) -> str:
@@ -161,12 +172,34 @@ def newest_good(folder: Path, warn: Callable[[str], None]) -> tuple[Path, Checkp
     return None
 
 
-def retain(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for checkpoint in list_checkpoints(folder)[keep:]:
-        # The record goes first: a removal that is interrupted leaves no directory that looks complete.
-        (checkpoint / RECORD).unlink()
-        shutil.rmtree(checkpoint)
+def lacking_space(folder: Path, num_bytes: float) -> str | None:
+    """Why `num_bytes` do not fit into a folder's disk; None when they do."""
+    free = shutil.disk_usage(folder).free
+    if free > num_bytes * _SPACE_MARGIN:
+        return None
+    return f"it needs {num_bytes / _GIB:.3f} GiB and {folder} has {free / _GIB:.3f} GiB free"
+
+
+def record_validation_loss(checkpoint: Path, loss: float) -> None:
+    """Writes into a checkpoint how good it is, for `retain`."""
+    _write_durably(checkpoint / VALIDATION, json.dumps({"loss": loss}))
+
+
+def best_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that have a finite validation loss, lowest first."""
+    files = [path / VALIDATION for path in list_checkpoints(folder)]
+    losses = {file.parent: json.loads(file.read_text(encoding="utf-8"))["loss"] for file in files if file.is_file()}
+    return sorted((path for path in losses if math.isfinite(losses[path])), key=lambda path: losses[path])
+
+
+def retain(folder: Path, keep: int, keep_best: int = 0, in_use: Collection[Path] = ()) -> None:
+    """Removes all checkpoints but the newest `keep`, the best `keep_best` and those `in_use`."""
+    kept = {*list_checkpoints(folder)[:keep], *best_checkpoints(folder)[:keep_best], *in_use}
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint not in kept:
+            # The record goes first: a removal that is interrupted leaves no directory that looks complete.
+            (checkpoint / RECORD).unlink()
+            shutil.rmtree(checkpoint)
 
 
 def _measure_file(path: Path) -> FileRecord:
@@ -238,6 +271,17 @@ def write_run(output: Path, record: RunRecord) -> None:
     _write_durably(output / RUN, record.model_dump_json(indent=1))
 
 
+def identity_of(output: Path | None) -> str | None:
+    """What tells the run in an output folder from all others; None before there is one."""
+    run = None if output is None else read_run(output)
+    return None if run is None else run.sha256
+
+
+def is_finished(output: Path) -> bool:
+    """Whether an output folder holds a run that went on to its last step."""
+    return (output / RESULTS).is_file() and bool(list_checkpoints(output))
+
+
 def require_same_run(output: Path, identity: dict[str, Any]) -> None:
     """Checks that an output folder is new, or belongs to a run with these settings.
 
@@ -262,10 +306,15 @@ def require_world_size(output: Path, world_size: int) -> None:
     Raises:
         UserError: another number wrote it.
     """
-    newest = list_checkpoints(output)[:1]
-    if newest and (written_by := read_record(newest[0]).world_size) != world_size:
-        fault = f"was written by {written_by} ranks, this job has {world_size}"
-        raise UserError(newest[0], fault, f"resume with {written_by} ranks (--nproc)")
+    for newest in list_checkpoints(output)[:1]:
+        if not (record := read_record(newest)).fits(world_size):
+            raise other_world_size(newest, record.world_size, world_size)
+
+
+def other_world_size(checkpoint: Path, written_by: int, world_size: int) -> UserError:
+    """What to say when another number of ranks wrote a checkpoint, and nobody asked to reshard it."""
+    fault = f"was written by {written_by} ranks, this job has {world_size}"
+    return UserError(checkpoint, fault, f"add --reshard to convert it, or resume with {written_by} ranks (--nproc)")
 
 
 @contextmanager

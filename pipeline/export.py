@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import checkpoint, zero
+from pipeline import checkpoint
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.features import load_contract
@@ -50,10 +50,9 @@ def find_checkpoint(path: Path) -> Path:
     if (path / checkpoint.RECORD).is_file():
         checkpoint.verify(path)
         return path
-    found = checkpoint.newest_good(path, lambda warning: print(f"pal: {warning}", file=sys.stderr))
-    if found is None:
-        raise UserError(path, "holds no complete checkpoint", "give a step-* folder or a run's output folder")
-    return found[0]
+    from pipeline import assembly
+
+    return assembly.newest_checkpoint(path)
 
 
 def require_free(out: Path) -> None:
@@ -82,18 +81,10 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     contract = load_contract(config.data.train)
     tokenizer, chat = assembly.build_chat(config)
     model = assembly.build_model(config, contract, chat.audio_token_id)
-    _load_trained(model, zero.trained_weights(source), source)
+    assembly.load_trained(model, source)
     assembly.save_model(model, tokenizer, config, out)
     difference = _largest_difference(model, PalForCausalLM.from_pretrained(out, dtype=model.dtype))
     return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
-
-
-def _load_trained(model: PalForCausalLM, trained: dict[str, Any], source: Path) -> None:
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if wanted - trained.keys():
-        missing = sorted(wanted - trained.keys())
-        raise UserError(source, f"lacks trained weights ({missing[0]} and others)", "use the config it was written by")
-    model.load_state_dict({name: tensor for name, tensor in trained.items() if name in wanted}, strict=False)
 
 
 def _largest_difference(one: PalForCausalLM, other: PalForCausalLM) -> float:

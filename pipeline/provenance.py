@@ -13,9 +13,9 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "mlflow
 # Settings that may differ between two starts of one run: they change how it is watched, kept or fed, not what it is.
 _FREE = (
     "output",
+    "starts_from",
     "tracking",
     "data.cache",
-    "data.cache_gib",
     "data.cache_gib",
     "data.workers",
     "train.checkpoint",
@@ -51,15 +51,16 @@ def git_state() -> dict[str, str]:
         return {}
 
 
-def run_identity(config: ExperimentConfig, fingerprint: str) -> dict[str, Any]:
+def run_identity(config: ExperimentConfig, fingerprint: str, origin: str | None) -> dict[str, Any]:
     """Flat settings that change what a run computes.
 
     Args:
         fingerprint: of the features that it is trained on.
+        origin: identity of the run that it starts from.
     """
     values = flatten(config.model_dump(mode="json"))
     kept = {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in _FREE)}
-    return {**kept, "features.fingerprint": fingerprint}
+    return {**kept, "features.fingerprint": fingerprint, "origin": origin}
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

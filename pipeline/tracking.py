@@ -10,18 +10,20 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config import TrackingConfig
+from pipeline.config import TrackingConfig, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 METRICS = "metrics.jsonl"
 STATE = "tracking.json"
+PARENT = "parent_run"  # file of an output folder: the id of the run that `open_parent` made
 EVALUATIONS = "evaluation"  # artifacts of a run: one <benchmark>.json each, from `pal evaluate` to `pal report`
+FOLDERS = "checkpoints"  # artifacts of a run: the folders of `Tracker.log_folders`
 SHIP_EVERY_S = 2.0
 RETRY_EVERY_S = 15.0
 EXIT_WAIT_S = 20.0
@@ -33,7 +35,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 def tracking_uri(config: TrackingConfig, output: Path) -> str:
     """The configured URI, or the sqlite file beside the output folder."""
-    return config.uri or f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
+    return config.uri or default_tracking_uri(output)
 
 
 def read_metrics(output: Path) -> list[tuple[int, dict[str, float]]]:
@@ -71,6 +73,9 @@ class Tracker:
         self.run_id = run_id
         self.failure: str | None = None
         """Why the last attempt to reach MLflow failed; None when it worked."""
+        self.uploading: Path | None = None
+        """The folder that is being read for an upload; it should stay meanwhile."""
+        self._folders: Sequence[Path] = ()
         self._config, self._output = config, output
         self._params, self._tags, self._artifacts = params, tags, artifacts
         self._on_run_id = on_run_id
@@ -88,8 +93,15 @@ class Tracker:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
+    def log_folders(self, folders: Sequence[Path]) -> None:
+        """Stores those of these folders, files and all, that are not stored yet and still there when their turn comes.
+
+        Returns at once. They replace what an earlier call named.
+        """
+        self._folders = list(folders)
+
     def close(self, status: Status) -> bool:
-        """Ends the run, waiting at most `EXIT_WAIT_S` for the server.
+        """Ends the run, waiting at most `EXIT_WAIT_S` for the server, and for an upload as long as it goes on.
 
         Returns:
             False when something is left for the next start.
@@ -98,6 +110,8 @@ class Tracker:
         self._status = status
         self._wake.set()
         self._thread.join(EXIT_WAIT_S)
+        while self._thread.is_alive() and self.uploading is not None:
+            self._thread.join(1.0)
         return not self._thread.is_alive() and self.failure is None
 
     def _ship(self) -> None:
@@ -113,9 +127,13 @@ class Tracker:
                 shipper.send_new_records()
                 if status is not None:
                     shipper.end_run(status)
+                for folder in self._folders:
+                    self.uploading = folder
+                    shipper.send_folder(folder)
                 self.failure = None
             except Exception as error:  # MLflow raises errors of many libraries, and none of them may stop a run
                 self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.uploading = None
             if status is not None:
                 return
             self._wake.wait(SHIP_EVERY_S if self.failure is None else RETRY_EVERY_S)
@@ -145,6 +163,22 @@ def log_evaluation(
         shipper.client.log_metric(run_id, name, value)
     for name, text in artifacts.items():
         shipper.client.log_text(run_id, text, name)
+
+
+def open_parent(config: TrackingConfig, output: Path, artifacts: Mapping[str, str]) -> str:
+    """The run that MLflow shows others under; of one output folder always the same. May raise what MLflow raises."""
+    shipper, file = _Shipper(config, output), output / PARENT
+    known = file.read_text(encoding="utf-8") if file.is_file() else None
+    run_id = shipper.open_run(known, {}, {"pal.kind": "sweep"}, artifacts)
+    file.write_text(run_id, encoding="utf-8")
+    return run_id
+
+
+def close_parent(config: TrackingConfig, output: Path, run_id: str, status: Status) -> None:
+    """Sets the status of a parent run. May raise what MLflow raises."""
+    shipper = _Shipper(config, output)
+    shipper.attach(run_id)
+    shipper.end_run(status)
 
 
 class _Shipper:
@@ -196,14 +230,15 @@ class _Shipper:
         if found is not None:
             return found.experiment_id
         # With a database file MLflow would put artifacts into ./mlruns of whoever started it.
-        folder = (self._output.absolute().parent / "mlartifacts").as_uri() if self._uri.startswith("sqlite") else None
+        database = self._uri.removeprefix("sqlite:///")
+        folder = (Path(database).absolute().parent / "mlartifacts").as_uri() if database != self._uri else None
         return self.client.create_experiment(self._config.experiment, artifact_location=folder)
 
     def send_new_records(self) -> None:
         from mlflow.entities import Metric
 
         path = self._output / METRICS
-        sent = self._read_offset()
+        sent = self._read_state()["sent_bytes"]
         with path.open("rb") as file:
             file.seek(sent)
             while lines := [line for line in file.readlines(1 << 16) if line.endswith(b"\n")]:
@@ -217,17 +252,23 @@ class _Shipper:
                 for first in range(0, len(metrics), _RECORDS_PER_CALL):
                     self.client.log_batch(self._run_id, metrics=metrics[first : first + _RECORDS_PER_CALL])
                 sent += sum(map(len, lines))
-                self._write_offset(sent)
+                self._write_state(sent_bytes=sent)
                 file.seek(sent)  # a line that is being written now is read again when it is whole
+
+    def send_folder(self, folder: Path) -> None:
+        sent = self._read_state()["sent_folders"]
+        if folder.name not in sent and folder.is_dir():
+            self.client.log_artifacts(self._run_id, str(folder), f"{FOLDERS}/{folder.name}")
+            self._write_state(sent_folders=[*sent, folder.name])
 
     def end_run(self, status: Status) -> None:
         self.client.set_terminated(self._run_id, status)
 
-    def _read_offset(self) -> int:
+    def _read_state(self) -> dict[str, Any]:
         path = self._output / STATE
-        return json.loads(path.read_text(encoding="utf-8"))["sent_bytes"] if path.is_file() else 0
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sent_bytes": 0, "sent_folders": []}
 
-    def _write_offset(self, sent: int) -> None:
+    def _write_state(self, **changes: Any) -> None:
         temporary = self._output / f".{STATE}.tmp"
-        temporary.write_text(json.dumps({"sent_bytes": sent}), encoding="utf-8")
+        temporary.write_text(json.dumps({**self._read_state(), **changes}), encoding="utf-8")
         temporary.rename(self._output / STATE)

@@ -5,19 +5,21 @@ The same module is the job itself: `deepspeed --module pipeline.train CONFIG` st
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import shutil
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint, launch, provenance, zero
-from pipeline.config import ExperimentConfig, dump_config, load_config
+from pipeline.config import ExperimentConfig, choose_stages, dump_config, load_config
 from pipeline.distributed import Ranks, read_ranks
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
 from pipeline.features import FeatureContract, load_contract, require_encoders, require_same_features
@@ -32,18 +34,28 @@ _SAMPLED_ROWS = 256  # for the estimate of tokens per step
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(ExperimentConfig, arguments.config, arguments.overrides)
+    stages = choose_stages(config, arguments.stage)
     if "RANK" in os.environ:
-        return run_rank(config, read_ranks(), arguments.json)
+        return run_rank(config, stages, read_ranks(), arguments.json, reshard=arguments.reshard)
     on_gpu, nproc = _devices(arguments.nproc)
     hosts = launch.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
     world_size = sum(hosts.values())
-    contract, streams = check(config, world_size, on_gpu=on_gpu)
+    outputs = [stage.output for stage in stages.values()]
+    checked = [
+        check(stage, world_size, on_gpu=on_gpu, reshard=arguments.reshard, planned=outputs[:number])
+        for number, stage in enumerate(stages.values())
+    ]
     if arguments.dry_run:
-        print(describe(config, contract, streams, world_size))
+        print(dump_config(config).rstrip(), "---", sep="\n")
+        for (name, stage), (contract, streams) in zip(stages.items(), checked, strict=True):
+            if name:
+                print(f"stage {name}, in {stage.output}")
+            print(describe(stage, contract, streams, world_size))
         return 0
     with checkpoint.lock(config.output):
         pass  # refuse here, in one line, before any process is started; rank 0 then holds it
-    passed_on = [arguments.config, *arguments.overrides]
+    passed_on = [arguments.config, *arguments.overrides, *(["--reshard"] if arguments.reshard else [])]
+    passed_on += [f"--stage={arguments.stage}"] if arguments.stage else []
     started = time.time()
     per_node = arguments.nproc if arguments.hostfile else nproc
     for restart in range(arguments.max_restarts + 1):
@@ -53,14 +65,14 @@ def main(argv: Sequence[str]) -> int:
         if code != EXIT_FAILURE or restart == arguments.max_restarts:
             break
         print(f"pal: {message}\npal: restart {restart + 1} of {arguments.max_restarts}", file=sys.stderr, flush=True)
-    results = config.output / "train.json"
+    results = outputs[-1] / checkpoint.RESULTS
     if code == 0 and (not results.is_file() or results.stat().st_mtime < started):
         code, message = EXIT_FAILURE, f"the launcher ended without an error and without {results}"
     if code:
-        _mark_failed(config, code)
+        _mark_failed(stages, code)
         print(f"pal: {message}", file=sys.stderr)
     elif arguments.json:
-        shutil.copyfile(results, arguments.json)
+        _write_figures(stages, arguments.json)
     return code
 
 
@@ -77,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="after a failure go on from the newest checkpoint"
     )
+    parser.add_argument(
+        "--reshard", action="store_true", help="go on also from a checkpoint that another number of ranks wrote"
+    )
+    parser.add_argument("--stage", metavar="NAME", help="run this stage of the config alone (default: all, in order)")
     parser.add_argument("--dry-run", action="store_true", help="check, and print what would be trained")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -95,8 +111,18 @@ def _devices(nproc: int | None) -> tuple[bool, int]:
     return gpus > 0, nproc or gpus or 1
 
 
-def check(config: ExperimentConfig, world_size: int, *, on_gpu: bool) -> tuple[FeatureContract, tuple[Stream, ...]]:
-    """Everything that can be wrong with a job and is cheap to find out.
+def check(
+    config: ExperimentConfig,
+    world_size: int,
+    *,
+    on_gpu: bool,
+    reshard: bool = False,
+    planned: Collection[Path] = (),
+) -> tuple[FeatureContract, tuple[Stream, ...]]:
+    """Everything that can be wrong with a run and is cheap to find out.
+
+    Args:
+        planned: output folders of runs that will have finished when this one begins.
 
     Returns:
         the contract of the training set, and the streams with resolved layers.
@@ -112,9 +138,28 @@ def check(config: ExperimentConfig, world_size: int, *, on_gpu: bool) -> tuple[F
         expected = {name: contract.encoders[name].fingerprint for name in config.model.encoders}
         require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
     streams = config.model.resolve_streams(_language_model_config(config.model.language_model).num_hidden_layers)
-    checkpoint.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint))
-    checkpoint.require_world_size(config.output, world_size)
+    origin = _check_origin(config, planned)
+    checkpoint.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint, origin))
+    if not reshard:
+        checkpoint.require_world_size(config.output, world_size)
     return contract, streams
+
+
+def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | None:
+    """The identity of the run that this one starts from."""
+    folder = config.starts_from
+    if folder is None:
+        return None
+    if folder not in planned and not checkpoint.is_finished(folder):
+        raise UserError(config.output, f"starts from {folder}, which is not finished", "run that first")
+    if checkpoint.is_finished(folder):
+        model = load_config(ExperimentConfig, folder / checkpoint.CONFIG).model
+        here, there = (provenance.flatten(m.model_dump(mode="json")) for m in (config.model, model))
+        for key in here.keys() | there.keys():
+            if here.get(key) != there.get(key):
+                fault = f"{folder} was trained with model.{key} = {there.get(key)!r}, here it is {here.get(key)!r}"
+                raise UserError("starts_from", fault, "start from a run of the same model")
+    return checkpoint.identity_of(folder)
 
 
 def _language_model_config(name: str) -> Any:
@@ -128,7 +173,7 @@ def _language_model_config(name: str) -> Any:
 
 
 def describe(config: ExperimentConfig, contract: FeatureContract, streams: Sequence[Stream], world_size: int) -> str:
-    """What `--dry-run` prints: the resolved tree, layers, parameters, tokens."""
+    """What `--dry-run` prints of a run: layers, parameters, what is selected, steps, tokens."""
     import numpy as np
 
     from pipeline import assembly
@@ -138,6 +183,7 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     _, chat = assembly.build_chat(config)
     parameters = count_parameters(assembly.build_empty_model(config, contract, chat.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
+    loader = assembly.build_loader(config, features, chat, Ranks(0, world_size, 0, 1))
     selected = features.table.select(config.data.tasks, config.data.datasets)
     clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
     rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]
@@ -145,7 +191,7 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
     seconds = sequences * float(np.mean(features.table.duration_s[clips]))
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
-    lines = [dump_config(config).rstrip(), "---"]
+    lines = []
     for stream in streams:
         where = (
             "in the sequence, all layers" if stream.integration == "plits" else f"layers {list(stream.audio_layers)}"
@@ -153,6 +199,8 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
         lines.append(f"{stream.integration} stream of {'+'.join(stream.encoders)}: {where}")
     lines += [
         f"parameters: {parameters['total']:,} in all, {parameters['trainable']:,} trained",
+        f"{assembly.total_steps(config.train, loader):,} steps on {len(selected):,} questions about "
+        f"{len(np.unique(features.table.clip[selected])):,} clips",
         f"a step: {config.train.global_batch_size} questions in {sequences} sequences on {world_size} ranks, "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches each",
         f"tokens per step: about {text_tokens:,.0f} of text, {frames:,.0f} audio frames ({seconds:,.0f} s)",
@@ -160,27 +208,48 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     return "\n".join(lines)
 
 
-def run_rank(config: ExperimentConfig, ranks: Ranks, results_file: Path | None) -> int:
-    """The job on one rank. However it ends, the parent finds a record of why."""
+def run_rank(
+    config: ExperimentConfig,
+    stages: Mapping[str, ExperimentConfig],
+    ranks: Ranks,
+    results_file: Path | None,
+    *,
+    reshard: bool,
+) -> int:
+    """The job on one rank: every stage that is not finished, in order. However it ends, the parent finds why."""
     trainer: Trainer | None = None
+    stop = threading.Event()
     try:
         with ExitStack() as resources:
             if ranks.is_main:
-                resources.enter_context(checkpoint.lock(config.output))
+                for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
+                    resources.enter_context(checkpoint.lock(folder))
             launch.present(config.output, ranks.rank)
-            check(config, ranks.world_size, on_gpu=zero.on_gpu())
             from pipeline.trainer import Stopped, Trainer
 
             zero.init_process_group(ranks, config.train.collective_timeout_s)
-            trainer = Trainer(config, ranks, launch.say)
-            launch.watch_parent(trainer.request_stop)
-            try:
-                results = trainer.fit()
-            except Stopped as stopped:
-                return launch.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda *_: stop.set())
+            launch.watch_parent(stop.set)
+            last = [*stages][-1]
+            for name, stage in stages.items():
+                # The last stage runs even if it is finished: its trainer then only says so.
+                if name != last and zero.from_main_rank(checkpoint.is_finished(stage.output)):
+                    continue
+                check(stage, ranks.world_size, on_gpu=zero.on_gpu(), reshard=reshard)
+                if name and ranks.is_main:
+                    launch.say(f"stage {name}, in {stage.output}")
+                trainer = Trainer(stage, ranks, launch.say, stop, reshard=reshard)
+                try:
+                    trainer.fit()
+                except Stopped as stopped:
+                    return launch.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
+                trainer.engine.close()
+                trainer = None
+                gc.collect()  # DeepSpeed's parts refer to each other; the next stage needs their memory
+            zero.leave_process_group()
             if ranks.is_main and results_file is not None:
-                results_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-            trainer.engine.close()
+                _write_figures(stages, results_file)
             return 0
     except UserError as error:
         step = trainer.step if trainer else 0
@@ -193,10 +262,20 @@ def run_rank(config: ExperimentConfig, ranks: Ranks, results_file: Path | None) 
         return launch.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
 
 
-def _mark_failed(config: ExperimentConfig, code: int) -> None:
+def _write_figures(stages: Mapping[str, ExperimentConfig], file: Path) -> None:
+    """The figures of the last stage; of a curriculum also those of each stage, by name."""
+    figures = {name: json.loads((s.output / checkpoint.RESULTS).read_text("utf-8")) for name, s in stages.items()}
+    results = {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def _mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:
     """Tells MLflow of an end that rank 0 could not tell of itself."""
-    run = checkpoint.read_run(config.output)
-    if run is None or run.run_id is None or code in (EXIT_STOPPED, EXIT_USER_ERROR):
+    begun = [(stage, run) for stage in stages.values() if (run := checkpoint.read_run(stage.output)) is not None]
+    if not begun or code in (EXIT_STOPPED, EXIT_USER_ERROR):
+        return
+    config, run = begun[-1]
+    if run.run_id is None:
         return
     from pipeline import tracking
 

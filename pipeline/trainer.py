@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from itertools import islice
@@ -22,7 +22,7 @@ from pipeline.keeper import Keeper
 from pipeline.metrics import Meter, Work, duration, peak_memory_gib
 from pipeline.tracking import Status, Tracker, read_metrics
 
-MODEL, RESULTS, SKIPPED = "model", "train.json", "skipped.jsonl"
+MODEL, SKIPPED = "model", "skipped.jsonl"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
 IGNORED_LABEL = -100
 FINAL_LOSS_RECORDS = 10
@@ -39,26 +39,37 @@ class Trainer:
     Args:
         config: checked before by `pipeline.train`.
         say: prints a line for the person who watches; called on rank 0 only.
+        stop: set by whoever wants the run to end, saved, after the step under way.
+        reshard: go on also from a checkpoint of another number of ranks.
 
     Raises:
         UserError: the data does not fit the config or the checkpoint.
     """
 
-    def __init__(self, config: ExperimentConfig, ranks: Ranks, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        stop: threading.Event,
+        *,
+        reshard: bool = False,
+    ) -> None:
         self.config, self.train, self.ranks, self.output = config, config.train, ranks, config.output
         self.say = say if ranks.is_main else lambda _: None
         self.parts = assembly.assemble(config, ranks)
         self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
         self.meter = Meter()
         self.skipped_in_a_row = 0
-        self.stop_requested = False
-        identity = provenance.run_identity(config, self.parts.features.contract.fingerprint)
+        self.stop = stop
+        origin = checkpoint.identity_of(config.starts_from)
+        identity = provenance.run_identity(config, self.parts.features.contract.fingerprint, origin)
         self.run = checkpoint.read_run(self.output) or RunRecord(identity=identity)
-        self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say)
+        self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say, reshard=reshard)
         self.step, self.work = self.keeper.resume()  # work of all ranks since the run began, over resumes
         self.tracker = self._start_tracking() if ranks.is_main else None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request_stop)
+        if self.tracker is not None and config.tracking.log_checkpoints:
+            self.keeper.upload_to(self.tracker)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -76,13 +87,17 @@ class Trainer:
                 stop = self._optimizer_step(batches)
                 last = self.step == self.total_steps
                 evaluate = last or self._due("evaluate_every_steps")
-                if stop or last or evaluate or self.step % self.train.checkpoint.every_steps == 0:
-                    self._save()  # before validation, which might run out of memory
+                with self.meter.paused():
+                    self.keeper.poll()
+                    if stop or last or evaluate or self.step % self.train.checkpoint.every_steps == 0:
+                        self.keeper.save(self.step, self.work, self.run)  # before validation, which might fail
                 if stop and not last:
+                    self.keeper.require_saved()
                     status = "KILLED"
                     raise Stopped(f"stopped by a signal at step {self.step}; saved, start it again to go on")
                 if evaluate and self.parts.validation is not None:
                     self._validate(self.parts.validation)
+            self.keeper.require_saved()
             figures = self._export()
             status = "FINISHED"
         finally:
@@ -95,7 +110,7 @@ class Trainer:
         with self.meter.waiting():
             micro_batches = list(islice(batches, self.engine.accumulation))
         answer_tokens = sum(_count_answer_tokens(batch) for batch in micro_batches)
-        total_tokens, stop = self.engine.sum_over_ranks([answer_tokens, self.stop_requested])
+        total_tokens, stop = self.engine.sum_over_ranks([answer_tokens, self.stop.is_set()])
         # Dropout depends on seed, step and rank alone, so that a resumed run draws what it would have drawn.
         torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
         loss = torch.zeros((), device=self.engine.device)
@@ -147,6 +162,7 @@ class Trainer:
                 answer_tokens += _count_answer_tokens(batch)
             total_loss, total_tokens = self.engine.sum_over_ranks([float(loss), answer_tokens])
         self._record({"validation/loss": total_loss / total_tokens})
+        self.keeper.note_validation(self.step, total_loss / total_tokens)
         self.say(f"step {self.step:>6}/{self.total_steps}  validation loss {total_loss / total_tokens:.4f}")
 
     # ---- what is told ---------------------------------------------------------------------------------------------
@@ -210,6 +226,7 @@ class Trainer:
             tags={
                 "pal.kind": "train",
                 "pal.integration": self.config.model.integration,
+                **self.config.tracking.tags,
                 "pal.features": self.parts.features.contract.fingerprint,
                 **provenance.git_state(),
                 **{f"version.{name}": version for name, version in provenance.package_versions().items()},
@@ -227,10 +244,6 @@ class Trainer:
             checkpoint.write_run(self.output, self.run)
 
     # ---- what is kept ---------------------------------------------------------------------------------------------
-
-    def _save(self) -> None:
-        with self.meter.paused():
-            self.keeper.save(self.step, self.work, self.run)
 
     def _export(self) -> dict[str, float]:
         """Writes the trained model for evaluation; returns the figures of the run."""
@@ -253,12 +266,8 @@ class Trainer:
             return {}
         newest = str(checkpoint.list_checkpoints(self.output)[0])
         results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
-        (self.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (self.output / checkpoint.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
-
-    def request_stop(self, *_: object) -> None:
-        """Ends the run after this step, saved; a signal handler, and what the parent calls."""
-        self.stop_requested = True
 
 
 def _count_answer_tokens(batch: Batch) -> int:

@@ -114,7 +114,7 @@ def test_another_number_of_ranks(original: Path, tmp_path: Path, capsys: pytest.
     overrides = [str(tmp_path / "config.yaml"), f"output={output}"]
     assert run_command(train.main, [*overrides, "--nproc", "2"]) == EXIT_USER_ERROR  # checkpoints without an owner
     config = train.load_config(train.ExperimentConfig, overrides[0], overrides[1:])
-    identity = train.provenance.run_identity(config, train.load_contract(config.data.train).fingerprint)
+    identity = train.provenance.run_identity(config, train.load_contract(config.data.train).fingerprint, None)
     checkpoint.write_run(output, RunRecord(identity=identity))
     assert run_command(train.main, [*overrides, "--nproc", "2"]) == EXIT_USER_ERROR
     assert "written by 4 ranks" in capsys.readouterr().err
@@ -150,6 +150,31 @@ def test_adapters_are_counted_as_trained(original: Path, tmp_path: Path, capsys:
         trained.append(int(_numbers(capsys.readouterr().out, "parameters:")[1].replace(",", "")))
     # q_proj is 32 x 32 and v_proj 32 x 16 (2 key heads of 8), in 2 layers: rank x (in + out) each.
     assert trained[1] - trained[0] == 2 * (2 * (32 + 32) + 2 * (32 + 16))
+
+
+STAGES = ("stages.first={train: {trainable: connector}, data: {tasks: [what]}}", "stages.second={train: {epochs: 1}}")
+
+
+def test_dry_run_tells_of_each_stage(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "run"
+    assert train.main([str(original / "config.yaml"), f"output={output}", *STAGES, "--dry-run", "--nproc", "2"]) == 0
+    _, first, second = capsys.readouterr().out.split("\nstage ")
+    assert first.startswith(f"first, in {output}/01-first") and second.startswith(f"second, in {output}/02-second")
+    # 16 clips with 3 questions each, of the tasks what, count, what; 8 questions a step
+    assert "12 steps on 32 questions about 16 clips" in first and "6 steps on 48 questions about 16 clips" in second
+    trained = [int(_numbers(text, "parameters:")[1].replace(",", "")) for text in (first, second)]
+    assert 0 < trained[0] < trained[1]
+    assert not output.exists()
+
+
+def test_a_stage_before_the_one_that_it_builds_on(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(original / "config.yaml"), f"output={tmp_path / 'run'}", *STAGES, "--stage", "second"]
+    assert run_command(train.main, command) == EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert "starts from" in error and "01-first, which is not finished; run that first" in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def _numbers(text: str, label: str) -> list[str]:

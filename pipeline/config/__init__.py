@@ -1,15 +1,18 @@
 """The typed config tree of an experiment and its loader. Imports no torch."""
 
+from pipeline.config.curriculum import choose_stages, resolve_stages
 from pipeline.config.loading import Strict, dump_config, load_config, read_yaml, validate_config
 from pipeline.config.schema import (
     CheckpointConfig,
     ConnectorConfig,
     DataConfig,
     ExperimentConfig,
+    LoraConfig,
     MixtureConfig,
     ModelConfig,
     TrackingConfig,
     TrainConfig,
+    default_tracking_uri,
 )
 
 __all__ = [
@@ -17,13 +20,17 @@ __all__ = [
     "ConnectorConfig",
     "DataConfig",
     "ExperimentConfig",
+    "LoraConfig",
     "MixtureConfig",
     "ModelConfig",
     "Strict",
     "TrackingConfig",
     "TrainConfig",
+    "choose_stages",
+    "default_tracking_uri",
     "dump_config",
     "load_config",
     "read_yaml",
+    "resolve_stages",
     "validate_config",
 ]

@@ -1,4 +1,5 @@
-"""Reads a typed, strict config: YAML < `key.sub=value` overrides. Owns every error a config file can have."""
+"""Reads a typed, strict config: `base:` file < YAML < `key.sub=value` overrides. Owns every error a config file can
+have."""
 
 from __future__ import annotations
 
@@ -38,11 +39,13 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
         path: a YAML file, or the bare name of a config shipped in `pipeline/configs/`.
         overrides: `key.sub=value` strings; each value is read as YAML.
 
+    A file may begin with `base: NAME`, another file beside it or a shipped one: what it says is then laid over that.
+
     Raises:
         UserError: missing file, YAML syntax, unknown key, wrong type or value, malformed override.
     """
     path = shipped_config(path)
-    values = read_yaml(path)
+    values = _read_on_base(path, ())
     for override in overrides:
         _apply_override(values, override)
     return validate_config(kind, values, str(path))
@@ -61,14 +64,46 @@ def shipped_config(path: str | Path) -> Path:
     raise UserError(path, "no such config file", f"give a YAML file or a shipped config ({', '.join(names)})")
 
 
+def _read_on_base(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
+    if path in over:
+        raise UserError(path, "is its own base", "remove this `base:`")
+    values = read_yaml(path)
+    if "base" not in values:
+        return values
+    base = str(values.pop("base"))
+    beside = path.parent / base
+    return merge(_read_on_base(beside if beside.is_file() else shipped_config(base), (*over, path)), values)
+
+
+def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid over `values`: mappings key by key, everything else replaced."""
+    merged = dict(values)
+    for key, value in over.items():
+        before = merged.get(key)
+        merged[key] = merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is written twice in one mapping, of which PyYAML silently keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is here twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping from a file.
 
     Raises:
-        UserError: unreadable, not YAML, or not a mapping.
+        UserError: unreadable, not YAML, not a mapping, or a key that is there twice.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 YAML file") from error
     except yaml.YAMLError as error:

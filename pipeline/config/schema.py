@@ -225,10 +225,21 @@ class DataConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    """When a checkpoint is written and how many stay."""
+    """When a checkpoint is written and how many stay.
+
+    Attributes:
+        keep: the newest ones. While one is written, the disk holds one more.
+        keep_best: further ones, those of the lowest validation loss.
+        background: write while training goes on; each rank then holds a second copy of its part in host memory.
+    """
 
     every_steps: PositiveInt = 500
     keep: PositiveInt = 2
+    keep_best: NonNegativeInt = 0
+    background: bool = True
+
+
+LENGTHS = ("steps", "epochs", "tokens")  # the ways to say how long `train` goes on
 
 
 class TrainConfig(Strict):
@@ -236,7 +247,8 @@ class TrainConfig(Strict):
 
     Attributes:
         trainable: `connector` (everything audio is trained, the language model is frozen), `all_but_ffn`, `all`.
-        steps, epochs: give one; an epoch sees every selected question once.
+        steps, epochs, tokens: give one. An epoch sees every selected question once; tokens are those of text, over all
+            ranks, and the rate then follows the share of them that was seen.
         global_batch_size: questions per optimizer step over all ranks.
         micro_batch_size: sequences per rank and forward pass.
         warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
@@ -250,6 +262,7 @@ class TrainConfig(Strict):
     lora: LoraConfig | None = None
     steps: PositiveInt | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
+    tokens: PositiveInt | None = None
     global_batch_size: PositiveInt = 256
     micro_batch_size: PositiveInt = 8
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
@@ -273,8 +286,8 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if (self.steps is None) == (self.epochs is None):
-            raise InvalidConfig("train.steps", "needs exactly one of train.steps and train.epochs", "give one")
+        if sum(getattr(self, name) is not None for name in LENGTHS) > 1:
+            raise InvalidConfig("train.steps", f"is one of {', '.join(LENGTHS)}, which exclude each other", "give one")
         if self.lora is not None and self.trainable != "connector":
             raise InvalidConfig(
                 "train.lora",
@@ -284,6 +297,11 @@ class TrainConfig(Strict):
         return self
 
 
+def default_tracking_uri(output: Path) -> str:
+    """An sqlite file beside the output folder."""
+    return f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
+
+
 class TrackingConfig(Strict):
     """Where runs are recorded.
 
@@ -291,21 +309,49 @@ class TrackingConfig(Strict):
         uri: an MLflow tracking URI; None means `sqlite:///<output>/../mlflow.db`, beside the output folder.
         experiment: name of the MLflow experiment.
         run_name: None means the name of the output folder.
+        tags: further tags of the run.
+        log_checkpoints: upload each checkpoint as an artifact of the run.
     """
 
     uri: str | None = None
     experiment: str = "pal"
     run_name: str | None = None
+    tags: dict[str, str] = {}
+    log_checkpoints: bool = False
+
+
+class StageConfig(Strict):
+    """One stage of a curriculum: what it changes in `data` and in `train`, as parts of their trees."""
+
+    data: dict[str, Any] = {}
+    train: dict[str, Any] = {}
 
 
 class ExperimentConfig(Strict):
-    """One training run; `output` receives checkpoints, metrics and the resolved config."""
+    """One training run, or the stages of a curriculum.
+
+    Attributes:
+        output: receives checkpoints, metrics and the resolved config; of each stage in a folder of its own.
+        starts_from: output folder of a finished run whose trained weights this one begins with, beside those that it
+            began with itself.
+        stages: run one after the other, each from the trained weights of those before it; see `curriculum`.
+    """
 
     output: Path
+    starts_from: Path | None = None
     model: ModelConfig
     data: DataConfig
     train: TrainConfig
     tracking: TrackingConfig = TrackingConfig()
+    stages: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], StageConfig] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExperimentConfig:
+        if not self.stages and all(getattr(self.train, name) is None for name in LENGTHS):
+            raise InvalidConfig("train.steps", f"needs exactly one of {', '.join(LENGTHS)}", "give one")
+        if self.train.checkpoint.keep_best and self.data.validation is None:
+            raise InvalidConfig("train.checkpoint.keep_best", "has no effect without data.validation", "set both")
+        return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Micro-batches per rank and optimizer step.

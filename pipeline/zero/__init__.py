@@ -1,20 +1,24 @@
 """The one door to DeepSpeed. Callers see losses, steps, checkpoints and plain dicts; nothing in here knows audio."""
 
 from pipeline.zero.engine import Engine, ParameterGroup, rate_factor
-from pipeline.zero.processes import init_process_group, is_lost_peer, on_gpu
+from pipeline.zero.processes import from_main_rank, init_process_group, is_lost_peer, leave_process_group, on_gpu
 from pipeline.zero.rendering import ADAM_EPSILON, POLICIES, render, zero_stage
-from pipeline.zero.state import trained_weights
+from pipeline.zero.state import Snapshot, start_resharding, trained_weights
 
 __all__ = [
     "ADAM_EPSILON",
     "POLICIES",
     "Engine",
     "ParameterGroup",
+    "Snapshot",
+    "from_main_rank",
     "init_process_group",
     "is_lost_peer",
+    "leave_process_group",
     "on_gpu",
     "rate_factor",
     "render",
+    "start_resharding",
     "trained_weights",
     "zero_stage",
 ]

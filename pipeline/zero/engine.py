@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.zero.rendering import zero_stage
-from pipeline.zero.state import STATE
+from pipeline.zero.state import STATE, Snapshot, checksum, collecting
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +72,8 @@ class Engine:
         self.device: torch.device = self._engine.device
         # Counts travel between hosts on CPU tensors: agreeing on them never waits for the accelerator.
         self._control: Any = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
+        self._swaps_parameters = rendered["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+        self._frozen_checksum = ""
         self.gradient_norm = math.nan
         self.skipped_steps = 0
 
@@ -153,8 +157,15 @@ class Engine:
             self._torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, norm)
         return True
 
-    def save(self, folder: Path) -> None:
-        """Writes every rank's state under `folder`; frozen parameters are left out. Called by all ranks."""
+    def snapshot(self, folder: Path, *, copied: bool) -> Snapshot:
+        """This rank's part of a checkpoint in `folder`; frozen parameters are left out. Called by all ranks.
+
+        Nothing is written yet, apart from what DeepSpeed copies from file to file (its recovery script, what is
+        swapped to NVMe): what a full disk does to one rank must not happen between DeepSpeed's barriers.
+
+        Args:
+            copied: to host memory, so that training can go on before the snapshot is written.
+        """
         frozen = {p.data_ptr() for p in self._engine.module.parameters() if not p.requires_grad} - {0}
 
         def drop_frozen(_module: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
@@ -164,23 +175,57 @@ class Engine:
 
         hook = self._engine.module.register_state_dict_post_hook(drop_frozen)
         try:
-            self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+            with collecting(self._engine.checkpoint_engine, copied=copied) as snapshot:
+                self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
         finally:
             hook.remove()
+        return snapshot
 
-    def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, at the same world size. Called by all ranks.
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """Restores what a snapshot wrote. Called by all ranks.
+
+        Args:
+            universal: the folder was written by `start_resharding`; otherwise it is of the same number of ranks.
 
         Raises:
             RuntimeError: DeepSpeed found no state there.
         """
-        # Frozen parameters are not in the file, hence not strict; the trainable ones are checked here instead.
+        self._engine._config.load_universal_checkpoint = universal  # a property of this folder, not of the run
+        # Frozen parameters are not in the file, hence not strict; the trainable ones are compared by `checksums`.
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
         if self.stage == 3:  # a universal checkpoint gives all groups one step counter, which each would then advance
             for state in self._engine.optimizer.optimizer.state.values():
                 state["step"] = self._torch.as_tensor(state["step"]).clone()
+
+    def checksums(self) -> dict[str, str]:
+        """A hash of all `trained` and one of all `frozen` parameters, the same for every stage and number of ranks.
+
+        Empty where parameters are swapped to NVMe. Called by all ranks.
+        """
+        if self._swaps_parameters:
+            return {}
+        trained = self._checksum(trained=True)
+        self._frozen_checksum = self._frozen_checksum or self._checksum(trained=False)
+        return {"trained": trained, "frozen": self._frozen_checksum}
+
+    def _checksum(self, *, trained: bool) -> str:
+        sums = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if parameter.requires_grad != trained:
+                continue
+            if self.stage == 3:
+                part = parameter.ds_tensor
+                first = self._torch.distributed.get_rank() * len(part)
+                sums[name] = checksum(part[: max(0, parameter.ds_numel - first)], first)  # the last part is padded
+            else:
+                sums[name] = checksum(parameter, 0)
+        values = self._torch.tensor(list(sums.values()), dtype=self._torch.int64)
+        if self.stage == 3:
+            self._torch.distributed.all_reduce(values, group=self._control)
+        pairs = sorted(zip(sums, values.tolist(), strict=True))
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
         """The whole model on rank 0 (CPU, the model's precision), None elsewhere. Called by all ranks."""
@@ -193,6 +238,7 @@ class Engine:
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
     def close(self) -> None:
-        """Leaves the process group."""
+        """Gives memory and hooks free; the process group stays."""
         self._engine.destroy()
-        self._torch.distributed.destroy_process_group()
+        if self._control is not None:
+            self._torch.distributed.destroy_process_group(self._control)

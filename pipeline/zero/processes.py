@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 from pipeline.distributed import Ranks, free_port
 
@@ -24,6 +25,22 @@ def init_process_group(ranks: Ranks, timeout_s: float) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     get_accelerator().set_device(ranks.local_rank)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def leave_process_group() -> None:
+    """Leaves the process group, in which no engine is at work any more."""
+    import torch
+
+    torch.distributed.destroy_process_group()
+
+
+def from_main_rank(value: Any) -> Any:
+    """A small object of rank 0, on every rank."""
+    import torch
+
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
 
 
 def on_gpu() -> bool:

@@ -1,14 +1,113 @@
-"""What DeepSpeed writes into a checkpoint, without an engine."""
+"""What an engine holds, apart from the engine: copies in host memory, files, checksums, other numbers of ranks."""
 
 from __future__ import annotations
 
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 STATE = "engine"  # folder of DeepSpeed's files inside a checkpoint
+_CHECKSUM_CHUNK = 1 << 24  # elements; bounds the memory of a checksum
+_CHECKSUM_PERIOD = 65_521
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a checkpoint: files that are still to be written, and their contents."""
+
+    files: dict[Path, Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors; what else is in the files is small."""
+        import torch
+        from torch.utils._pytree import tree_leaves
+
+        tensors = {id(leaf): leaf for leaf in tree_leaves(list(self.files.values())) if isinstance(leaf, torch.Tensor)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def write(self) -> None:
+        """Writes the files, from any thread."""
+        import torch
+
+        for path, content in self.files.items():
+            torch.save(content, path)
+
+
+@contextmanager
+def collecting(writer: Any, *, copied: bool) -> Iterator[Snapshot]:
+    """What DeepSpeed would write through `writer`, its checkpoint engine, in here.
+
+    Args:
+        copied: to host memory, so that training can go on before the files are written.
+    """
+    snapshot = Snapshot({})
+
+    def collect(state_dict: Any, path: str) -> None:
+        snapshot.files[Path(path)] = _copy_to_host(state_dict) if copied else state_dict
+
+    writer.save = collect  # of this object alone, in front of the method of its class
+    try:
+        yield snapshot
+    finally:
+        del writer.save
+
+
+def _copy_to_host(content: Any) -> Any:
+    import torch
+    from torch.utils._pytree import tree_map
+
+    copies: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return copy.deepcopy(leaf)
+        place = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride())
+        if place not in copies:  # the two names of a tied weight stay one tensor
+            copies[place] = leaf.detach().to("cpu", copy=True)
+        return copies[place]
+
+    return tree_map(copied, content)
+
+
+def checksum(tensor: torch.Tensor, offset: int) -> int:
+    """A sum over the bits of a tensor and their places, so that parts of a tensor add up to the whole, modulo 2^64.
+
+    Args:
+        offset: place of the first element within the whole.
+    """
+    import torch
+
+    bits = tensor.detach().reshape(-1)
+    bits = bits.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for first in range(0, len(bits), _CHECKSUM_CHUNK):
+        chunk = bits[first : first + _CHECKSUM_CHUNK].to(torch.int64)
+        place = torch.arange(offset + first, offset + first + len(chunk), device=bits.device)
+        total += (chunk * (place % _CHECKSUM_PERIOD + 1)).sum()
+    return int(total)
+
+
+def start_resharding(checkpoint: Path, target: Path) -> subprocess.Popen[bytes]:
+    """Begins to convert what a checkpoint holds into DeepSpeed's universal form, which any number of ranks can load.
+
+    Frozen parameters are in neither: they come from the language model.
+
+    Args:
+        target: a new folder.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / STATE), "--output_folder", str(target / STATE)]
+    target.mkdir()
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:

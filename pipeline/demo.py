@@ -11,17 +11,18 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import CommandFailed, run_logged, write_whole
 from pipeline.config.loading import shipped_config
-from pipeline.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
+from pipeline.errors import UserError, run_command
 
 VARIANTS = ("plits", "lal", "pal_v3")
 EXPERIMENT = "demo"
@@ -29,10 +30,7 @@ CORPUS_SEED = 1  # not 0, on whose held-out clips the corpus was made easy enoug
 CONFIGS = ("demo", "demo_prepare", "demo_language_model")
 SETTINGS, STAGES, LOCK = "demo.json", "stages", ".lock"
 FOLDER_VARIABLE = "PAL_DEMO_FOLDER"  # tells the processes of a demo, so that a restart can end what a kill left behind
-LOG_TAIL_LINES = 15
-LONGEST_LINE = 120
 SIGN_OF_LIFE_S = 20.0
-LAST_WORDS_S = 60.0  # that a stage gets to save and end
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,6 @@ class Stage:
     headline: tuple[str, ...] = ()
 
 
-class StageFailed(Exception):
-    """A stage's command failed; the message is for the user."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     out: Path = arguments.out
@@ -70,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         with only_demo_in(out):
             keep_settings(out, stages)
             run_stages(out, stages)
-    except StageFailed as failure:
+    except CommandFailed as failure:
         print(failure, file=sys.stderr)
         return failure.exit_code
     wall_s = time.monotonic() - started
@@ -189,7 +179,7 @@ def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
     }
     path = out / SETTINGS
     if not path.exists():
-        _write_whole(path, settings)
+        write_whole(path, settings)
     elif json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(out, "holds a demo with other settings", "remove it, or give another --out")
 
@@ -199,82 +189,33 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
     commands themselves go on from what they had done.
 
     Raises:
-        StageFailed: a command failed.
+        CommandFailed: a command failed.
     """
     for number, stage in enumerate(stages, start=1):
         label = f"[{number:2}/{len(stages)}] {stage.name:16}"
-        done = _completion_file(out, stage.name)
+        done = _stage_file(out, stage.name, "done.json")
         if done.is_file() and number < len(stages):  # the last one prints the comparison: it always runs
             print(f"{label} finished before", flush=True)
             continue
         print(f"{label} ...", flush=True)
         started = time.monotonic()
-        figures, last_line = _run(out, stage, label, shown=number == len(stages))
-        wall_s = round(time.monotonic() - started, 1)
-        _write_whole(done, {"command": stage.command, "wall_s": wall_s, "figures": figures})
-        headline = ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line
-        print(f"{label} {_clock(wall_s):12} {headline}", flush=True)
-
-
-def _run(out: Path, stage: Stage, label: str, shown: bool) -> tuple[Any, str]:
-    """Runs one command. What it says goes to a log file, with a sign of life now and then; or to the terminal.
-
-    Returns:
-        its figures, and the last line that it wrote to the log.
-    """
-    name = stage.name.replace(" ", "_")
-    log_path, figures_path = out / STAGES / f"{name}.log", out / STAGES / f"{name}.figures.json"
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    figures_path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", *stage.command, f"--json={figures_path}"]
-    started = time.monotonic()
-    with log_path.open("w", encoding="utf-8") as log:
-        where = {} if shown else {"stdout": log, "stderr": subprocess.STDOUT}
-        with _child(command, where) as process:
-            while (exit_code := _wait(process, SIGN_OF_LIFE_S)) is None:
-                if not shown:
-                    print(f"{label} {_clock(time.monotonic() - started):12} {_last_line(log_path)}", flush=True)
-    lines = _read_lines(log_path)
-    if exit_code == EXIT_USER_ERROR:
-        told = [line for line in lines if line.startswith("pal: ")]
-        raise StageFailed(told[-1] if told else f"pal: {stage.name} failed", EXIT_USER_ERROR)
-    if exit_code:
-        tail = "\n".join(lines[-LOG_TAIL_LINES:])
-        raise StageFailed(
-            f"{tail}\npal: {stage.name} ended with code {exit_code}; all it said: {log_path}", EXIT_FAILURE
+        shown = number == len(stages)
+        figures, last_line = run_logged(
+            stage.name,
+            stage.command,
+            _stage_file(out, stage.name, "log"),
+            _stage_file(out, stage.name, "figures.json"),
+            show=shown,
+            sign_of_life_s=None if shown else SIGN_OF_LIFE_S,
+            alive=partial(_say, label, started),
         )
-    return json.loads(figures_path.read_text(encoding="utf-8")), _last_line(log_path)
+        wall_s = round(time.monotonic() - started, 1)
+        write_whole(done, {"command": stage.command, "wall_s": wall_s, "figures": figures})
+        _say(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
 
 
-@contextmanager
-def _child(command: Sequence[str], where: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does not outlive the block: asked to end first, so that training saves a checkpoint."""
-    # In a session of its own a Ctrl-C of the terminal reaches it through us, once.
-    process = subprocess.Popen(command, start_new_session=True, **where)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            if _wait(process, LAST_WORDS_S) is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> int | None:
-    try:
-        return process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return None
-
-
-def _read_lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
-
-
-def _last_line(log: Path) -> str:
-    lines = [line for line in _read_lines(log) if line.strip()]
-    return lines[-1].strip()[:LONGEST_LINE] if lines else ""
+def _say(label: str, started: float, text: str) -> None:
+    print(f"{label} {_clock(time.monotonic() - started):12} {text}", flush=True)
 
 
 def _variants(out: Path) -> dict[str, Any]:
@@ -293,21 +234,13 @@ def _variants(out: Path) -> dict[str, Any]:
     return variants
 
 
-def _completion_file(out: Path, stage: str) -> Path:
-    return out / STAGES / f"{stage.replace(' ', '_')}.done.json"
+def _stage_file(out: Path, stage: str, kind: str) -> Path:
+    return out / STAGES / f"{stage.replace(' ', '_')}.{kind}"
 
 
 def _figures(out: Path, stage: str) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(_completion_file(out, stage).read_text(encoding="utf-8"))["figures"]
+    figures: dict[str, Any] = json.loads(_stage_file(out, stage, "done.json").read_text(encoding="utf-8"))["figures"]
     return figures
-
-
-def _write_whole(path: Path, values: Any) -> None:
-    """Under another name first, so that a file of this name is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _clock(seconds: float) -> str:

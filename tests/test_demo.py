@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.demo import FOLDER_VARIABLE, STAGES, Stage, StageFailed, keep_settings, main, only_demo_in, run_stages
+from pipeline.commands import CommandFailed
+from pipeline.demo import FOLDER_VARIABLE, STAGES, Stage, keep_settings, main, only_demo_in, run_stages
 from pipeline.errors import UserError
 
 # Appends its name to a list of what ran, then ends as it is told to.
@@ -47,7 +48,7 @@ def test_finished_stages_are_skipped_and_the_last_always_runs(
 ) -> None:
     out = tmp_path / "demo"
     stages = [stage("one", ran), stage("two", ran, "crash"), stage("report", ran)]
-    with pytest.raises(StageFailed, match="the disk is full") as failure:
+    with pytest.raises(CommandFailed, match="the disk is full") as failure:
         run_stages(out, stages)
     assert failure.value.exit_code == 1
     assert "two.log" in str(failure.value)
@@ -72,7 +73,7 @@ def test_a_stage_without_its_completion_file_runs_again(tmp_path: Path, ran: Pat
 
 
 def test_a_mistake_of_the_user_keeps_its_line_and_code(tmp_path: Path, ran: Path) -> None:
-    with pytest.raises(StageFailed) as failure:
+    with pytest.raises(CommandFailed) as failure:
         run_stages(tmp_path / "demo", [stage("one", ran, "mistake"), stage("report", ran)])
     assert (str(failure.value), failure.value.exit_code) == ("pal: data.train: does not exist; prepare it", 2)
 

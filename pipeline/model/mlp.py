@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from pipeline.model.recompute import recomputed
 
 
 class Mlp(nn.Module):
@@ -21,11 +21,9 @@ class Mlp(nn.Module):
         self.output = nn.Linear(inner or width_out, width_out, bias=bias)
 
     def forward(self, x_NW: Tensor) -> Tensor:
-        h_NI = self.input(x_NW)
-        if torch.is_grad_enabled() and h_NI.requires_grad:
-            # Recomputation stops as soon as the activation is there again: the matrix product is not repeated.
-            return checkpoint(self._finish, h_NI, use_reentrant=False, preserve_rng_state=False)
-        return self._finish(h_NI)
+        # Recomputation stops as soon as the activation is there again: the matrix product is not repeated.
+        return recomputed(self.finish, self.input(x_NW))
 
-    def _finish(self, h_NI: Tensor) -> Tensor:
+    def finish(self, h_NI: Tensor) -> Tensor:
+        """What follows `input`."""
         return self.output(F.gelu(h_NI))

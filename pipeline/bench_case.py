@@ -4,13 +4,13 @@ Nothing heavy is imported before it is used, so that the command's help comes at
 
 from __future__ import annotations
 
-import ctypes
+import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 FLAMINGO_LAYER_STRIDE = 4  # arXiv 2204.14198, table 1: its 9B model
 WARM_UP_STEPS = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 @dataclass(frozen=True)
@@ -111,32 +110,45 @@ def model_config(case: Case) -> PalConfig:
 
 
 def run(case: Case) -> tuple[float, int]:
-    """Seconds of a step (the median), and bytes at the peak above a process that has done the same in small.
-
-    To be called once in a process.
+    """Seconds of a step (the median), and the bytes of tensors at the peak: parameters, gradients, optimizer state,
+    batch and everything computed on the way.
     """
     import torch
 
     if case.threads is not None:
         torch.set_num_threads(case.threads)
-    torch.manual_seed(0)
-    tiny = Shape(layers=case.shape.layers, hidden=16, ffn=16, heads=2, kv_heads=1, vocabulary=16)
-    small = replace(case, shape=tiny, num_audio_tokens=min(case.num_audio_tokens, 8), feature_width=8, batch=1)
-    _make_step(small)()  # loads what libraries load on first use
-    _return_freed_memory(at_once=True)
-    before = _start_memory(case.device)
+    peak = _peak_bytes(case)
     step = _make_step(case)
-    for _ in range(WARM_UP_STEPS):
-        step()
-    peak = _peak_memory(case.device) - before
-    _return_freed_memory(at_once=False)
-    step()
+    _repeat(step)
     times = []
     for _ in range(case.steps):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
     return statistics.median(times), peak
+
+
+def _peak_bytes(case: Case) -> int:
+    """What torch's allocator hands out at most, from an empty model to the end of the second step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _repeat(_make_step(case))
+        return torch.cuda.max_memory_allocated()
+    # On CPU only the profiler counts; resident memory would add what libraries and the system's allocator keep.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        _repeat(_make_step(case))
+    with TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))
+    return max(e["args"]["Total Allocated"] for e in trace["traceEvents"] if e["name"] == "[memory]")
+
+
+def _repeat(step: Callable[[], None]) -> None:
+    for _ in range(WARM_UP_STEPS):
+        step()
 
 
 def _make_step(case: Case) -> Callable[[], None]:
@@ -204,36 +216,3 @@ def _synchronise(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _return_freed_memory(*, at_once: bool) -> None:
-    """Tells glibc to give freed tensors back to the system at once, so that resident memory is memory in use.
-
-    That costs time: for timing, its own largest thresholds.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**16 if at_once else 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**16 if at_once else 2**30)
-
-
-def _start_memory(device: str) -> int:
-    """Bytes in use now; peaks count from here."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the peak so far, proc(5)
-    return _status_bytes("VmRSS")
-
-
-def _peak_memory(device: str) -> int:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("pipeline.train", "train one model with DeepSpeed"),
     "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
+    "plan": ("pipeline.plan", "memory, step time and cost of a run that was not started"),
+    "sweep": ("pipeline.sweep", "run a scaling experiment: one file, many runs"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),

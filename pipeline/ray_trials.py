@@ -1,0 +1,75 @@
+"""Places the trials of a sweep on a Ray cluster: a placement group for each, which starts a DeepSpeed job of its own.
+Needs a file system that all nodes share."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.errors import UserError
+from pipeline.trials import Trial, run_trial
+
+MAX_RETRIES = 5  # of a trial whose node is lost; it goes on from its newest checkpoint
+
+
+def run_on_cluster(
+    address: str,
+    trials: Sequence[Trial],
+    parent: str | None,
+    evaluate: Sequence[Path],
+    nproc: int,
+    say: Callable[[str, dict[str, Any]], None],
+) -> list[dict[str, Any]]:
+    """Results of `run_trial` in the order of trials; as many run at once as the cluster has room for.
+
+    Raises:
+        UserError: no cluster at this address, or no node has room for a trial.
+    """
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionError as error:
+        raise UserError("--ray", f"there is no cluster at '{address}'", "start one, or give its address") from error
+    try:
+        kinds = ("GPU", "CPU") if ray.cluster_resources().get("GPU") else ("CPU",)
+        bundle = dict.fromkeys(kinds, float(nproc))
+        if not any(all(node["Resources"].get(k, 0) >= nproc for k in kinds) for node in ray.nodes() if node["Alive"]):
+            raise UserError("nproc", f"no node of the cluster has {nproc} {kinds[0]}s", "lower it")
+        remote = ray.remote(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_retries=MAX_RETRIES)(_run)
+        groups = [placement_group([bundle]) for _ in trials]
+        waiting = {
+            remote.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group)).remote(
+                str(Path.cwd()), trial, parent, list(evaluate), nproc
+            ): number
+            for number, (group, trial) in enumerate(zip(groups, trials, strict=True))
+        }
+        results: dict[int, dict[str, Any]] = {}
+        while waiting:
+            (done,), _ = ray.wait(list(waiting))
+            number = waiting.pop(done)
+            results[number] = _result(done, trials[number])
+            remove_placement_group(groups[number])
+            say(trials[number].name, results[number])
+    finally:
+        ray.shutdown()
+    return [results[number] for number in range(len(trials))]
+
+
+def _run(folder: str, trial: Trial, parent: str | None, evaluate: list[Path], nproc: int) -> dict[str, Any]:
+    os.chdir(folder)  # relative paths of configs mean what they mean where the sweep was started
+    return run_trial(trial, parent, evaluate, nproc, ends_with_parent=True)
+
+
+def _result(done: Any, trial: Trial) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = ray.get(done)
+    except ray.exceptions.RayError as error:
+        lost = {"params": trial.params, "run_id": None, "metrics": {}, "status": "FAILED"}
+        return {**lost, "error": str(error).splitlines()[0]}
+    return result

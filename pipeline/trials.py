@@ -1,0 +1,210 @@
+"""The trials of a sweep: what a sweep file says, the experiments that it means, and how one is run, once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from pipeline.commands import CommandFailed, run_logged, write_whole
+from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
+from pipeline.config.loading import InvalidConfig, shipped_config
+from pipeline.errors import UserError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
+RESULT = "trial.json"  # of a finished trial, in its output folder
+SEED = "train.seed"
+STEPS = "train.steps"
+
+
+class BudgetConfig(Strict):
+    """What all trials get alike; give one. Tokens are those of text; operations are counted, not measured."""
+
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    flops: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        if sum(value is not None for value in (self.steps, self.tokens, self.flops)) != 1:
+            raise InvalidConfig("budget", "needs exactly one of steps, tokens and flops", "give one")
+        return self
+
+
+class SweepConfig(Strict):
+    """One scaling experiment: trials that differ from one config in a few keys.
+
+    Attributes:
+        name: of the MLflow experiment.
+        experiment: the config's YAML file, or the name of a shipped one.
+        output: receives a folder for each trial.
+        overrides: keys of it that all trials change.
+        grid: key -> values; every combination is a trial.
+        runs: or a list of trials, each key -> value.
+        seeds: each trial is run with each.
+        budget: None leaves the config's length of training.
+        evaluate: feature sets that each model answers.
+        nproc: ranks of a trial.
+        cluster: what memory and time are predicted for; its number of GPUs is taken to be nproc.
+        uri: MLflow tracking URI; None means an sqlite file in the output folder.
+    """
+
+    name: str
+    experiment: str
+    output: Path
+    overrides: dict[str, Any] = {}
+    grid: dict[str, list[Any]] | None = None
+    runs: list[dict[str, Any]] | None = None
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    budget: BudgetConfig | None = None
+    evaluate: list[Path] = []
+    nproc: PositiveInt = 1
+    cluster: str = "a100_80"
+    uri: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SweepConfig:
+        if (self.grid is None) == (self.runs is None):
+            raise InvalidConfig("grid", "needs exactly one of grid and runs", "give one")
+        lists: dict[str, Sequence[Any]] = {f"grid.{key}": values for key, values in (self.grid or {}).items()}
+        for where, values in {**lists, "seeds": self.seeds}.items():
+            if not values:
+                raise InvalidConfig(where, "is empty", "list its values")
+            if len({json.dumps(value) for value in values}) < len(values):
+                raise InvalidConfig(where, f"repeats a value: {values}", "list each value once")
+        if not (self.grid or self.runs):
+            raise InvalidConfig("grid" if self.runs is None else "runs", "is empty", "say what the trials differ in")
+        if self.runs and len({json.dumps(run, sort_keys=True) for run in self.runs}) < len(self.runs):
+            raise InvalidConfig("runs", "repeats a run", "list each run once")
+        for where, keys in (("overrides", self.overrides), *((w, k) for w, k in self._varied())):
+            taken = {SEED: "seeds"} | ({STEPS: "budget"} if self.budget else {})
+            for key in taken.keys() & keys.keys():
+                raise InvalidConfig(f"{where}.{key}", f"is set by {taken[key]}", "leave one out")
+        return self
+
+    def _varied(self) -> list[tuple[str, dict[str, Any]]]:
+        return [("grid", self.grid or {}), *((f"runs.{i}", run) for i, run in enumerate(self.runs or []))]
+
+    def combinations(self) -> list[dict[str, Any]]:
+        """What each trial changes, without its seed."""
+        if self.runs is not None:
+            return self.runs
+        grid = self.grid or {}
+        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.uri or f"sqlite:///{self.output.absolute() / 'mlflow.db'}"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep; `params` are the keys that the sweep varies, the seed included."""
+
+    name: str
+    params: dict[str, Any]
+    base: str
+    overrides: tuple[str, ...]
+    config: ExperimentConfig
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
+
+
+def make_trial(sweep: SweepConfig, params: dict[str, Any], budget: dict[str, Any]) -> Trial:
+    """The experiment of one combination.
+
+    Args:
+        params: what the sweep varies, `SEED` included.
+        budget: keys that say how long it trains.
+
+    Raises:
+        UserError: a key that no experiment has, or a value that it does not take.
+    """
+    name = trial_name(params)
+    values = {
+        **sweep.overrides,
+        **params,
+        **budget,
+        "output": str(sweep.output.absolute() / name),
+        "tracking.uri": sweep.tracking_uri,
+        "tracking.experiment": sweep.name,
+        "tracking.run_name": name,
+    }
+    overrides = tuple(f"{key}={json.dumps(value)}" for key, value in values.items())
+    base = str(shipped_config(sweep.experiment).absolute())
+    return Trial(name, params, base, overrides, load_config(ExperimentConfig, base, overrides))
+
+
+def trial_name(params: dict[str, Any]) -> str:
+    """Keys without their path, and values, as the name of a folder."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if re.fullmatch(r"\d+/\d+", text) else text.rpartition("/")[2]  # a fraction, or a path
+
+    return re.sub(r"[^\w.=,-]+", "-", ",".join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in params.items()))
+
+
+def is_finished(trial: Trial) -> bool:
+    """Whether it was run before.
+
+    Raises:
+        UserError: its folder holds a trial with other settings.
+    """
+    path = trial.output / RESULT
+    if not path.is_file():
+        return False
+    if json.loads(path.read_text(encoding="utf-8"))["config"] != dump_config(trial.config):
+        raise UserError(trial.output, "holds a trial with other settings", "give the sweep another output")
+    return True
+
+
+def result_of(trial: Trial) -> dict[str, Any]:
+    """What a finished trial left: `params`, `status`, `run_id` and `metrics`."""
+    result: dict[str, Any] = json.loads((trial.output / RESULT).read_text(encoding="utf-8"))
+    return {key: result[key] for key in ("params", "status", "run_id", "metrics")}
+
+
+def run_trial(
+    trial: Trial, parent: str | None, evaluate: Sequence[Path], nproc: int, *, ends_with_parent: bool = False
+) -> dict[str, Any]:
+    """Trains and evaluates; one that was killed goes on from its newest checkpoint.
+
+    Args:
+        parent: MLflow run that this one belongs to.
+        ends_with_parent: see `run_logged`.
+
+    Returns:
+        see `result_of`; `status` is FINISHED, or FAILED with `error`.
+    """
+    if is_finished(trial):
+        return result_of(trial)
+    out = trial.output
+    tag = [f"tracking.tags={json.dumps({PARENT: parent})}"] if parent else []
+    command = ("pipeline.train", trial.base, *trial.overrides, *tag, f"--nproc={nproc}")
+    result: dict[str, Any] = {"params": trial.params, "run_id": None, "metrics": {}}
+    try:
+        run = partial(run_logged, ends_with_parent=ends_with_parent)
+        figures, _ = run("training", command, out / "train.log", out / "train.figures.json")
+        result |= {"run_id": figures["run_id"], "metrics": {k: v for k, v in figures.items() if isinstance(v, float)}}
+        if evaluate:
+            asked = ("pipeline.evaluate", str(out / "model"), *map(str, evaluate))
+            scores, _ = run("evaluation", asked, out / "evaluate.log", out / "evaluate.figures.json")
+            for benchmark, score in scores.items():
+                result["metrics"] |= {f"eval/{benchmark}/{key}": score[key] for key in ("accuracy", "ci95")}
+    except CommandFailed as failure:
+        return {**result, "status": "FAILED", "error": str(failure).splitlines()[-1]}
+    result["status"] = "FINISHED"
+    write_whole(out / RESULT, {**result, "config": dump_config(trial.config)})
+    return result

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.generation.streamers import BaseStreamer
 
 from pipeline import checkpoint
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.data.chat import IGNORE, Chat, Row, load_tokenizer
-from pipeline.data.collate import Example, collate
-from pipeline.data.shards import Clip
+from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model import PalForCausalLM
+from pipeline.model import PalConfig, PalForCausalLM, Prefix
+from pipeline.streams import IntegrationKind
 
 Features = Mapping[str, NDArray[np.float16]]
 
 
-def load_answerer(folder: Path, max_new_tokens: int) -> Answerer:
-    """The model of an exported folder, on a GPU where there is one, with the prompt that it was trained with.
+def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
+    """How an exported model was trained, and what it is made of; reads no weights.
 
     Raises:
         UserError: the folder is not an exported model.
@@ -30,65 +29,87 @@ def load_answerer(folder: Path, max_new_tokens: int) -> Answerer:
     if not (folder / checkpoint.CONFIG).is_file():
         fault = "is not an exported model" if folder.is_dir() else "does not exist"
         raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
-    config = load_config(ExperimentConfig, folder / checkpoint.CONFIG)
+    return load_config(ExperimentConfig, folder / checkpoint.CONFIG), PalConfig.from_pretrained(folder)
+
+
+def load_answerer(folder: Path, max_new_tokens: int, number: int = 0) -> Answerer:
+    """The model of an exported folder, on a GPU where there is one, with the prompt that it was trained with.
+
+    Args:
+        number: of this process among those that share the GPUs.
+
+    Raises:
+        UserError: the folder is not an exported model.
+    """
+    config, _ = load_config_of(folder)
     model = PalForCausalLM.from_pretrained(folder, dtype="auto")
     chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=config.data.max_text_tokens)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Answerer(model.to(device), chat, max_new_tokens, config)
-
-
-@dataclass(frozen=True)
-class Request:
-    """A question about a clip; `features` may be another clip's, as a control."""
-
-    question: str
-    clip: Clip
-    features: Features
+    device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    return Answerer(model.to(device), chat, max_new_tokens)
 
 
 class Answerer:
     """A model, its prompt and its device.
 
-    Args:
-        config: what the model was trained by; None for a model of unknown training.
-
     Attributes:
+        model: in evaluation mode.
+        chat: writes its prompts.
         feature_fingerprints: encoder -> fingerprint of the features that the model understands.
     """
 
-    def __init__(
-        self, model: PalForCausalLM, chat: Chat, max_new_tokens: int, config: ExperimentConfig | None = None
-    ) -> None:
-        self.config = config
-        self._model = model.eval()
-        self._chat = chat
+    def __init__(self, model: PalForCausalLM, chat: Chat, max_new_tokens: int) -> None:
+        self.model = model.eval()
+        self.chat = chat
         self._max_new_tokens = max_new_tokens
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
     @torch.inference_mode()
-    def answer(self, requests: Sequence[Request]) -> list[str]:
-        """Greedy answers of one batch, each at most `max_new_tokens` long."""
-        examples = [Example(_prompt_row(self._chat.prompt(r.question)), [], r.clip, r.features) for r in requests]
-        batch = collate(
-            examples,
-            pad_token_id=self._chat.pad_token_id,
-            widths=self._model.config.encoder_widths,
-            feature_dtype=self._model.dtype,
-        )
-        device = self._model.device
-        generated = self._model.generate(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            audio_features={name: values.to(device) for name, values in batch["audio_features"].items()},
-            audio_lengths={name: lengths.to(device) for name, lengths in batch["audio_lengths"].items()},
+    def hear(self, clips: Sequence[Features], hidden: Collection[IntegrationKind] = ()) -> Prefix:
+        """Reads the prompts' beginning with each of these clips, for any number of questions.
+
+        Args:
+            hidden: integrations whose audio tokens the model may not see.
+        """
+        device = self.model.device
+        lengths = {name: torch.tensor([len(clip[name]) for clip in clips]) for name in self.feature_fingerprints}
+        # Shards' arrays are read-only, which torch warns of: concatenate copies.
+        features = {
+            name: torch.from_numpy(np.concatenate([clip[name] for clip in clips])).to(device, self.model.dtype)
+            for name in self.feature_fingerprints
+        }
+        ids = torch.tensor([self.chat.prefix] * len(clips), device=device)
+        return self.model.read_prefix(ids, None, features, lengths, hidden=hidden)
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prefix: Prefix,
+        questions: Sequence[str],
+        rows: Sequence[int],
+        streamer: BaseStreamer | None = None,
+    ) -> list[str]:
+        """Greedy answers of one batch, each at most `max_new_tokens` long.
+
+        Args:
+            prefix: of `hear`.
+            rows: which of its clips each question is about.
+            streamer: is given each token as it comes; for one question.
+
+        Raises:
+            UserError: a question that is too long, or holds the placeholder.
+        """
+        rests = [self.chat.prompt(question)[len(self.chat.prefix) :] for question in questions]
+        longest = max(map(len, rests))
+        device, pad = self.model.device, self.chat.pad_token_id
+        generated = self.model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=device),
+            attention_mask=torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rests], device=device),
+            prefix=prefix,
+            prefix_rows=torch.tensor(rows, device=device),
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
-            eos_token_id=self._chat.end_token_id,
-            pad_token_id=self._chat.pad_token_id,
+            eos_token_id=self.chat.end_token_id,
+            pad_token_id=pad,
+            streamer=streamer,
         )
-        return [self._chat.decode(ids) for ids in generated.tolist()]
-
-
-def _prompt_row(prompt: Sequence[int]) -> Row:
-    ids = np.array(prompt, np.int64)
-    return Row(ids, np.full_like(ids, IGNORE), np.zeros_like(ids))
+        return [self.chat.decode(ids) for ids in generated.tolist()]

@@ -1,30 +1,32 @@
 """`pal evaluate MODEL BENCHMARK...`: answers of an exported model to prepared questions, scored, with controls.
 
-The results are a function of model and features: not of the batch size, nor of the order of the questions.
+The results are a function of model and features: not of the batch size, the number of processes, or an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import UserError, run_command
+from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.features import require_same_features
 from pipeline.scoring import CommonestAnswers, Prediction, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
-    from pipeline.answering import Answerer, Features
+    from pipeline.asking import Asker
     from pipeline.config import ExperimentConfig
-    from pipeline.data.shards import Clip, FeatureSet
+    from pipeline.data.shards import FeatureSet
 
 SWAP_SEED = 0
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
@@ -33,45 +35,65 @@ OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     names = _benchmark_names(arguments.benchmarks)
+    for option in ("limit", "batch_size", "nproc"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')}", f"{value} is below 1", "give a positive number")
 
-    from pipeline.answering import load_answerer
+    from pipeline.answering import load_config_of
+    from pipeline.asking import open_asker
 
-    answerer = load_answerer(arguments.model, arguments.max_new_tokens)
+    config, model = load_config_of(arguments.model)
     results, lines = {}, []
-    for name, folder in names.items():
-        results[name], predictions = evaluate(
-            answerer,
-            folder,
-            wanted_by=str(arguments.model),
-            batch_size=arguments.batch_size,
-            limit=arguments.limit,
-            swap_audio=arguments.swap_audio,
-            commonest_from=arguments.commonest_from,
-        )
-        lines += [{"benchmark": name, **prediction} for prediction in predictions]
-        _print_summary(name, results[name])
-    if answerer.config is not None:
-        _log_to_run(answerer.config, results)
+    output = arguments.predictions or arguments.json
+    with tempfile.TemporaryDirectory(prefix="pal-evaluate-") as scratch:
+        journal = output.with_name(f"{output.name}.partial") if output else Path(scratch)
+        try:
+            with open_asker(
+                arguments.model, arguments.max_new_tokens, arguments.batch_size, journal, arguments.nproc
+            ) as asker:
+                for name, place in names.items():
+                    results[name], predictions = evaluate(
+                        asker,
+                        place,
+                        model.feature_fingerprints,
+                        wanted_by=str(arguments.model),
+                        cache=arguments.cache,
+                        limit=arguments.limit,
+                        swap_audio=arguments.swap_audio,
+                        commonest_from=arguments.commonest_from,
+                    )
+                    lines += [{"benchmark": name, **prediction} for prediction in predictions]
+                    _print_summary(name, results[name])
+        except BrokenProcessPool:
+            print("pal: a process was killed (out of memory?); the same command goes on from here", file=sys.stderr)
+            return EXIT_FAILURE
+    _log_to_run(config, results)
     if arguments.predictions:
-        arguments.predictions.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         arguments.predictions.write_text(text, encoding="utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if output:
+        shutil.rmtree(journal)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pal evaluate", description="Generate answers on held-out clips, score them.")
-    parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
-    parser.add_argument("benchmarks", nargs="+", type=Path, metavar="BENCHMARK", help="prepared feature set")
-    parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
-    parser.add_argument(
-        "--commonest-from", type=Path, metavar="SET", help="training set: also score its commonest answers"
+    parser = argparse.ArgumentParser(
+        prog="pal evaluate",
+        description="Generate answers on held-out clips, score them. With --predictions or --json the same command "
+        "goes on where it was killed.",
     )
+    parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
+    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="prepared feature set: a folder or a URL")
+    parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
+    parser.add_argument("--commonest-from", metavar="SET", help="training set: also score its commonest answers")
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, spread evenly")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of far sets")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer here, as JSON lines")
     return parser
@@ -102,27 +124,30 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
         print(f"pal: not logged to MLflow ({type(error).__name__}: {error})", file=sys.stderr)
 
 
-def _benchmark_names(folders: Sequence[Path]) -> dict[str, Path]:
+def _benchmark_names(places: Sequence[str]) -> dict[str, str]:
     """A benchmark goes by the name of its folder."""
-    names = {folder.resolve().name: folder for folder in folders}
-    if len(names) < len(folders):
+    names = {Path(place).name if "://" in place else Path(place).resolve().name: place for place in places}
+    if len(names) < len(places):
         raise UserError("BENCHMARK", "two folders have the same name", "evaluate them one by one, or rename one")
     return names
 
 
 def evaluate(
-    answerer: Answerer,
-    folder: Path,
+    asker: Asker,
+    place: str,
+    fingerprints: dict[str, str],
     *,
     wanted_by: str,
-    batch_size: int = 64,
+    cache: Path | None = None,
     limit: int | None = None,
     swap_audio: bool = False,
-    commonest_from: Path | None = None,
+    commonest_from: str | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Asks every question of one benchmark.
 
     Args:
+        place, cache: of the benchmark; see `FeatureSet`.
+        fingerprints: encoder -> fingerprint of the features that the model understands.
         wanted_by: the model's name in messages.
         limit: only this many clips, spread evenly over the set.
         swap_audio: ask again with another clip's audio.
@@ -133,65 +158,44 @@ def evaluate(
         predictions as plain JSON, in storage order.
 
     Raises:
-        UserError: not a feature set, features of another encoder, a limit or batch size below 1, or a swap of one clip.
+        UserError: not a feature set, features of another encoder, or a swap of one clip.
     """
-    from pipeline.data.shards import FeatureSet
-
-    for option, value in (("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise UserError(option, f"{value} is below 1", "give a positive number")
-    features = FeatureSet(folder, list(answerer.feature_fingerprints))
-    require_same_features(answerer.feature_fingerprints, features.contract, folder, wanted_by)
+    features = _open(place, list(fingerprints), cache)
+    require_same_features(fingerprints, features.contract, place, wanted_by)
     clips = _spread(len(features), limit)
 
-    own = ask(answerer, features, {clip: clip for clip in clips}, batch_size)
+    own = predictions_of(features, asker(features, place, cache, {clip: clip for clip in clips}))
     scores = score(own)
     lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
     if swap_audio:
         heard = swap_within_domains({clip: features.clip(clip).domain for clip in clips})
-        swapped = ask(answerer, features, heard, batch_size)
+        swapped = predictions_of(features, asker(features, place, cache, heard))
         scores["swapped_audio"] = score(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
     if commonest_from is not None:
-        guess = commonest_answers(commonest_from)
+        guess = commonest_answers(_open(commonest_from, [], cache))
         scores["commonest_answer"] = score([replace(p, prediction=guess(p.task, p.question)) for p in own])
     return scores, lines
 
 
-def ask(answerer: Answerer, features: FeatureSet, heard: Mapping[int, int], batch_size: int) -> list[Prediction]:
-    """Every question about the clips in `heard`, answered with the features of the clip that each maps to.
+def _open(place: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
+    from pipeline.data.shards import FeatureSet
 
-    Returns:
-        the predictions in storage order. They are asked longest audio first and clip by clip, so that rows of a batch
-        are of like length and each clip's features are read once.
-    """
-    from rich.console import Console
-    from rich.progress import track
+    if "://" in place and cache is None:
+        raise UserError(place, "is in an object store", "give --cache a folder on a local disk")
+    return FeatureSet(place, encoders, cache)
 
-    from pipeline.answering import Request
 
-    clip_of, duration_s = features.table.clip.tolist(), features.table.duration_s
-    order = [question for question, clip in enumerate(clip_of) if clip in heard]
-    order.sort(key=lambda question: (-duration_s[heard[clip_of[question]]], clip_of[question], question))
-
-    @lru_cache(maxsize=1)
-    def read(clip: int) -> tuple[Clip, Features]:
-        audio = features.clip(heard[clip])
-        return features.clip(clip), features.features(heard[clip], audio.clip_id)
-
-    predictions: dict[int, Prediction] = {}
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    for batch in track(batches, f"{features.folder.name}: {len(order)} questions", console=Console(stderr=True)):
-        asked, requests = [], []
-        for question in batch:
-            clip, arrays = read(clip_of[question])
-            asked.append((clip, clip.questions[features.table.number[question]]))
-            requests.append(Request(asked[-1][1].question, clip, arrays))
-        for question, (clip, q), answer in zip(batch, asked, answerer.answer(requests), strict=True):
-            predictions[question] = Prediction(
-                q.question_id, clip.clip_id, clip.domain, q.task, q.question, q.answer, prediction=answer
-            )
-    return [predictions[question] for question in sorted(predictions)]
+def predictions_of(features: FeatureSet, answers: Mapping[int, str]) -> list[Prediction]:
+    """Answers beside the right ones, in storage order."""
+    predictions = []
+    for question in sorted(answers):
+        clip = features.clip(int(features.table.clip[question]))
+        q = clip.questions[features.table.number[question]]
+        predictions.append(
+            Prediction(q.question_id, clip.clip_id, clip.domain, q.task, q.question, q.answer, answers[question])
+        )
+    return predictions
 
 
 def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
@@ -225,11 +229,8 @@ def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
     return {clip: cycle[place - 1] for cycle in cycles for place, clip in enumerate(cycle)}
 
 
-def commonest_answers(folder: Path) -> CommonestAnswers:
+def commonest_answers(features: FeatureSet) -> CommonestAnswers:
     """The answers of a training set, counted; see `scoring.CommonestAnswers`."""
-    from pipeline.data.shards import FeatureSet
-
-    features = FeatureSet(folder, [])
     questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
     return CommonestAnswers((question.task, question.question, question.answer) for question in questions)
 

@@ -2,8 +2,10 @@
 refused; scores reach the run that trained the model."""
 
 import json
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline import assembly, checkpoint
 from pipeline.answering import Answerer
+from pipeline.asking import Asker, Share, ask, open_asker
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
-from pipeline.evaluate import ask, evaluate, main, swap_within_domains
+from pipeline.evaluate import evaluate, main, swap_within_domains
 from pipeline.features import CONTRACT_FILE, load_contract
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
@@ -103,9 +106,46 @@ def answerer(model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Answe
     return Answerer(model, Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
 
 
-def test_a_model_that_hears_fails_on_other_audio(answerer: Answerer, features: FeatureSet) -> None:
+def config_of(folder: Path, tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> ExperimentConfig:
+    return validate_config(
+        ExperimentConfig,
+        {
+            "output": str(folder),
+            "model": {"language_model": tokenizer.name_or_path},
+            "data": {"train": str(features.folder), "system_prompt": SYSTEM_PROMPT},
+            "train": {"steps": 1},
+            "tracking": {"uri": f"sqlite:///{folder.parent / 'mlflow.db'}"},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(
+    model: PalForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    features: FeatureSet,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "lal"
+    assembly.save_model(model, tokenizer, config_of(output, tokenizer, features), output / "model")
+    return output / "model"
+
+
+@pytest.fixture
+def asker(exported: Path, tmp_path: Path) -> Iterator[Asker]:
+    with open_asker(exported, max_new_tokens=16, batch_size=4, journal=tmp_path / "journal", nproc=1) as asker:
+        yield asker
+
+
+def fingerprints_of(features: FeatureSet) -> dict[str, str]:
+    return {name: encoder.fingerprint for name, encoder in features.contract.encoders.items()}
+
+
+def test_a_model_that_hears_fails_on_other_audio(asker: Asker, features: FeatureSet) -> None:
+    place = str(features.folder)
     scores, lines = evaluate(
-        answerer, features.folder, wanted_by="test", swap_audio=True, commonest_from=features.folder
+        asker, place, fingerprints_of(features), wanted_by="test", swap_audio=True, commonest_from=place
     )
     assert scores["accuracy"] == 1.0
     assert (scores["questions"], scores["clips"]) == (2 * CLIPS_IN_SET, CLIPS_IN_SET)
@@ -125,38 +165,118 @@ def test_a_model_that_hears_fails_on_other_audio(answerer: Answerer, features: F
     assert [line["question_id"] for line in lines[:4]] == ["0/0", "0/1", "1/0", "1/1"], "in storage order"
 
 
-def test_batch_size_changes_nothing(answerer: Answerer, features: FeatureSet) -> None:
+def test_batch_size_changes_nothing_and_a_clip_is_heard_once(
+    answerer: Answerer, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard_clips: list[int] = []
+    hear = answerer.hear
+
+    def counting_hear(clips: Any, hidden: Any) -> Any:
+        heard_clips.append(len(clips))
+        return hear(clips, hidden)
+
+    monkeypatch.setattr(answerer, "hear", counting_hear)
     swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
     for heard in ({clip: clip for clip in range(CLIPS_IN_SET)}, swapped):
-        answers = [ask(answerer, features, heard, batch_size) for batch_size in (1, 4, 64)]
+        answers = []
+        for batch_size in (1, 5, 64):
+            heard_clips.clear()
+            answers.append({k: v for group in ask(answerer, features, heard, batch_size) for k, v in group.items()})
+            assert sum(heard_clips) == CLIPS_IN_SET
         assert answers[0] == answers[1] == answers[2]
+        assert sorted(answers[0]) == list(range(2 * CLIPS_IN_SET))
 
 
-def test_a_limit_takes_clips_from_all_over_the_set(answerer: Answerer, features: FeatureSet) -> None:
-    scores, lines = evaluate(answerer, features.folder, wanted_by="test", limit=3)
+def test_shares_are_all_of_it_and_finished_groups_are_not_asked(answerer: Answerer, features: FeatureSet) -> None:
+    heard = {clip: clip for clip in range(CLIPS_IN_SET)}
+    alone = list(ask(answerer, features, heard, 4))
+    shares = [list(ask(answerer, features, heard, 4, share=Share(number, 3))) for number in range(3)]
+    assert all(shares)
+    assert [group for groups in shares for group in groups] == [g for number in range(3) for g in alone[number::3]]
+    first, second = list(alone[0]), list(alone[1])
+    left = list(ask(answerer, features, heard, 4, finished=[*first, *second[:-1]]))
+    assert left == alone[1:], "a group without all of its answers is asked again"
+
+
+def test_a_killed_evaluation_goes_on(
+    exported: Path, features: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(name: str, *more: str) -> list[str]:
+        files = ["--predictions", str(tmp_path / f"{name}.jsonl"), "--batch-size", "4"]
+        return [str(exported), str(features.folder), "--swap-audio", *files, *more]
+
+    assert main(arguments("whole")) == 0
+    real = Answerer.answer
+    asked: list[int] = []
+
+    def counting_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+        asked.append(len(questions))
+        return real(self, prefix, questions, *rest)
+
+    def dying_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return counting_answer(self, prefix, questions, *rest)
+
+    monkeypatch.setattr(Answerer, "answer", dying_answer)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments("broken"))
+    with next((tmp_path / "broken.jsonl.partial").iterdir()).open("a") as file:
+        file.write('["half a li')
+    monkeypatch.setattr(Answerer, "answer", counting_answer)
+    assert main(arguments("broken")) == 0
+    assert sum(asked) == 36, "no finished question is asked again"
+    assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "broken.jsonl.partial").exists()
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(exported: Path, features: FeatureSet, tmp_path: Path) -> None:
+    for nproc in (1, 2):
+        files = ["--predictions", str(tmp_path / f"{nproc}.jsonl"), "--batch-size", "4"]
+        assert main([str(exported), str(features.folder), f"--nproc={nproc}", *files]) == 0
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+
+
+def test_a_limit_takes_clips_from_all_over_the_set(asker: Asker, features: FeatureSet) -> None:
+    scores, lines = evaluate(asker, str(features.folder), fingerprints_of(features), wanted_by="test", limit=3)
     assert scores["clips"] == 3
     assert list(dict.fromkeys(line["clip_id"] for line in lines)) == ["clip-0", "clip-3", "clip-6"]
     assert "swapped_audio" not in scores
 
 
-def test_features_of_another_encoder_are_refused(answerer: Answerer, tmp_path: Path) -> None:
+def test_features_of_another_encoder_are_refused(asker: Asker, features: FeatureSet, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "foreign")
     contract = load_contract(folder)
     encoder = contract.encoders["log_mel"].model_copy(update={"revision": "2"})
     (folder / CONTRACT_FILE).write_text(contract.model_copy(update={"encoders": {"log_mel": encoder}}).dump())
     with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, my model was made with"):
-        evaluate(answerer, folder, wanted_by="my model")
+        evaluate(asker, str(folder), fingerprints_of(features), wanted_by="my model")
 
 
 @pytest.mark.parametrize(
     ("settings", "fault"),
-    [({"limit": 0}, "--limit"), ({"batch_size": 0}, "--batch-size"), ({"limit": 1, "swap_audio": True}, "two clips")],
+    [
+        (["--limit=0"], "--limit"),
+        (["--batch-size=0"], "--batch-size"),
+        (["--nproc=0"], "--nproc"),
+        (["--limit=1", "--swap-audio"], "two clips"),
+    ],
 )
 def test_settings_that_cannot_be_are_refused(
-    answerer: Answerer, features: FeatureSet, settings: dict, fault: str
+    exported: Path, features: FeatureSet, settings: list[str], fault: str
 ) -> None:
     with pytest.raises(UserError, match=fault):
-        evaluate(answerer, features.folder, wanted_by="test", **settings)
+        main([str(exported), str(features.folder), *settings])
+
+
+def test_a_far_set_is_read_through_the_cache(asker: Asker, features: FeatureSet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--cache"):
+        evaluate(asker, "s3://bucket/held-out", fingerprints_of(features), wanted_by="test")
+    place, cache = str(features.folder), tmp_path / "cache"
+    scores, _ = evaluate(asker, place, fingerprints_of(features), wanted_by="test", cache=cache)
+    assert scores["accuracy"] == 1.0
+    assert list(cache.rglob("*.mds")), "shards were copied"
 
 
 @pytest.mark.parametrize("lone", [0, 1, 2, 3])
@@ -172,27 +292,15 @@ def test_every_clip_hears_another_one_of_its_domain(lone: int) -> None:
 
 
 def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
-    model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase, features: FeatureSet, tmp_path: Path
+    exported: Path, features: FeatureSet, tmp_path: Path
 ) -> None:
-    output, uri = tmp_path / "lal", f"sqlite:///{tmp_path / 'mlflow.db'}"
-    config = validate_config(
-        ExperimentConfig,
-        {
-            "output": str(output),
-            "model": {"language_model": tokenizer.name_or_path},
-            "data": {"train": str(features.folder), "system_prompt": SYSTEM_PROMPT},
-            "train": {"steps": 1},
-            "tracking": {"uri": uri},
-        },
-        "test",
-    )
-    assembly.save_model(model, tokenizer, config, output / "model")
-    client = MlflowClient(uri)
+    output = exported.parent
+    client = MlflowClient(f"sqlite:///{output.parent / 'mlflow.db'}")
     run_id = client.create_run(client.create_experiment("pal", (tmp_path / "artifacts").as_uri())).info.run_id
     checkpoint.write_run(output, checkpoint.RunRecord(identity={}, run_id=run_id))
 
     files = ["--json", str(tmp_path / "scores.json"), "--predictions", str(tmp_path / "predictions.jsonl")]
-    assert main([str(output / "model"), str(features.folder), "--swap-audio", *files]) == 0
+    assert main([str(exported), str(features.folder), "--swap-audio", *files]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores) == {"held-out"}
     assert scores["held-out"]["accuracy"] == 1.0, "the exported model answers as the trained one"

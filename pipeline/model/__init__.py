@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.configuration import PalConfig
+from pipeline.model.generation import Prefix
 from pipeline.model.lora import add_lora, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
@@ -13,6 +14,7 @@ AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
 __all__ = [
     "PalConfig",
     "PalForCausalLM",
+    "Prefix",
     "TrainableSet",
     "add_lora",
     "count_parameters",

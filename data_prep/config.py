@@ -165,7 +165,7 @@ class PrepareConfig(Strict):
         audio_root: folder that relative audio paths start from, and that none may leave; None means the folder of
             each manifest, and then absolute paths are taken as they are.
         output: folder of the feature set.
-        encoders: feature column -> encoder.
+        encoders: feature column -> encoder; `{}` for questions about no clip, whose rows name no audio (JSON lines).
         partition_clips: clips of one unit of work; a crash costs at most one partition of each worker.
         batch_s: seconds of (padded) audio per encoder pass.
         max_clip_s: longer clips are rejected; None takes any length.
@@ -180,7 +180,7 @@ class PrepareConfig(Strict):
     table: TableConfig = TableConfig()
     audio_root: str | None = None
     output: str
-    encoders: Annotated[dict[ColumnName, EncoderConfig], Field(min_length=1)] = {"log_mel": LogMelConfig()}
+    encoders: dict[ColumnName, EncoderConfig] = {"log_mel": LogMelConfig()}
     workers: WorkersConfig = WorkersConfig()
     partition_clips: PositiveInt = 2000
     batch_s: PositiveFloat = 120.0

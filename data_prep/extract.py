@@ -163,6 +163,7 @@ def _sampled_paths(config: PrepareConfig, plan: Plan, store: Store) -> list[str]
         audio_path(clip, roots)
         for partition in range(0, len(plan.partitions), every)
         for clip in read_partition_clips(store, partition)
+        if clip.audio is not None
     ]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep.config import TableConfig
 from data_prep.files import open_file
-from data_prep.rows import ClipRow, QuestionRow, group_by_clip, missing_field, parse_json, validate_row
+from data_prep.rows import ClipRow, QuestionRow, TextRow, group_by_clip, missing_field, parse_json, validate_row
 from pipeline.errors import UserError
 
 READ_CHARS = 1 << 20
@@ -72,6 +72,12 @@ def detect(path: str) -> str:
 def read_jsonl(path: str, table: TableConfig) -> Iterator[ClipRow]:
     for place, value in json_records(path):
         yield validate_row(ClipRow, value, place)
+
+
+def read_text(path: str) -> Iterator[TextRow]:
+    """Our own format without audio."""
+    for place, value in json_records(path):
+        yield validate_row(TextRow, value, place)
 
 
 def read_openaqa(path: str, table: TableConfig) -> Iterator[ClipRow]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import json_formats, table_formats
 from data_prep.config import PrepareConfig, TableConfig
 from data_prep.files import expand, is_remote, open_file, parent
-from data_prep.rows import ClipRow
+from data_prep.rows import ClipRow, TextRow
 from pipeline.errors import UserError
 from pipeline.features import Question
 
@@ -35,7 +35,8 @@ class Clip(BaseModel):
 
     Attributes:
         root: which of the roots `audio` is relative to.
-        audio: relative to the root, or absolute; None when it leaves the root, and such a clip is rejected.
+        audio: relative to the root, or absolute; None when it leaves the root, and such a clip is rejected, and in a
+            set without encoders.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -81,11 +82,12 @@ def read_clips(config: PrepareConfig) -> Iterator[Clip]:
     roots = audio_roots(config)
     for path in manifest_files(config):
         root = roots.index(_root_of(path, config))
-        for row in READERS[_format_of(path, config)](path, config.table):
+        for row in _read_rows(path, config):
+            audio = row.audio if isinstance(row, ClipRow) else None
             yield Clip(
                 clip_id=row.clip_id,
                 root=root,
-                audio=_contained(row.audio, may_be_absolute=config.audio_root is None),
+                audio=None if audio is None else _contained(audio, may_be_absolute=config.audio_root is None),
                 dataset=row.dataset,
                 domain=row.domain,
                 questions=[
@@ -93,6 +95,12 @@ def read_clips(config: PrepareConfig) -> Iterator[Clip]:
                     for index, q in enumerate(row.questions)
                 ],
             )
+
+
+def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow] | Iterator[TextRow]:
+    if not config.encoders:
+        return json_formats.read_text(path)
+    return READERS[_format_of(path, config)](path, config.table)
 
 
 def audio_path(clip: Clip, roots: list[str]) -> str:

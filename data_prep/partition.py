@@ -14,9 +14,8 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data_prep.audio import AudioFile, Reject
+from data_prep.audio import Reject
 from data_prep.commits import (
     Commit,
     CommittedColumn,
@@ -28,11 +27,11 @@ from data_prep.commits import (
     write_commit,
 )
 from data_prep.config import PrepareConfig
-from data_prep.encoders.base import Encoder, Features, Windower
+from data_prep.decoding import PreparedWindow, Segment, decode
+from data_prep.encoders.base import Encoder, Features
 from data_prep.encoders.build import build_encoder
 from data_prep.manifest import Clip, audio_path, audio_roots
 from data_prep.plan import PlannedPartition, read_partition_clips
-from data_prep.resample import Resampler
 from data_prep.shards import MAX_SAMPLE_BYTES, ColumnWriter, read_partition
 from data_prep.storage import open_store
 from pipeline.features import CLIP_COLUMNS, CLIPS, FEATURE_COLUMNS, EncoderContract
@@ -111,6 +110,8 @@ class PartitionWorker:
                 before = set() if old is None else {reject.clip_id for reject in old.rejects}
                 items = [(i, clip) for i, clip in enumerate(clips) if clip.clip_id not in before]
                 yield from self._write_features(items, killers, missing, writers, durations_s, rejects)
+            elif not self._config.encoders:
+                durations_s = {clip.clip_id: 0.0 for clip in clips}
             elif old is not None:
                 with self._store.fetch(f"{CLIPS}/{old.columns[CLIPS].folder}") as path:
                     durations_s = {sample["clip_id"]: float(sample["duration_s"]) for sample in read_partition(path)}
@@ -210,9 +211,9 @@ class PartitionWorker:
 
     def _decode_ahead(
         self, items: list[tuple[int, Clip]], killers: dict[int, str], encoders: list[str], pool: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Work, Iterator[_Segment]]]:
+    ) -> Iterator[tuple[_Work, Iterator[Segment]]]:
         """Clips in order, each with its segments; threads decode the first segment of the clips that come next."""
-        ahead: deque[tuple[_Work, Iterator[_Segment]]] = deque()
+        ahead: deque[tuple[_Work, Iterator[Segment]]] = deque()
         for position, clip in items:
             if position in killers:
                 reject = Reject("killed_worker", killers[position])
@@ -223,23 +224,10 @@ class PartitionWorker:
                 yield ahead.popleft()
         yield from ahead
 
-    def _decode(self, clip: Clip, names: list[str]) -> Iterator[_Segment]:
+    def _decode(self, clip: Clip, names: list[str]) -> Iterator[Segment]:
         """Runs in the threads: decodes, resamples, cuts windows and prepares them."""
         encoders = {name: self._encoders[name] for name in names}
-        rates_hz = {encoder.contract.sample_rate_hz for encoder in encoders.values()}
-        with AudioFile(audio_path(clip, self._roots), self._config.max_clip_s) as file:
-            resamplers = {rate_hz: Resampler(file.sample_rate_hz, rate_hz) for rate_hz in sorted(rates_hz)}
-            windowers = {name: Windower(encoder) for name, encoder in encoders.items()}
-            for samples, last in file.segments():
-                audio = {rate_hz: resampler.push(samples, last) for rate_hz, resampler in resamplers.items()}
-                windows = {
-                    name: [
-                        _Window(encoder.prepare(window), window.samples)
-                        for window in windowers[name].push(audio[encoder.contract.sample_rate_hz], last)
-                    ]
-                    for name, encoder in encoders.items()
-                }
-                yield _Segment(windows, file.duration_s)
+        return decode(audio_path(clip, self._roots), encoders, self._config.max_clip_s)
 
 
 class _Writers:
@@ -272,23 +260,11 @@ class _Writers:
             writer.abandon()
 
 
-@dataclass(frozen=True)
-class _Window:
-    prepared: Tensor
-    samples: int
-
-
-@dataclass(frozen=True)
-class _Segment:
-    windows: dict[str, list[_Window]]
-    duration_s: float
-
-
-def _one_ahead(segments: Iterator[_Segment], pool: ThreadPoolExecutor) -> Iterator[_Segment]:
+def _one_ahead(segments: Iterator[Segment], pool: ThreadPoolExecutor) -> Iterator[Segment]:
     """The same segments, the next one always being decoded by the pool; starts at once."""
     future = pool.submit(next, segments, None)
 
-    def follow() -> Iterator[_Segment]:
+    def follow() -> Iterator[Segment]:
         nonlocal future
         while (segment := future.result()) is not None:
             future = pool.submit(next, segments, None)
@@ -304,10 +280,10 @@ class _Batch:
         self._name = name
         self._encoder = encoder
         self._limit = batch_s * encoder.contract.sample_rate_hz
-        self._windows: list[tuple[_Work, _Window]] = []
+        self._windows: list[tuple[_Work, PreparedWindow]] = []
         self._longest = 0
 
-    def add(self, work: _Work, window: _Window) -> None:
+    def add(self, work: _Work, window: PreparedWindow) -> None:
         length = self._encoder.window_samples if self._encoder.pad_to_window else window.samples
         if self._windows and max(self._longest, length) * (len(self._windows) + 1) > self._limit:
             self.flush()

@@ -107,7 +107,7 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     database = sqlite3.connect("")  # on disk once it is large
     database.execute("CREATE TABLE waiting (part INTEGER, position INTEGER, row TEXT)")
     for clip in read_clips(config):
-        reject = _reject(clip, seen_clips, seen_questions)
+        reject = _reject(clip, seen_clips, seen_questions, needs_audio=bool(config.encoders))
         if reject is not None:
             rejects.append(reject)
             continue
@@ -152,13 +152,13 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     return plan
 
 
-def _reject(clip: Clip, seen_clips: set[str], seen_questions: set[str]) -> RejectedClip | None:
+def _reject(clip: Clip, seen_clips: set[str], seen_questions: set[str], *, needs_audio: bool) -> RejectedClip | None:
     question_ids = [question.question_id for question in clip.questions]
     if clip.clip_id in seen_clips:
         reason, detail = "duplicate_id", "clip_id occurred before"
     elif len(set(question_ids)) < len(question_ids) or not seen_questions.isdisjoint(question_ids):
         reason, detail = "duplicate_id", "a question_id occurred before"
-    elif clip.audio is None:
+    elif clip.audio is None and needs_audio:
         reason, detail = "outside_root", "the audio path leaves audio_root"
     else:
         return None
@@ -194,7 +194,7 @@ def read_partition_clips(store: Store, partition: int) -> list[Clip]:
 
 def _missing(config: PrepareConfig, clips: list[Clip]) -> Iterator[str]:
     roots = audio_roots(config)
-    paths = list(dict.fromkeys(container(audio_path(clip, roots)) for clip in clips))
+    paths = list(dict.fromkeys(container(audio_path(clip, roots)) for clip in clips if clip.audio is not None))
     paths = [path for path in paths if not is_remote(path)]  # a store is asked for each clip once, when it is read
     with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, one question at a time
         for path, found in zip(paths, pool.map(os.path.exists, paths), strict=True):

@@ -25,16 +25,21 @@ class QuestionRow(BaseModel):
     choices: list[str] | None = None
 
 
-class ClipRow(BaseModel):
-    """Our own format, and what every other one is turned into."""
+class TextRow(BaseModel):
+    """Questions about no clip, under an id of their own."""
 
     model_config = ConfigDict(extra="forbid")
 
     clip_id: str
-    audio: str
     questions: list[QuestionRow]
     dataset: str = "unspecified"
     domain: str = "unspecified"
+
+
+class ClipRow(TextRow):
+    """Our own format, and what every other one is turned into."""
+
+    audio: str
 
 
 def group_by_clip(rows: Iterable[ClipRow]) -> Iterator[ClipRow]:

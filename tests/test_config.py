@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_prep.config import PrepareConfig
 from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.errors import UserError
 
@@ -144,3 +145,19 @@ def test_a_setting_without_effect_is_an_error(config_file: Path, integration: st
         UserError, match=rf"model.{setting.split('=')[0]}: has no effect on integration '{integration}'"
     ):
         config.model.resolve_streams(6)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("{kind: whisper, model: w, laier: 3}", r"encoders\.clap\.laier: unknown key .* did you mean 'layer'"),
+        ("{kind: log_mel, hop_ms: -1}", r"encoders\.clap\.hop_ms: Input should be greater than 0"),
+    ],
+)
+def test_an_error_below_a_choice_of_kinds_names_the_key_as_it_was_written(
+    tmp_path: Path, encoder: str, message: str
+) -> None:
+    file = tmp_path / "prepare.yaml"
+    file.write_text(f"manifest: m\noutput: o\nencoders: {{clap: {encoder}}}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        load_config(PrepareConfig, file)

@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from data_prep.config import AfWhisperConfig, ClapConfig, EncoderConfig, LogMelConfig, SslamConfig, WhisperConfig
 from data_prep.encoders.weights import find_model, read_json, read_tensors, weights_sha256
 from pipeline.errors import UserError
@@ -51,6 +53,30 @@ def describe_encoder(config: EncoderConfig) -> EncoderContract:
         software={**software, "weights": f"{config.model}@{config.revision}" if config.revision else config.model},
         **layout,
     )
+
+
+def config_of(contract: EncoderContract, model: str | None = None) -> EncoderConfig:
+    """The config whose `describe_encoder` gives this contract, wherever its weights lie now.
+
+    Args:
+        model: folder, file or Hub name of the weights; None means where they lay when the features were made.
+
+    Raises:
+        UserError: a contract that no encoder of this program makes.
+    """
+    values = {name: value for name, value in contract.options.items() if name not in ("resampler", "preprocessor")}
+    if contract.weights_sha256 is None:
+        values["sample_rate_hz"] = contract.sample_rate_hz
+    else:
+        place = model or contract.software["weights"]
+        name, _, revision = ("", "", "") if Path(place).exists() else place.partition("@")
+        values |= {"model": name or place, "revision": revision or None}
+    try:
+        config: EncoderConfig = TypeAdapter(EncoderConfig).validate_python({**values, "kind": contract.kind})
+    except ValidationError as error:
+        fault = f"cannot be made by this version ({error.error_count()} settings do not fit)"
+        raise UserError(f"encoder of kind {contract.kind}", fault, "use the version that made the features") from error
+    return config
 
 
 def build_encoder(config: EncoderConfig, contract: EncoderContract, device: str) -> Encoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -154,12 +154,13 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str) -> UserError:
     # An unknown key explains the "missing key" that a misspelling also causes, so it is told first.
     error = min(errors, key=lambda e: e["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in error["loc"]) or source
+    written, _ = _at(kind, error["loc"])
+    key = ".".join(written) or source
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, InvalidConfig):
         return UserError(f"{source}: {cause.user_error.where}", cause.user_error.fault, cause.user_error.remedy)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(kind, error["loc"][:-1])
+        _, known = _at(kind, error["loc"][:-1])
         return UserError(
             f"{source}: {key}",
             f"unknown key (value {error['input']!r})",
@@ -171,18 +172,37 @@ def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str)
     return UserError(f"{source}: {key}", f"{message}, got {error['input']!r}", "correct this value")
 
 
-def _known_keys(kind: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
-    """Keys of the node at `loc`: follows fields, and steps over list indices, dict keys and union tags."""
-    node: type[BaseModel] | None = kind
+def _at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The keys that a user wrote on the way to an error, without pydantic's tags of unions; and those known there."""
+    written: list[str] = []
+    annotation: Any = kind
     for part in loc:
-        field = node.model_fields.get(str(part)) if node else None
-        if field is not None:
-            models = _models_in(field.annotation)
-            node = models[0] if models else None
-    return list(node.model_fields) if node else []
+        annotation = _bare(annotation)
+        models = _models_in(annotation)
+        if get_origin(annotation) in (dict, list):
+            written.append(str(part))
+            annotation = get_args(annotation)[-1]
+        elif len(models) > 1 and get_origin(annotation) is not None:
+            annotation = next((m for m in models if part in get_args(m.model_fields["kind"].annotation)), None)
+        elif models:
+            written.append(str(part))
+            field = models[0].model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif isinstance(part, int):
+            written.append(str(part))
+    models = _models_in(annotation)
+    return written, list(models[0].model_fields) if models else []
+
+
+def _bare(annotation: Any) -> Any:
+    """Without what `Annotated` adds, and without `| None`."""
+    if get_origin(annotation) is Annotated:
+        return _bare(get_args(annotation)[0])
+    others = [argument for argument in get_args(annotation) if argument is not type(None)]
+    return _bare(others[0]) if len(others) == 1 and len(get_args(annotation)) == 2 else annotation
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for argument in getattr(annotation, "__args__", ()) for model in _models_in(argument)]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]

@@ -11,7 +11,7 @@ from data_prep.storage import open_store
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
 from pipeline.features import load_contract
-from tests.corpora import prepare_config, prepare_here, write_corpus
+from tests.corpora import clip_row, prepare_config, prepare_here, write_corpus, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +70,19 @@ def test_damage_is_found_by_both(prepared, tmp_path, damage, name):
     with pytest.raises(UserError) as error:
         read_all(root)
     assert name in str(error.value)
+
+
+def test_questions_about_no_clip_become_a_set_without_features(tmp_path):
+    rows = [{name: value for name, value in clip_row(f"t{i}", "").items() if name != "audio"} for i in range(5)]
+    manifest = write_manifest(tmp_path / "text.jsonl", rows)
+    prepare_here(prepare_config(manifest, tmp_path / "set", encoders={}, partition_clips=2))
+    assert validate.main([str(tmp_path / "set")]) == 0
+    features = FeatureSet(tmp_path / "set", [])
+    assert features.is_text and len(features.table) == 10
+    assert [features.clip(index).clip_id for index in range(5)] == [f"t{i}" for i in range(5)]
+
+
+def test_audio_that_no_encoder_is_to_hear_is_refused(tmp_path):
+    manifest = write_manifest(tmp_path / "text.jsonl", [clip_row("a", "a.wav")])
+    with pytest.raises(UserError, match=r"text\.jsonl:1: field 'audio'"):
+        prepare_here(prepare_config(manifest, tmp_path / "set", encoders={}))

@@ -21,7 +21,7 @@ from pipeline.data.shards import FeatureSet, open_feature_set
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.features import FeatureContract
-from pipeline.model import PalConfig, PalForCausalLM, add_lora, merge_lora, set_trainable
+from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,8 +53,6 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat = build_chat(config)
     loader = build_loader(config, features, chat, ranks)
-    torch.manual_seed(train.seed)
-    model = build_model(config, features.contract, chat.audio_token_id)
     deepspeed_config = zero.render(
         train.zero,
         train,
@@ -62,6 +60,9 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
         accumulation=config.gradient_accumulation_steps(ranks.world_size),
         on_gpu=zero.on_gpu(),
     )
+    torch.manual_seed(train.seed)
+    with zero.partitioned_loading(deepspeed_config):
+        model = build_model(config, features.contract, chat.audio_token_id)
     engine = zero.Engine(model, parameter_groups(model, train), deepspeed_config)
     steps = total_steps(train, loader)
     return Parts(features, validation, model, tokenizer, chat, loader, engine, deepspeed_config, steps)
@@ -134,7 +135,8 @@ def _adapt(model: PalForCausalLM, lora: LoraConfig | None) -> None:
     """Gives the model these adapters. Equal ones, of a run before, are trained on; others become part of the weights."""
     wanted = None if lora is None else lora.model_dump()
     if model.config.lora not in (None, wanted):
-        merge_lora(model)
+        with zero.gathered(lora_parameters(model)):
+            merge_lora(model)
     if wanted is not None and model.config.lora is None:
         add_lora(model, **wanted)
 
@@ -171,7 +173,10 @@ def load_trained(model: PalForCausalLM, source: Path) -> None:
     if wanted - trained.keys():
         missing = min(wanted - trained.keys())
         raise UserError(source, f"lacks trained weights ({missing} and others)", "use the config it was written by")
-    model.load_state_dict({name: tensor for name, tensor in trained.items() if name in wanted}, strict=False)
+    for name, parameter in model.named_parameters():
+        if name in wanted:
+            with torch.no_grad(), zero.gathered([parameter]):
+                parameter.copy_(trained[name])
 
 
 def save_model(

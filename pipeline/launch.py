@@ -29,6 +29,8 @@ RANKS = "ranks"  # folder of an output: one file for each rank of the latest job
 FAILURES = "failures"  # likewise, for each rank that ended with an error, why
 _SUPERVISED = "PAL_SUPERVISED"
 _LOG_TAIL_LINES = 15
+_SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
+_SHORTEST_SECRET = 8  # shorter values are words, and masking them would make a log unreadable
 
 
 def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
@@ -71,7 +73,8 @@ def supervise(
     for folder in (FAILURES, RANKS):
         for left_over in (output / folder).glob("*.json"):
             left_over.unlink()
-    with (output / LOG).open("w", encoding="utf-8") as log:
+    secrets = _secrets()
+    with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
             command,
             env=_environment(nproc or 1, on_gpu),
@@ -85,11 +88,26 @@ def supervise(
         with _forward_signals(process):
             assert process.stdout is not None
             for line in process.stdout:
-                log.write(line)
+                line = _masked(line, secrets)
+                with contextlib.suppress(OSError):  # a full disk must not end the job
+                    log.write(line.encode())
                 if line.startswith(CONSOLE):
                     print(line.removeprefix(CONSOLE), end="", flush=True)
             code = process.wait()
-    return _explain(code, output)
+    code, message = _explain(code, output)
+    return code, _masked(message, secrets)
+
+
+def _secrets() -> list[str]:
+    """Values of this environment's variables that nobody should read in a log."""
+    named = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    return [value for value in named if len(value) >= _SHORTEST_SECRET and not value.startswith("/")]
+
+
+def _masked(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:

@@ -5,6 +5,7 @@ came in `<output>/tracking.json`. The file is the queue: what a dead server did 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -81,7 +82,8 @@ class Tracker:
         self._on_run_id = on_run_id
         output.mkdir(parents=True, exist_ok=True)
         _remove_cut_record(output / METRICS)
-        self._file = (output / METRICS).open("a", encoding="utf-8")
+        self._file = (output / METRICS).open("ab", buffering=0)
+        self._unwritten = b""
         self._status: Status | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._ship, name="mlflow", daemon=True)
@@ -90,8 +92,9 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records metrics of an optimizer step; returns at once."""
         record = {"step": step, "time": round(time.time(), 3), "metrics": dict(metrics)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(record).encode() + b"\n"
+        with contextlib.suppress(OSError):  # a full disk must not end the run: the next record tries again
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def log_folders(self, folders: Sequence[Path]) -> None:
         """Stores those of these folders, files and all, that are not stored yet and still there when their turn comes.

@@ -228,6 +228,8 @@ def run_rank(
             from pipeline.trainer import Stopped, Trainer
 
             zero.init_process_group(ranks, config.train.collective_timeout_s)
+            settings = provenance.flatten(config.model_dump(mode="json"))
+            zero.require_same_everywhere({**settings, **provenance.package_versions()})
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: stop.set())
             launch.watch_parent(stop.set)

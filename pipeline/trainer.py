@@ -61,6 +61,7 @@ class Trainer:
         self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
         self.meter = Meter()
         self.skipped_in_a_row = 0
+        self.gradients_checked = False
         self.stop = stop
         origin = checkpoint.identity_of(config.starts_from)
         identity = provenance.run_identity(config, self.parts.features.contract.fingerprint, origin)
@@ -120,6 +121,8 @@ class Trainer:
                 self.engine.micro_step()
             text_tokens = int(batch["attention_mask"].sum()) - len(batch["clip_ids"])
             self.meter.count(len(batch["question_ids"]), text_tokens, sum(batch["audio_s"]))
+        if not self.gradients_checked:
+            self._check_gradients(micro_batches)
         self.step += 1
         schedule = self.train.warmup_fraction, self.train.final_learning_rate_fraction
         factor = zero.rate_factor(self.step, self.total_steps, *schedule)
@@ -130,6 +133,16 @@ class Trainer:
         if not applied:
             self._note_skipped(micro_batches)
         return stop > 0
+
+    def _check_gradients(self, micro_batches: list[Batch]) -> None:
+        """Ends a run, at its first step with audio, in which a side of the model would never learn."""
+        (clips,) = self.engine.sum_over_ranks([sum(len(batch["clip_ids"]) for batch in micro_batches)])
+        self.gradients_checked = clips > 0
+        silent = self.engine.groups_without_gradient() if clips else []
+        # By side, not by group: behind the closed gates of `flamingo` only the gates get a gradient at first.
+        reached = {group.name.partition(".")[0] for group in self.engine.groups if group.name not in silent}
+        for side in {name.partition(".")[0] for name in silent} - reached:
+            raise RuntimeError(f"no gradient reaches {side}, which is trained: it would never change")
 
     def _due(self, setting: str) -> bool:
         every_steps = getattr(self.train, setting)

@@ -22,6 +22,7 @@ def record(step: int, files: dict[str, checkpoint.FileRecord]) -> CheckpointReco
         config_sha256="0" * 64,
         data={"visits": step * 32},
         progress={"questions": step * 32.0},
+        checksums={"trained": str(step)},
         run_id=None,
         versions={"torch": "2"},
         files=files,
@@ -127,6 +128,34 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     checkpoint.retain(tmp_path, 2)
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-000004", "step-000003"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, loss in ((1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.4), (5, 0.6), (6, None)):
+        path = save(tmp_path, step)
+        if loss is not None:
+            checkpoint.record_validation_loss(path, loss)
+        checkpoint.retain(tmp_path, 2, keep_best=1)
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["6", "5", "2"]
+    assert [p.name[-1] for p in checkpoint.best_checkpoints(tmp_path)] == ["2", "5"]
+    assert checkpoint.verify(tmp_path / "step-000002").step == 2
+    checkpoint.retain(tmp_path, 1, in_use={tmp_path / "step-000002"})  # it is being uploaded
+    assert [p.name[-1] for p in checkpoint.list_checkpoints(tmp_path)] == ["6", "2"]
+
+
+def test_what_does_not_fit_is_told_with_both_numbers(tmp_path: Path) -> None:
+    assert checkpoint.lacking_space(tmp_path, 1) is None
+    told = checkpoint.lacking_space(tmp_path, 2**60)
+    assert told and f"{2**30:.3f} GiB" in told and str(tmp_path) in told
+
+
+def test_another_number_of_ranks_is_refused_unless_all_ranks_hold_all(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    checkpoint.require_world_size(tmp_path, 2)
+    with pytest.raises(UserError, match=r"written by 2 ranks, this job has 1; add --reshard"):
+        checkpoint.require_world_size(tmp_path, 1)
+    without_zero = checkpoint.read_record(path).model_copy(update={"zero_stage": 0})
+    assert without_zero.fits(1) and without_zero.fits(3)
 
 
 def test_retention_interrupted_leaves_nothing_that_looks_complete(

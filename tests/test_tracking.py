@@ -118,3 +118,70 @@ def test_a_dead_process_is_marked_by_another(tmp_path: Path, ids: list[str]) -> 
     tracking.end_run(TrackingConfig(experiment="e"), output, ids[0], "FAILED")
     assert client(output).get_run(ids[0]).info.status == "FAILED"
     assert history(output, ids[0]) == [(7, 3.0)]
+
+
+def test_a_server_that_dies_and_comes_back_gets_everything(
+    tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    def dead(*_: object, **__: object) -> None:
+        raise ConnectionError("the server is gone")
+
+    monkeypatch.setattr(tracking, "SHIP_EVERY_S", 0.01)
+    output = tmp_path / "run"
+    tracker = start(output, ids)
+    tracker.log(1, {"train/loss": 1.0})
+    deadline = time.monotonic() + 60
+    while not ids or not history(output, ids[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", dead)
+        tracker.log(2, {"train/loss": 0.5})
+        assert not tracker.close("FINISHED")
+        assert tracker.failure == "ConnectionError: the server is gone"
+    assert history(output, ids[0]) == [(1, 1.0)]
+    assert start(output, ids, run_id=ids[0]).close("FINISHED")
+    assert history(output, ids[0]) == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, ids: list[str]) -> None:
+    class Full:
+        """Takes some bytes, then none, then all."""
+
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, [10, OSError(28, "No space left on device")]
+
+        def write(self, content: bytes) -> int:
+            room = self.room.pop(0) if self.room else len(content)
+            if isinstance(room, OSError):
+                raise room
+            return self.file.write(content[:room])
+
+        def close(self) -> None:
+            self.file.close()
+
+    tracker = start(tmp_path / "run", ids)
+    tracker._file = Full(tracker._file)  # type: ignore[assignment]
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": float(step)})
+    assert tracker.close("FINISHED")
+    assert [step for step, _ in tracking.read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_folders_are_stored_once_each_and_gone_ones_are_passed_over(tmp_path: Path, ids: list[str]) -> None:
+    output = tmp_path / "run"
+    for name in ("step-1", "step-2"):
+        (output / name / "engine").mkdir(parents=True)
+        (output / name / "engine" / "weights").write_bytes(name.encode())
+    for _ in range(2):
+        tracker = start(output, ids, run_id=ids[0] if ids else None)
+        tracker.log_folders([output / "step-2", output / "step-1", output / "removed-meanwhile"])
+        assert tracker.close("FINISHED") and tracker.uploading is None
+        (output / "step-2" / "engine" / "later").touch()  # not sent: what is stored is not stored again
+    stored = [a.path for a in client(output).list_artifacts(ids[0], tracking.FOLDERS)]
+    assert stored == ["checkpoints/step-1", "checkpoints/step-2"]
+    assert [a.path for a in client(output).list_artifacts(ids[0], "checkpoints/step-2/engine")] == [
+        "checkpoints/step-2/engine/weights"
+    ]

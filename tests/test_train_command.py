@@ -70,6 +70,7 @@ MISTAKES: dict[str, tuple[Break, str]] = {
     "held-out shards of another encoder": (held_out_of_another_encoder, "fingerprint"),
     "audio_layers beyond the model": (set_key("model.audio_layers", [0, 5]), "layers are 0 to 1"),
     "no such language model": (set_key("model.language_model", "/no/such/model"), "language_model"),
+    "a password in a place": (set_key("tracking.uri", "http://me:hunter22@host"), "tracking.uri: holds a password"),
     "no such ZeRO policy": (set_key("train.zero", "zero9"), "ZeRO policy"),
     "output folder of another run": (output_of_another_run, "belongs to another run"),
 }
@@ -105,6 +106,7 @@ def test_another_number_of_ranks(original: Path, tmp_path: Path, capsys: pytest.
         config_sha256="",
         data={},
         progress={},
+        checksums={},
         run_id=None,
         versions={},
         files={},
@@ -117,7 +119,7 @@ def test_another_number_of_ranks(original: Path, tmp_path: Path, capsys: pytest.
     identity = train.provenance.run_identity(config, train.load_contract(config.data.train).fingerprint, None)
     checkpoint.write_run(output, RunRecord(identity=identity))
     assert run_command(train.main, [*overrides, "--nproc", "2"]) == EXIT_USER_ERROR
-    assert "written by 4 ranks" in capsys.readouterr().err
+    assert "written by 4 ranks, this job has 2; add --reshard" in capsys.readouterr().err
 
 
 def test_an_output_in_use(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,11 @@ LayerCount = Annotated[PositiveInt | Annotated[Fraction, PlainSerializer(str)] |
 
 # A path or a URL: as a Path, `s3://bucket` would lose a slash.
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+
+
+def _refuse_password(key: str, place: str | None) -> None:
+    if place is not None and re.search(r"://[^/@\s]*:[^/@\s]*@", place):
+        raise InvalidConfig(key, "holds a password, which would be logged", "give it by environment variables")
 
 
 class ConnectorConfig(Strict):
@@ -215,6 +221,7 @@ class DataConfig(Strict):
         places = [("data.train", self.train), ("data.validation", self.validation)]
         places += [(f"data.mixture.{number}.path", other.path) for number, other in enumerate(self.mixture)]
         for key, place in places:
+            _refuse_password(key, place)
             if place is not None and "://" in place and self.cache is None:
                 raise InvalidConfig(key, "is in an object store and there is no data.cache", "set it to a local folder")
         if self.cache_gib is not None and self.cache is None:
@@ -306,7 +313,9 @@ class TrackingConfig(Strict):
     """Where runs are recorded.
 
     Attributes:
-        uri: an MLflow tracking URI; None means `sqlite:///<output>/../mlflow.db`, beside the output folder.
+        uri: an MLflow tracking URI without a password, for which MLflow reads MLFLOW_TRACKING_USERNAME and
+            MLFLOW_TRACKING_PASSWORD (a database its own variables); None means `sqlite:///<output>/../mlflow.db`,
+            beside the output folder.
         experiment: name of the MLflow experiment.
         run_name: None means the name of the output folder.
         tags: further tags of the run.
@@ -318,6 +327,11 @@ class TrackingConfig(Strict):
     run_name: str | None = None
     tags: dict[str, str] = {}
     log_checkpoints: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrackingConfig:
+        _refuse_password("tracking.uri", self.uri)
+        return self
 
 
 class StageConfig(Strict):

@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.configuration import PalConfig
 from pipeline.model.generation import Prefix
-from pipeline.model.lora import add_lora, merge_lora
+from pipeline.model.lora import add_lora, lora_parameters, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
 
@@ -18,6 +18,7 @@ __all__ = [
     "TrainableSet",
     "add_lora",
     "count_parameters",
+    "lora_parameters",
     "merge_lora",
     "set_trainable",
 ]

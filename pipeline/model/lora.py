@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import UserError
@@ -54,6 +55,14 @@ def add_lora(
     lora = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": list(target_modules)}
     adapt(model.language_model, lora)
     model.config.lora = lora
+
+
+def lora_parameters(model: PalForCausalLM) -> list[nn.Parameter]:
+    """The adapters, and the weights that they adapt."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.language_model.modules() if isinstance(module, LoraLayer)]
+    return [parameter for layer in layers for parameter in layer.parameters()]
 
 
 def merge_lora(model: PalForCausalLM) -> None:

@@ -1,7 +1,16 @@
 """The one door to DeepSpeed. Callers see losses, steps, checkpoints and plain dicts; nothing in here knows audio."""
 
 from pipeline.zero.engine import Engine, ParameterGroup, rate_factor
-from pipeline.zero.processes import from_main_rank, init_process_group, is_lost_peer, leave_process_group, on_gpu
+from pipeline.zero.processes import (
+    from_main_rank,
+    gathered,
+    init_process_group,
+    is_lost_peer,
+    leave_process_group,
+    on_gpu,
+    partitioned_loading,
+    require_same_everywhere,
+)
 from pipeline.zero.rendering import ADAM_EPSILON, POLICIES, render, zero_stage
 from pipeline.zero.state import Snapshot, start_resharding, trained_weights
 
@@ -12,12 +21,15 @@ __all__ = [
     "ParameterGroup",
     "Snapshot",
     "from_main_rank",
+    "gathered",
     "init_process_group",
     "is_lost_peer",
     "leave_process_group",
     "on_gpu",
+    "partitioned_loading",
     "rate_factor",
     "render",
+    "require_same_everywhere",
     "start_resharding",
     "trained_weights",
     "zero_stage",

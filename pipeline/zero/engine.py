@@ -129,6 +129,16 @@ class Engine:
         """Tells DeepSpeed that a micro-batch, not the last of its optimizer step, is done."""
         self._engine.step()
 
+    def groups_without_gradient(self) -> list[str]:
+        """Groups in which every gradient is zero; after the last backward and before `step`. Called by all ranks."""
+        from deepspeed.utils import safe_get_full_grad
+
+        def reached(parameter: torch.nn.Parameter) -> bool:
+            gradient = safe_get_full_grad(parameter)
+            return gradient is not None and bool(gradient.any())
+
+        return [group.name for group in self.groups if not any(map(reached, group.parameters))]
+
     def step(self, factor: float) -> bool:
         """The optimizer step after the last micro-batch, at `factor` times each group's peak rate.
 

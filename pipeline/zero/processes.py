@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.distributed import Ranks, free_port
+from pipeline.errors import UserError
+from pipeline.zero.rendering import zero_stage
+
+if TYPE_CHECKING:
+    import torch
 
 
 def init_process_group(ranks: Ranks, timeout_s: float) -> None:
@@ -25,6 +32,47 @@ def init_process_group(ranks: Ranks, timeout_s: float) -> None:
         os.environ["MASTER_PORT"] = str(free_port())
     get_accelerator().set_device(ranks.local_rank)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+@contextmanager
+def partitioned_loading(rendered: Mapping[str, Any]) -> Iterator[None]:
+    """Under ZeRO-3 cuts up what transformers loads in here weight by weight, so that no rank ever holds all of it."""
+    if zero_stage(rendered) < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept_alive = HfDeepSpeedConfig(dict(rendered))  # transformers itself keeps a weak reference
+    try:
+        yield
+    finally:
+        del kept_alive
+        unset_hf_deepspeed_config()
+
+
+def gathered(parameters: Iterable[torch.nn.Parameter]) -> AbstractContextManager[None]:
+    """Has these parameters whole in here, and keeps what rank 0 makes of them; nothing to do but under ZeRO-3."""
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+
+
+def require_same_everywhere(values: Mapping[str, Any]) -> None:
+    """Compares settings over all ranks, before a difference can hang or bend a run.
+
+    Raises:
+        UserError: a rank has another one.
+    """
+    import torch
+
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, dict(values))
+    for rank, other in enumerate(gathered):
+        for key in sorted(gathered[0].keys() | other.keys()):
+            here, there = gathered[0].get(key), other.get(key)
+            if here != there:
+                fault = f"has {key} = {there!r} and rank 0 has {here!r}"
+                raise UserError(f"rank {rank}", fault, "start every rank with the same config, data and packages")
 
 
 def leave_process_group() -> None:

@@ -39,7 +39,8 @@ class Snapshot:
         import torch
 
         for path, content in self.files.items():
-            torch.save(content, path)
+            with path.open("wb") as file:  # given a path, torch reports a full disk without the system's reason
+                torch.save(content, file)
 
 
 @contextmanager
@@ -63,19 +64,24 @@ def collecting(writer: Any, *, copied: bool) -> Iterator[Snapshot]:
 
 def _copy_to_host(content: Any) -> Any:
     import torch
-    from torch.utils._pytree import tree_map
 
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return copy.deepcopy(leaf)
-        place = (leaf.data_ptr(), leaf.dtype, leaf.shape, leaf.stride())
-        if place not in copies:  # the two names of a tied weight stay one tensor
-            copies[place] = leaf.detach().to("cpu", copy=True)
-        return copies[place]
+    def copied(item: Any) -> Any:
+        if isinstance(item, torch.Tensor):
+            place = (item.data_ptr(), item.dtype, item.shape, item.stride())
+            if place not in copies:  # the two names of a tied weight stay one tensor
+                copies[place] = item.detach().to("cpu", copy=True)
+            return copies[place]
+        if isinstance(item, dict):
+            mapping = copy.copy(item)
+            mapping.update({key: copied(value) for key, value in item.items()})
+            return mapping
+        if type(item) in (list, tuple):  # not torch.Size, which is a tuple too
+            return type(item)(map(copied, item))
+        return copy.deepcopy(item)
 
-    return tree_map(copied, content)
+    return copied(content)
 
 
 def checksum(tensor: torch.Tensor, offset: int) -> int:

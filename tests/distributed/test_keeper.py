@@ -1,0 +1,183 @@
+"""Saving while training goes on: what is kept is the state at the save, and a failure costs that save alone."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import run_on_ranks
+from tiny_engine import LANGUAGE_MODEL, build, settings, train_steps
+
+from pipeline import checkpoint, zero
+from pipeline.checkpoint import RunRecord
+from pipeline.config import ExperimentConfig
+from pipeline.distributed import read_ranks
+from pipeline.errors import UserError
+from pipeline.keeper import Keeper
+from pipeline.metrics import Work
+
+RUN = RunRecord(identity={})
+
+
+class Position:
+    """Stands where the loader does."""
+
+    visits = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"visits": self.visits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.visits = state["visits"]
+
+
+def keeper_of(output: Path, engine: zero.Engine, said: list[str], **changes: Any) -> tuple[Keeper, Any]:
+    config = ExperimentConfig.model_validate(
+        {
+            "output": output,
+            "model": {"language_model": "none"},
+            "data": {"train": "none", "validation": "none"},
+            "train": {"steps": 1, "checkpoint": {"keep": 1, **changes}},
+        }
+    )
+    position: Any = Position()
+    ranks = read_ranks()
+    return Keeper(config, ranks, engine, position, said.append if ranks.is_main else lambda _: None), position
+
+
+def steps_in(output: Path) -> list[int]:
+    return [checkpoint.read_record(path).step for path in checkpoint.list_checkpoints(output)]
+
+
+def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, Any]:
+    found, write = {}, zero.Snapshot.write
+    for policy in policies:
+        engine, release = build(settings(policy, 2), LANGUAGE_MODEL), threading.Event()
+        keeper, position = keeper_of(output / policy, engine, [])
+        train_steps(engine, range(1), 2)
+        position.visits, saved = 8, engine.checksums()
+
+        def held(snapshot: zero.Snapshot, release: threading.Event = release) -> None:
+            release.wait(60)
+            write(snapshot)
+
+        zero.Snapshot.write = held  # type: ignore[method-assign]
+        keeper.save(1, Work(questions=8.0), RUN)
+        expected = train_steps(engine, range(1, 3), 2)  # goes on, and changes what was saved
+        keeper.poll()
+        before = steps_in(output / policy)
+        engine.barrier()
+        release.set()
+        keeper.finish()
+        after = steps_in(output / policy)
+        engine.barrier()
+
+        fresh = build(settings(policy, 2), LANGUAGE_MODEL)
+        again, position = keeper_of(output / policy, fresh, [])
+        resumed = again.resume(), position.visits, fresh.checksums() == saved
+        found[policy] = before, after, resumed, train_steps(fresh, range(1, 3), 2) == expected
+    return found
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for result in run_on_ranks(go_on_while_it_is_written, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
+        for policy, (before, after, resumed, same) in result.items():
+            assert (before, after) == ([], [1]), policy
+            assert resumed == ((1, Work(questions=8.0)), 8, True), policy
+            assert same, f"{policy}: the steps after a resume are not those that followed the save"
+
+
+def meet_failures(output: Path) -> dict[str, Any]:
+    engine, said = build(settings("zero2", 2)), []
+    keeper, _ = keeper_of(output, engine, said)
+    write, disk_usage = zero.Snapshot.write, checkpoint.shutil.disk_usage
+    train_steps(engine, range(1), 2)
+    keeper.save(1, Work(), RUN)
+    keeper.require_saved()
+
+    def full(snapshot: zero.Snapshot) -> None:
+        if read_ranks().rank == 1:
+            next(iter(snapshot.files)).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(snapshot)
+
+    zero.Snapshot.write = full  # type: ignore[method-assign]
+    keeper.save(2, Work(), RUN)
+    train_steps(engine, range(1), 2)  # nothing hangs
+    keeper.finish()
+    found: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), said[-1:])}
+    engine.barrier()
+    try:
+        keeper.require_saved()
+    except RuntimeError as error:
+        found["required"] = str(error)
+
+    zero.Snapshot.write = write  # type: ignore[method-assign]
+    checkpoint.shutil.disk_usage = lambda _: type("", (), {"free": 1000})
+    keeper.save(3, Work(), RUN)
+    found["no room"] = steps_in(output), list(output.glob(".step*")), said[-1:]
+    engine.barrier()
+    checkpoint.shutil.disk_usage = disk_usage
+    keeper.save(4, Work(), RUN)
+    keeper.require_saved()
+    found["room again"] = steps_in(output)
+    return found
+
+
+def test_a_failed_save_is_told_and_costs_that_save_alone(tmp_path: Path) -> None:
+    main, other = run_on_ranks(meet_failures, 2, tmp_path)
+    steps, left, (told,) = main["one rank's disk is full"]
+    assert (steps, left) == ([1], [])
+    assert told.startswith("the checkpoint of step 2 is not saved: rank 1: OSError: [Errno 28] No space left on device")
+    assert told.endswith("last good one: step-000001")
+    assert main["required"] == other["required"] == told.partition("; last")[0]
+    steps, left, (told,) = main["no room"]
+    assert (steps, left) == ([1], []) and "GiB free" in told and "it needs 0.00" in told
+    assert main["room again"] == other["room again"] == [4]
+
+
+def keep_the_best(output: Path) -> list[list[int]]:
+    engine, found = build(settings("zero2", 2)), []
+    keeper, _ = keeper_of(output, engine, [], keep_best=1)
+    for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
+        keeper.save(step, Work(), RUN)
+        keeper.note_validation(step, loss)  # the checkpoint is still under way
+        keeper.finish()
+        found.append(steps_in(output))
+        engine.barrier()
+    return found
+
+
+def test_the_best_by_validation_loss_stays(tmp_path: Path) -> None:
+    assert run_on_ranks(keep_the_best, 2, tmp_path)[0] == [[1], [2], [3, 2], [4, 2]]
+    assert checkpoint.best_checkpoints(tmp_path)[0].name == "step-000002"
+
+
+def save_once(output: Path) -> None:
+    keeper, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
+    keeper.save(1, Work(), RUN)
+    keeper.require_saved()
+
+
+def resume_in_vain(output: Path) -> list[str]:
+    """With another language model, and at another number of ranks."""
+    engine = build(settings("zero2", 2), LANGUAGE_MODEL)
+    messages = []
+    for frozen in ("another", engine.checksums()["frozen"]):
+        engine._frozen_checksum = frozen
+        keeper, _ = keeper_of(output, engine, [])
+        if read_ranks().world_size == 2 and frozen != "another":
+            continue
+        with pytest.raises(UserError) as error:
+            keeper.resume()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
+    run_on_ranks(save_once, 2, tmp_path)
+    (message,) = run_on_ranks(resume_in_vain, 2, tmp_path)[0]
+    assert "model.language_model" in message and "other weights" in message
+    assert all("--reshard" in message for message in run_on_ranks(resume_in_vain, 1, tmp_path)[0])

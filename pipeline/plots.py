@@ -94,6 +94,36 @@ def plot_accuracy_against(points: Sequence[Point], x_label: str, title: str) -> 
     return figure
 
 
+@dataclass(frozen=True)
+class Line:
+    """Accuracy along a setting: its value, accuracy and the ends of the 95 % interval (0 to 1) of each point."""
+
+    label: str
+    points: Sequence[tuple[float, float, float, float]]
+
+
+def plot_accuracy_by(lines: Sequence[Line], x_label: str, title: str) -> Figure:
+    """Accuracy with its 95 % interval against a setting, a line for each combination of the others."""
+    figure, axes = _new_figure(title, x_label, "accuracy (%), 95 % interval")
+    for index, line in enumerate(lines):
+        x, value, low, high = (np.array(column) for column in zip(*line.points, strict=True))
+        axes.errorbar(
+            x,
+            value,
+            yerr=[np.maximum(0, value - low), np.maximum(0, high - value)],
+            fmt=MARKERS[index % len(MARKERS)] + LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)],
+            color=_colour(index),
+            capsize=4,
+            label=line.label,
+        )
+    values = [point[0] for line in lines for point in line.points]
+    if min(values) > 0 and max(values) / min(values) > 20:
+        axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.legend(frameon=False)
+    return figure
+
+
 def plot_accuracy_by_domain(runs: Sequence[Bars], commonest_answer: Mapping[str, float], title: str) -> Figure:
     """Bars by domain: solid with the clip's own audio, hatched with another clip's; a line for the guess that never
     listens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,6 +62,12 @@ def run_identity(config: ExperimentConfig, fingerprint: str, origin: str | None)
     values = flatten(config.model_dump(mode="json"))
     kept = {k: v for k, v in values.items() if not any(k == f or k.startswith(f"{f}.") for f in _FREE)}
     return {**kept, "features.fingerprint": fingerprint, "origin": origin}
+
+
+def short_value(value: object) -> str:
+    """A setting's value as a label: of a path its last part, a fraction as it is."""
+    text = str(value)
+    return text if re.fullmatch(r"\d+/\d+", text) else text.rpartition("/")[2]
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,26 +8,20 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError, nearest, run_command
-from pipeline.tracking import EVALUATIONS
+from pipeline import trends
+from pipeline.errors import run_command
+from pipeline.runs import TrainedRun, log_back, open_experiment, read_runs
 
-if TYPE_CHECKING:  # mlflow and matplotlib take seconds to import, which `--help` must not
+if TYPE_CHECKING:  # matplotlib takes seconds to import, which `--help` must not
     from matplotlib.figure import Figure
-    from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
 
     from pipeline.plots import Bars, Point
 
-KIND_TAG = "pal.kind"  # marks the run that holds a report among the runs that it reports
-LOSS = "train/loss"
 # column -> metric of the run
 COSTS = {
     "final_loss": "final_loss",
@@ -40,33 +34,24 @@ NOTES = """Accuracy is the share of exact matches on held-out clips, in brackets
 *Swapped audio*: the same questions asked about another clip of the same domain, what the model knows without hearing.
 *Commonest answer*: the commonest training answer to the same wording, which takes no model at all."""
 
+POOLED_NOTES = """Runs that differ in their seed alone, together; the interval is over seeds and clips. *Front*: no
+other setting is as accurate at less memory, or at more speed."""
+FRONTS = {"peak_memory_gib": "memory", "samples_per_s": "speed"}
+
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`)."""
-
-    label: str
-    run_id: str
-    status: str
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
-    losses: Sequence[tuple[int, float]]
-    evaluations: Mapping[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     out = arguments.out or Path("runs") / arguments.experiment / "report"
-    client, experiment = _open_experiment(arguments.experiment, arguments.uri)
+    client, experiment = open_experiment(arguments.experiment, arguments.uri)
     runs = read_runs(client, experiment)
-    table, files = write_report(experiment.name, runs, out)
-    _log_back(client, experiment, files)
+    table, fits, files = write_report(experiment.name, runs, out)
+    log_back(client, experiment, files)
     print_table(experiment.name, table)
     print(f"report: {out / 'report.md'}")
     if arguments.json:
-        results = {"table": table, "fits": {}, "files": [str(file) for file in files]}
+        results = {"table": table, "fits": fits, "files": [str(file) for file in files]}
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
@@ -80,73 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write (default: runs/EXPERIMENT/report)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     return parser
-
-
-def _open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experiment]:
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
-        raise UserError(uri, "there is no such MLflow database", "give --uri of the runs' tracking store")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(uri)
-    try:
-        experiment = client.get_experiment_by_name(name)
-        names = [other.name for other in client.search_experiments()] if experiment is None else []
-    except MlflowException as error:
-        raise UserError(uri, f"MLflow cannot read it ({error})", "check --uri and that the server runs") from error
-    if experiment is None:
-        raise UserError(f"experiment '{name}'", f"is not in {uri}", nearest(name, names))
-    return client, experiment
-
-
-def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
-    """Every training run of the experiment, oldest first; runs of one name get their id into the label.
-
-    Raises:
-        UserError: there is none.
-    """
-    found: list[Run] = []
-    token = None
-    while token is None or token:
-        page = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        found += [run for run in page if run.data.tags.get(KIND_TAG) != "report"]
-        token = page.token or ""
-    if not found:
-        raise UserError(f"experiment '{experiment.name}'", "has no runs", "train one with `pal train`")
-    names = [run.info.run_name for run in found]
-    return [
-        TrainedRun(
-            label=name if names.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
-            run_id=run.info.run_id,
-            status=run.info.status,
-            params=run.data.params,
-            metrics=run.data.metrics,
-            losses=_loss_history(client, run),
-            evaluations=_evaluations(client, run),
-        )
-        for name, run in zip(names, found, strict=True)
-    ]
-
-
-def _loss_history(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
-    if LOSS not in run.data.metrics:
-        return []
-    # A step that was trained again after a resume is logged again: the last entry counts.
-    history = sorted(client.get_metric_history(run.info.run_id, LOSS), key=lambda metric: metric.timestamp)
-    return sorted({metric.step: metric.value for metric in history}.items())
-
-
-def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
-    evaluations = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for artifact in client.list_artifacts(run.info.run_id, EVALUATIONS):
-            if artifact.path.endswith(".json"):
-                file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
-                evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
-    return evaluations
 
 
 def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
@@ -183,25 +101,34 @@ def _differing_parameters(runs: Sequence[TrainedRun]) -> list[str]:
     return [key for key in keys if len({run.params.get(key) for run in runs}) > 1]
 
 
-def write_report(experiment: str, runs: Sequence[TrainedRun], out: Path) -> tuple[list[Row], list[Path]]:
-    """Writes report.md, report.csv and the pictures that the runs' figures allow.
+def write_report(
+    experiment: str, runs: Sequence[TrainedRun], out: Path
+) -> tuple[list[Row], dict[str, Any], list[Path]]:
+    """Writes report.md, report.csv, pooled.csv and the pictures that the runs' figures allow.
 
     Returns:
-        the table, and the files written.
+        the table, the fitted laws, and the files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    table = make_table(runs)
+    table, groups = make_table(runs), trends.group_runs(runs)
+    pooled, fits = trends.pooled_rows(groups), trends.fit_laws(groups)
+    files = [out / "report.md", _write_csv(out / "report.csv", table)]
+    if any(row["seeds"] > 1 for row in pooled):
+        files.append(_write_csv(out / "pooled.csv", pooled))
     pictures = []
-    for name, figure in _pictures(experiment, runs).items():
+    for name, figure in (_pictures(experiment, runs) | trends.trend_figures(experiment, groups)).items():
         pictures.append(out / f"{name}.png")
         figure.savefig(pictures[-1])
-    csv_file, markdown_file = out / "report.csv", out / "report.md"
-    with csv_file.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, list(table[0]))
+    files[0].write_text(_markdown(experiment, runs, table, pooled, fits, pictures), encoding="utf-8")
+    return table, fits, [*files, *pictures]
+
+
+def _write_csv(file: Path, rows: Sequence[Row]) -> Path:
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
-        writer.writerows(table)
-    markdown_file.write_text(_markdown(experiment, runs, table, pictures), encoding="utf-8")
-    return table, [markdown_file, csv_file, *pictures]
+        writer.writerows(rows)
+    return file
 
 
 def _pictures(experiment: str, runs: Sequence[TrainedRun]) -> dict[str, Figure]:
@@ -298,8 +225,19 @@ def print_table(experiment: str, table: Sequence[Row]) -> None:
     console.print(view)
 
 
-def _markdown(experiment: str, runs: Sequence[TrainedRun], table: Sequence[Row], pictures: Sequence[Path]) -> str:
+def _markdown(
+    experiment: str,
+    runs: Sequence[TrainedRun],
+    table: Sequence[Row],
+    pooled: Sequence[Row],
+    fits: Mapping[str, Any],
+    pictures: Sequence[Path],
+) -> str:
     parts = [f"# Experiment {experiment}", _markdown_table(*_cells(table)), NOTES]
+    if pooled:
+        parts += ["## By settings", POOLED_NOTES, _markdown_table(*_pooled_cells(pooled))]
+    if fits:
+        parts += ["## Fitted laws", *trends.describe_fits(fits)]
     differing = _differing_parameters(runs)
     if differing:
         rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
@@ -308,6 +246,20 @@ def _markdown(experiment: str, runs: Sequence[TrainedRun], table: Sequence[Row],
         parts += [f"## Accuracy by task: {benchmark}", _markdown_table(*_task_cells(runs, benchmark))]
     parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def _pooled_cells(pooled: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "settings": lambda row: row["settings"],
+        "benchmark": lambda row: row["benchmark"],
+        "seeds": lambda row: str(row["seeds"]),
+        "accuracy %\n(95 % interval)": _accuracy_cell,
+        "final\nloss": _number_cell("final_loss", ".3f"),
+        "peak\nGiB": _number_cell("peak_memory_gib", ".2f"),
+        "questions\nper s": _number_cell("samples_per_s", ".1f"),
+        "front": lambda row: ", ".join(name for cost, name in FRONTS.items() if row.get(f"front_{cost}")) or "-",
+    }
+    return list(columns), [[cell(row) for cell in columns.values()] for row in pooled]
 
 
 def _task_cells(runs: Sequence[TrainedRun], benchmark: str) -> tuple[list[str], list[list[str]]]:
@@ -328,15 +280,6 @@ def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> s
 
 def _markdown_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _log_back(client: MlflowClient, experiment: Experiment, files: Sequence[Path]) -> None:
-    """Keeps the report in the experiment: one run of that kind, its files replaced by each new report."""
-    kept = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'report'", max_results=1)
-    run = kept[0] if kept else client.create_run(experiment.experiment_id, tags={KIND_TAG: "report"}, run_name="report")
-    for file in files:
-        client.log_artifact(run.info.run_id, str(file), "report")
-    client.set_terminated(run.info.run_id)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipeline.commands import CommandFailed, run_logged, write_whole
 from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.errors import UserError
+from pipeline.provenance import short_value
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -149,11 +150,8 @@ def make_trial(sweep: SweepConfig, params: dict[str, Any], budget: dict[str, Any
 def trial_name(params: dict[str, Any]) -> str:
     """Keys without their path, and values, as the name of a folder."""
 
-    def short(value: Any) -> str:
-        text = str(value)
-        return text if re.fullmatch(r"\d+/\d+", text) else text.rpartition("/")[2]  # a fraction, or a path
-
-    return re.sub(r"[^\w.=,-]+", "-", ",".join(f"{k.rpartition('.')[2]}={short(v)}" for k, v in params.items()))
+    parts = (f"{key.rpartition('.')[2]}={short_value(value)}" for key, value in params.items())
+    return re.sub(r"[^\w.=,-]+", "-", ",".join(parts))
 
 
 def is_finished(trial: Trial) -> bool:

@@ -1,6 +1,7 @@
 """A report is what MLflow holds: every run in every file, values unchanged, logged back, made twice the same."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.errors import UserError
-from pipeline.report import COSTS, LOSS, main
+from pipeline.report import COSTS, main
+from pipeline.runs import LOSS
 from pipeline.tracking import EVALUATIONS
 
 VARIANTS = {"plits": (0.90, 1.4), "lal": (0.92, 0.8), "pal_v3": (0.94, 0.9)}
@@ -53,7 +55,35 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     log_run(client, mixed, "lal", 0.5, 1.0, folder)
     log_run(client, mixed, "lal", None, 1.0, folder)
     client.create_experiment("empty", artifact_location=artifacts)
+    log_scaling(client, client.create_experiment("scaling", artifact_location=artifacts), folder)
     return uri
+
+
+def log_scaling(client: MlflowClient, experiment: str, folder: Path) -> None:
+    """Three sizes at two depths with three seeds, as a sweep leaves them; loss = 40 parameters ** -0.2, to 0.1 %."""
+    client.create_run(experiment, run_name="sweep", tags={"pal.kind": "sweep"})
+    for number, (size, depth, seed) in enumerate(itertools.product((1, 2, 4), ("1/4", "1/2"), (0, 1, 2))):
+        run_id = client.create_run(experiment, run_name=f"run-{number}").info.run_id
+        layers = [0] if depth == "1/4" else [0, 1]
+        params = {
+            "model.integration": "lal",
+            "model.language_model": f"models/size-{size}",
+            "model.num_audio_layers": depth,
+            "train.seed": str(seed),
+            "resolved.audio_layers": str([layers]),
+            "resolved.total_parameters": str(size * 10**6),
+        }
+        for key, value in params.items():
+            client.log_param(run_id, key, value)
+        loss = 40 * (size * 1e6) ** -0.2 * (1 + 0.001 * (seed - 1))
+        accuracy = 0.5 + 0.1 * size + 0.05 * len(layers) + 0.001 * seed
+        metrics = {"final_loss": loss, "text_tokens": 1e5, "samples_per_s": 30 / size, "peak_memory_gib": 1.0 * size}
+        for name, metric in metrics.items():
+            client.log_metric(run_id, name, metric)
+        file = folder / "held-out.json"
+        file.write_text(json.dumps(scores(accuracy)))
+        client.log_artifact(run_id, str(file), EVALUATIONS)
+        client.set_terminated(run_id, "FINISHED")
 
 
 def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +141,34 @@ def test_unevaluated_and_namesake_runs_are_shown(uri: str, tmp_path: Path) -> No
     assert (done["status"], failed["status"]) == ("FINISHED", "FAILED")
     assert failed["accuracy"] is None
     assert done["accuracy"] == 0.5
+
+
+def test_a_scaling_experiment_is_pooled_drawn_and_fitted(uri: str, tmp_path: Path) -> None:
+    out, results_file = tmp_path / "report", tmp_path / "report.json"
+    assert main(["scaling", "--uri", uri, "--out", str(out), "--json", str(results_file)]) == 0
+    results = json.loads(results_file.read_text())
+    assert len(results["table"]) == 18, "the run of the sweep itself is none of its trials"
+    names = {Path(file).name for file in results["files"]}
+    assert names >= {"pooled.csv", "trend_audio_layers_held-out.png", "trend_parameters_held-out.png"}
+    assert "trend_layer_stride_held-out.png" not in names, "it did not vary"
+    with (out / "pooled.csv").open() as stream:
+        pooled = list(csv.DictReader(stream))
+    assert len(pooled) == 6 and {row["seeds"] for row in pooled} == {"3"}
+    deep = {row["settings"]: row["front_peak_memory_gib"] for row in pooled}
+    assert deep["language_model size-1, num_audio_layers 1/2"] == "True"
+    assert deep["language_model size-1, num_audio_layers 1/4"] == "False"
+    fit = results["fits"]["lal"]
+    value, low, high = fit["exponents"]["parameters"]
+    assert low < -0.2 < high and value == pytest.approx(-0.2, abs=0.01)
+    assert fit["exponents"]["audio_layers"][0] == pytest.approx(0, abs=0.01)
+    assert len(fit["held_out"]) == 6 and all(each["inside"] for each in fit["held_out"])
+    assert "6 of 6 inside" in (out / "report.md").read_text()
+
+    client = MlflowClient(uri)
+    runs = client.search_runs([client.get_experiment_by_name("scaling").experiment_id])
+    (parent,) = [run for run in runs if run.data.tags.get("pal.kind") == "sweep"]
+    assert not [run for run in runs if run.info.run_name == "report"]
+    assert {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "report")} >= {"report.md"}
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline import checkpoint
@@ -113,3 +115,33 @@ class Answerer:
             streamer=streamer,
         )
         return [self.chat.decode(ids) for ids in generated.tolist()]
+
+
+class Words(BaseStreamer):
+    """Gives the text of one answer away as it comes.
+
+    Args:
+        write: is called with what was added.
+
+    Attributes:
+        times_s: when each token came, of `time.perf_counter`.
+    """
+
+    def __init__(self, chat: Chat, write: Callable[[str], None]) -> None:
+        self._chat, self._write = chat, write
+        self._ids: list[int] = []
+        self._written = ""
+        self.times_s: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if not value.numel():  # transformers begins with the prompt's ids, of which there are none
+            return
+        self.times_s.append(time.perf_counter())
+        self._ids += value.flatten().tolist()
+        text = self._chat.decode(self._ids)
+        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+            self._write(text.removeprefix(self._written))
+            self._written = text
+
+    def end(self) -> None:
+        self._write(self._chat.decode(self._ids).removeprefix(self._written))

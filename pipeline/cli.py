@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
     "plan": ("pipeline.plan", "memory, step time and cost of a run that was not started"),
     "sweep": ("pipeline.sweep", "run a scaling experiment: one file, many runs"),
+    "ask": ("pipeline.ask", "answer questions about an audio file"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),

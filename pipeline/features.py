@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.errors import UserError
 
 CONTRACT_FILE = "features.json"
+ENCODERS_FILE = "encoders.json"  # in a model's folder
 CLIPS = "clips"
 
 # MDS column types (mosaicml-streaming). Arrays carry their own shape, since clips differ in length.
@@ -105,6 +106,39 @@ class FeatureContract(_Record):
         """The text of `features.json`; `fingerprint` is written for readers, and checked on loading."""
         values = {**self.model_dump(mode="json"), "fingerprint": self.fingerprint}
         return json.dumps(values, indent=2) + "\n"
+
+
+def write_encoders(folder: Path, contract: FeatureContract, encoders: list[str]) -> None:
+    """Puts the contracts of these encoders beside a model that was trained on their features."""
+    contracts = {
+        name: contract.encoders[name].model_dump(mode="json") for name in encoders if name in contract.encoders
+    }
+    (folder / ENCODERS_FILE).write_text(json.dumps(contracts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str) -> dict[str, EncoderContract]:
+    """Encoder -> how the features were made that a model understands.
+
+    Args:
+        folder: of the model.
+        fingerprints: encoder -> fingerprint that the model was trained on.
+        training_set: where to look for a model that was saved without.
+
+    Raises:
+        UserError: neither tells, or it is another encoder than the model's.
+    """
+    file = folder / ENCODERS_FILE
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        contracts = {name: EncoderContract.model_validate(contract) for name, contract in values.items()}
+    else:
+        file = Path(training_set)
+        contracts = load_contract(training_set).encoders
+    for name, fingerprint in fingerprints.items():
+        if name not in contracts or contracts[name].fingerprint != fingerprint:
+            fault = f"does not tell of the encoder '{name}' ({fingerprint}) that {folder} was trained with"
+            raise UserError(file, fault, "export the model again where its training set is")
+    return {name: contracts[name] for name in fingerprints}
 
 
 def load_contract(folder: str | Path) -> FeatureContract:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Parts:
-    """What a trainer works with; `deepspeed_config` is what the engine was built from."""
+    """What a trainer works with.
+
+    Attributes:
+        audio_positions: see the function of this name.
+        deepspeed_config: what the engine was built from.
+        total_steps: None where tokens say how long the run is.
+    """
 
     features: FeatureSet
     validation: FeatureSet | None
@@ -36,9 +43,10 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     chat: Chat
     loader: TrainingLoader
+    audio_positions: Callable[[float], int]
     engine: zero.Engine
     deepspeed_config: dict[str, Any]
-    total_steps: int
+    total_steps: int | None
 
 
 def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
@@ -52,7 +60,8 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     features = open_feature_set(config.data.train, encoders, config.data)
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat = build_chat(config)
-    loader = build_loader(config, features, chat, ranks)
+    positions = audio_positions(config, features.contract)
+    loader = build_loader(config, features, chat, ranks, positions)
     deepspeed_config = zero.render(
         train.zero,
         train,
@@ -65,11 +74,26 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
         model = build_model(config, features.contract, chat.audio_token_id)
     engine = zero.Engine(model, parameter_groups(model, train), deepspeed_config)
     steps = total_steps(train, loader)
-    return Parts(features, validation, model, tokenizer, chat, loader, engine, deepspeed_config, steps)
+    return Parts(features, validation, model, tokenizer, chat, loader, positions, engine, deepspeed_config, steps)
 
 
-def build_loader(config: ExperimentConfig, features: FeatureSet, chat: Chat, ranks: Ranks) -> TrainingLoader:
-    """The training batches of one rank."""
+def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Callable[[float], int]:
+    """Seconds of a clip -> positions that its audio takes in the sequence, from the encoders' frame rates."""
+    num_layers = AutoConfig.from_pretrained(config.model.language_model).num_hidden_layers
+    streams = [s for s in config.model.resolve_streams(num_layers) if s.integration == "plits"]
+    rates = [contract.encoders[stream.encoders[0]].frame_rate_hz for stream in streams]
+
+    def positions(seconds: float) -> int:
+        frames = [math.ceil(seconds * rate) for rate in rates]
+        return sum(token_count(stream.connector, n) for stream, n in zip(streams, frames, strict=True))
+
+    return positions
+
+
+def build_loader(
+    config: ExperimentConfig, features: FeatureSet, chat: Chat, ranks: Ranks, positions: Callable[[float], int]
+) -> TrainingLoader:
+    """The training batches of one rank; `positions` are from `audio_positions`."""
     train = config.train
     return TrainingLoader(
         features,
@@ -78,15 +102,17 @@ def build_loader(config: ExperimentConfig, features: FeatureSet, chat: Chat, ran
         seed=train.seed,
         visits_per_step=train.global_batch_size // config.data.questions_per_sequence,
         micro_batch_size=train.micro_batch_size,
+        micro_batch_tokens=train.micro_batch_tokens,
+        audio_positions=positions,
         rank=ranks.rank,
         world_size=ranks.world_size,
         feature_dtype=feature_dtype(train),
     )
 
 
-def total_steps(train: TrainConfig, loader: TrainingLoader) -> int:
-    """Optimizer steps of the whole run."""
-    return train.steps or math.ceil((train.epochs or 0) * loader.steps_per_epoch)
+def total_steps(train: TrainConfig, loader: TrainingLoader) -> int | None:
+    """Optimizer steps of the whole run; None where tokens say how long it is."""
+    return train.steps or (math.ceil(train.epochs * loader.steps_per_epoch) if train.epochs else None)
 
 
 def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]:
@@ -132,7 +158,7 @@ def choose_trained(model: PalForCausalLM, train: TrainConfig) -> None:
 
 
 def _adapt(model: PalForCausalLM, lora: LoraConfig | None) -> None:
-    """Gives the model these adapters. Equal ones, of a run before, are trained on; others become part of the weights."""
+    """Gives the model these adapters. Equal ones of a run before are trained on, others become part of the weights."""
     wanted = None if lora is None else lora.model_dump()
     if model.config.lora not in (None, wanted):
         with zero.gathered(lora_parameters(model)):

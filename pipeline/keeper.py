@@ -68,7 +68,7 @@ class Keeper:
         self._tracker = tracker
         self._tidy()
 
-    def save(self, step: int, work: Work, run: RunRecord) -> None:
+    def save(self, step: int, seen_tokens: int, work: Work, run: RunRecord) -> None:
         """Begins the checkpoint of `step`, after the one before is done. A failure is told and the next save tried."""
         self.finish()
         temporary = checkpoint.temporary_path(self._output, step)
@@ -87,7 +87,11 @@ class Keeper:
             zero_stage=self._engine.stage,
             config_sha256=run.sha256,
             data=self._loader.state_dict(),
-            progress={**asdict(work), "skipped_steps": self._engine.skipped_steps},
+            progress={
+                **asdict(work),
+                "seen_tokens": seen_tokens,
+                "skipped_steps": self._engine.skipped_steps,
+            },
             checksums=self._engine.checksums(),
             run_id=run.run_id,
             versions=provenance.package_versions(),
@@ -170,8 +174,8 @@ class Keeper:
 
     # ---- going on ---------------------------------------------------------------------------------------------------
 
-    def resume(self) -> tuple[int, Work]:
-        """Loads the newest good checkpoint; returns steps and work done before, none of both without one.
+    def resume(self) -> tuple[int, int, Work]:
+        """Loads the newest good checkpoint; returns steps, text tokens seen and work done before, none without one.
 
         Raises:
             UserError: another number of ranks wrote it, the data has another order, or the language model is another.
@@ -180,7 +184,7 @@ class Keeper:
         found = checkpoint.newest_good(self._output, self._say) if self._ranks.is_main else None
         found = self._engine.gather_over_ranks(found)[0]
         if found is None:
-            return 0, Work()
+            return 0, 0, Work()
         path, record = found
         if record.fits(self._ranks.world_size):
             self._engine.load(path)
@@ -193,7 +197,7 @@ class Keeper:
         progress = dict(record.progress)
         self._engine.skipped_steps = int(progress.pop("skipped_steps"))
         self._say(f"resumed from {path} at step {record.step}")
-        return record.step, Work(**progress)
+        return record.step, int(progress.pop("seen_tokens")), Work(**progress)
 
     def _load_resharded(self, path: Path, record: CheckpointRecord) -> None:
         self._say(f"converting {path} from {record.world_size} to {self._ranks.world_size} ranks")

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -183,13 +184,15 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     _, chat = assembly.build_chat(config)
     parameters = count_parameters(assembly.build_empty_model(config, contract, chat.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    loader = assembly.build_loader(config, features, chat, Ranks(0, world_size, 0, 1))
+    positions = assembly.audio_positions(config, contract)
+    loader = assembly.build_loader(config, features, chat, Ranks(0, world_size, 0, 1), positions)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
     rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]
     sequences = config.train.global_batch_size // config.data.questions_per_sequence
     text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
     seconds = sequences * float(np.mean(features.table.duration_s[clips]))
+    steps = assembly.total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
     lines = []
     for stream in streams:
@@ -199,10 +202,11 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
         lines.append(f"{stream.integration} stream of {'+'.join(stream.encoders)}: {where}")
     lines += [
         f"parameters: {parameters['total']:,} in all, {parameters['trainable']:,} trained",
-        f"{assembly.total_steps(config.train, loader):,} steps on {len(selected):,} questions about "
+        f"{'about ' if config.train.tokens else ''}{steps:,} steps on {len(selected):,} questions about "
         f"{len(np.unique(features.table.clip[selected])):,} clips",
         f"a step: {config.train.global_batch_size} questions in {sequences} sequences on {world_size} ranks, "
-        f"{config.gradient_accumulation_steps(world_size)} micro-batches each",
+        f"{config.gradient_accumulation_steps(world_size)} micro-batches each"
+        f"{' or more' if config.train.micro_batch_tokens else ''}",
         f"tokens per step: about {text_tokens:,.0f} of text, {frames:,.0f} audio frames ({seconds:,.0f} s)",
     ]
     return "\n".join(lines)

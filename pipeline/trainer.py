@@ -7,7 +7,6 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from pipeline.data.shards import FeatureSet
 from pipeline.distributed import Ranks
 from pipeline.keeper import Keeper
 from pipeline.metrics import Meter, Work, duration, peak_memory_gib
+from pipeline.model import count_parameters
 from pipeline.tracking import Status, Tracker, read_metrics
 
 MODEL, SKIPPED = "model", "skipped.jsonl"
@@ -59,6 +59,7 @@ class Trainer:
         self.say = say if ranks.is_main else lambda _: None
         self.parts = assembly.assemble(config, ranks)
         self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
+        self.goal = self.train.tokens or self.total_steps or 0  # in tokens or in steps
         self.meter = Meter()
         self.skipped_in_a_row = 0
         self.gradients_checked = False
@@ -67,7 +68,8 @@ class Trainer:
         identity = provenance.run_identity(config, self.parts.features.contract.fingerprint, origin)
         self.run = checkpoint.read_run(self.output) or RunRecord(identity=identity)
         self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say, reshard=reshard)
-        self.step, self.work = self.keeper.resume()  # work of all ranks since the run began, over resumes
+        # Of all ranks since the run began, over resumes; `work` up to the last step that was logged.
+        self.step, self.seen_tokens, self.work = self.keeper.resume()
         self.tracker = self._start_tracking() if ranks.is_main else None
         if self.tracker is not None and config.tracking.log_checkpoints:
             self.keeper.upload_to(self.tracker)
@@ -82,16 +84,17 @@ class Trainer:
         """
         status: Status = "FAILED"
         try:
-            batches = iter(self.loader)
+            steps = iter(self.loader)
             self.meter.lap()
-            while self.step < self.total_steps:
-                stop = self._optimizer_step(batches)
-                last = self.step == self.total_steps
+            while self.done < self.goal:
+                stop = self._optimizer_step(steps)
+                last = self.done >= self.goal
                 evaluate = last or self._due("evaluate_every_steps")
                 with self.meter.paused():
                     self.keeper.poll()
                     if stop or last or evaluate or self.step % self.train.checkpoint.every_steps == 0:
-                        self.keeper.save(self.step, self.work, self.run)  # before validation, which might fail
+                        # Before validation, which might fail.
+                        self.keeper.save(self.step, self.seen_tokens, self.work, self.run)
                 if stop and not last:
                     self.keeper.require_saved()
                     status = "KILLED"
@@ -106,28 +109,34 @@ class Trainer:
                 self.say(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
         return self._write_results(figures)
 
-    def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
+    @property
+    def done(self) -> int:
+        """How far the run is, in what `goal` counts."""
+        return self.seen_tokens if self.train.tokens else self.step
+
+    def _optimizer_step(self, steps: Iterator[list[Batch]]) -> bool:
         """One step on one global batch; returns whether a rank was asked to stop."""
         with self.meter.waiting():
-            micro_batches = list(islice(batches, self.engine.accumulation))
+            micro_batches = next(steps)
         answer_tokens = sum(_count_answer_tokens(batch) for batch in micro_batches)
-        total_tokens, stop = self.engine.sum_over_ranks([answer_tokens, self.stop.is_set()])
+        text_tokens = sum(_count_text_tokens(batch) for batch in micro_batches)
+        mine = [answer_tokens, text_tokens, self.stop.is_set()]
+        total_answer_tokens, total_text_tokens, stop = self.engine.sum_over_ranks(mine)
         # Dropout depends on seed, step and rank alone, so that a resumed run draws what it would have drawn.
         torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
         loss = torch.zeros((), device=self.engine.device)
+        num_items = total_answer_tokens * self.engine.loss_share
         for number, batch in enumerate(micro_batches, start=1):
-            loss += self.engine.backward(self._inputs(batch, total_tokens * self.engine.loss_share))
-            if number < len(micro_batches):
-                self.engine.micro_step()
-            text_tokens = int(batch["attention_mask"].sum()) - len(batch["clip_ids"])
-            self.meter.count(len(batch["question_ids"]), text_tokens, sum(batch["audio_s"]))
+            loss += self.engine.backward(self._inputs(batch, num_items), last=number == len(micro_batches))
+            self.meter.count(len(batch["question_ids"]), _count_text_tokens(batch), sum(batch["audio_s"]))
         if not self.gradients_checked:
             self._check_gradients(micro_batches)
         self.step += 1
+        self.seen_tokens += int(total_text_tokens)
         schedule = self.train.warmup_fraction, self.train.final_learning_rate_fraction
-        factor = zero.rate_factor(self.step, self.total_steps, *schedule)
+        factor = zero.rate_factor(self.done, self.goal, *schedule)
         applied = self.engine.step(factor)
-        if self._due("log_every_steps") or self.step in (1, self.total_steps) or not applied:
+        if self._due("log_every_steps") or self.step == 1 or self.done >= self.goal or not applied:
             self._log_step(loss, factor)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
@@ -163,7 +172,9 @@ class Trainer:
                 features,
                 self.parts.chat,
                 assembly.validation_questions(features, self.config),
-                batch_size=self.train.micro_batch_size,
+                micro_batch_size=self.train.micro_batch_size,
+                micro_batch_tokens=self.train.micro_batch_tokens,
+                audio_positions=self.parts.audio_positions,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
                 feature_dtype=assembly.feature_dtype(self.train),
@@ -176,7 +187,7 @@ class Trainer:
             total_loss, total_tokens = self.engine.sum_over_ranks([float(loss), answer_tokens])
         self._record({"validation/loss": total_loss / total_tokens})
         self.keeper.note_validation(self.step, total_loss / total_tokens)
-        self.say(f"step {self.step:>6}/{self.total_steps}  validation loss {total_loss / total_tokens:.4f}")
+        self.say(f"{self._where}  validation loss {total_loss / total_tokens:.4f}")
 
     # ---- what is told ---------------------------------------------------------------------------------------------
 
@@ -196,13 +207,18 @@ class Trainer:
                 **{f"train/{name}": value for name, value in rates.items()},
             }
         )
-        step_s = self.work.elapsed_s / self.ranks.world_size / self.step
+        elapsed_s = self.work.elapsed_s / self.ranks.world_size
         self.say(
-            f"step {self.step:>6}/{self.total_steps}  loss {mean_loss:7.4f}  "
+            f"{self._where}  loss {mean_loss:7.4f}  "
             f"lr {self.train.learning_rate * factor:.2e}  grad {norm:6.3f}  "
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
-            f"{duration(step_s * (self.total_steps - self.step))} left"
+            f"{duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
         )
+
+    @property
+    def _where(self) -> str:
+        share = f"/{self.total_steps}" if self.total_steps else f" ({self.done / self.goal:.1%})"
+        return f"step {self.step:>6}{share}"
 
     def _note_skipped(self, micro_batches: list[Batch]) -> None:
         """Writes down what was in a step whose gradient was not finite; too many in a row end the run."""
@@ -212,7 +228,7 @@ class Trainer:
         if self.ranks.is_main:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": self.step, "by_rank": by_rank}) + "\n")
-        self.say(f"step {self.step:>6}/{self.total_steps}  skipped: the gradient is not finite (batch in {file})")
+        self.say(f"{self._where}  skipped: the gradient is not finite (batch in {file})")
         if self.skipped_in_a_row >= self.train.max_skipped_steps:
             fault = f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite"
             raise RuntimeError(f"{fault}; their batches are in {file}")
@@ -233,6 +249,7 @@ class Trainer:
             params={
                 **provenance.flatten(self.config.model_dump(mode="json")),
                 "resolved.steps": self.total_steps,
+                **{f"resolved.{kind}_parameters": n for kind, n in count_parameters(self.parts.model).items()},
                 "resolved.audio_layers": [list(stream.audio_layers) for stream in streams],
                 "resolved.world_size": self.ranks.world_size,
             },
@@ -270,6 +287,7 @@ class Trainer:
             "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),
             **self.work.rates(self.ranks.world_size),
             "peak_memory_gib": max(peaks),
+            "text_tokens": self.seen_tokens,
         }
         self._record(figures)
         return figures
@@ -281,6 +299,10 @@ class Trainer:
         results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
         (self.output / checkpoint.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
+
+
+def _count_text_tokens(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum()) - len(batch["clip_ids"])
 
 
 def _count_answer_tokens(batch: Batch) -> int:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from feature_sets import write_feature_set
 
+from pipeline import zero
+from pipeline.config import ExperimentConfig
+from pipeline.distributed import read_ranks
 from pipeline.model.scratch import save_scratch_language_model
 from pipeline.tracking import METRICS, read_metrics
 
@@ -44,6 +49,21 @@ def write_experiment(folder: Path, **train: Any) -> Path:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     return file
+
+
+def train_here(configs: Iterable[ExperimentConfig]) -> None:
+    """Runs experiments one after the other on this rank of `run_on_ranks`, without a launcher for each."""
+    import torch
+
+    from pipeline.trainer import Trainer
+
+    ranks = read_ranks()
+    if not torch.distributed.is_initialized():
+        zero.init_process_group(ranks, LIMIT_S)
+    for config in configs:
+        trainer = Trainer(config, ranks, print, threading.Event())
+        trainer.fit()
+        trainer.engine.close()
 
 
 def start_job(*arguments: object) -> subprocess.Popen[str]:

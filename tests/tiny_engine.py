@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,19 +114,20 @@ def build(train: TrainConfig, frozen: str = "none", policy: str | None = None) -
     return zero.Engine(model, groups, rendered)
 
 
-def train_steps(engine: zero.Engine, steps: range, micro_batch: int, text_only_rank: int | None = None) -> Curve:
+def train_steps(
+    engine: zero.Engine, steps: range, micro_batch: int | Sequence[int], text_only_rank: int | None = None
+) -> Curve:
+    """Trains with micro-batches of this size, or of these sizes in turn, step by step."""
     ranks, curve = read_ranks(), []
+    sizes = [micro_batch] if isinstance(micro_batch, int) else micro_batch
     for step in steps:
-        mine = rows(step)[ranks.rank :: ranks.world_size]
-        micro = [
-            collate(mine[i : i + micro_batch], ranks.rank == text_only_rank) for i in range(0, len(mine), micro_batch)
-        ]
+        mine, size = rows(step)[ranks.rank :: ranks.world_size], sizes[step % len(sizes)]
+        micro = [collate(mine[i : i + size], ranks.rank == text_only_rank) for i in range(0, len(mine), size)]
         (tokens,) = engine.sum_over_ranks([sum(int((m["labels"] != -100).sum()) for m in micro)])
         loss = 0.0
         for number, batch in enumerate(micro, start=1):
-            loss += float(engine.backward({**batch, "num_items_in_batch": tokens * engine.loss_share}))
-            if number < len(micro):
-                engine.micro_step()
+            inputs = {**batch, "num_items_in_batch": tokens * engine.loss_share}
+            loss += float(engine.backward(inputs, last=number == len(micro)))
         engine.step(zero.rate_factor(step + 1, STEPS, 0.25, 0.1))
         (mean,) = engine.sum_over_ranks([loss * engine.loss_share])
         curve.append((mean, float(engine.gradient_norm)))

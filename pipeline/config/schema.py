@@ -258,6 +258,9 @@ class TrainConfig(Strict):
             ranks, and the rate then follows the share of them that was seen.
         global_batch_size: questions per optimizer step over all ranks.
         micro_batch_size: sequences per rank and forward pass.
+        micro_batch_tokens: positions per rank and forward pass, padding included: those of text and, as far as clips'
+            lengths tell, of audio in the sequence. micro_batch_size is then the most sequences, and long ones come in
+            fewer; how many passes a step takes varies.
         warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
         loss_on: `answer` tokens only, or also the `prompt` (all text).
         zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
@@ -272,6 +275,7 @@ class TrainConfig(Strict):
     tokens: PositiveInt | None = None
     global_batch_size: PositiveInt = 256
     micro_batch_size: PositiveInt = 8
+    micro_batch_tokens: PositiveInt | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     connector_learning_rate: Annotated[float, Field(gt=0)] | None = None
     final_learning_rate_fraction: Probability = 0.1
@@ -368,13 +372,23 @@ class ExperimentConfig(Strict):
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step.
+        """Micro-batches per rank and optimizer step; with a bound on their positions, the fewest there can be.
 
         Raises:
             UserError: the global batch does not divide.
         """
         per_pass = self.train.micro_batch_size * self.data.questions_per_sequence * world_size
         steps, rest = divmod(self.train.global_batch_size, per_pass)
+        if self.train.micro_batch_tokens is not None:
+            unit = self.data.questions_per_sequence * world_size
+            if self.train.global_batch_size % unit:
+                raise UserError(
+                    "train.global_batch_size",
+                    f"{self.train.global_batch_size} questions do not divide into questions_per_sequence "
+                    f"{self.data.questions_per_sequence} x {world_size} ranks = {unit}",
+                    f"use a multiple of {unit}",
+                )
+            return steps + (rest > 0)
         if rest or not steps:
             raise UserError(
                 "train.global_batch_size",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from pipeline.features import Question
 AUDIO_TOKEN = "<audio>"
 IGNORE = -100  # label of a token without loss, as in torch and transformers
 _CACHED_CONVERSATIONS = 100_000
+_TOKENISED_AT_ONCE = 10_000
 _QUESTION, _ANSWER = "[[question]]", "[[answer]]"
 # Llama 3's template writes today's date and Qwen 3's a thinking block: both fixed, so that a prompt never depends on
 # the day, and training and generation see the same one.
@@ -133,6 +135,17 @@ class Chat:
             labels += [IGNORE] * unlabelled + rest[unlabelled:]
             segments += [number if len(questions) > 1 else 0] * len(rest)
         return Row(*(np.array(values, np.int64) for values in (ids, labels, segments)))
+
+    def lengths(self, questions: Iterable[Question]) -> Iterator[int]:
+        """Tokens of each conversation behind the placeholder, without looking closer at them."""
+        questions = iter(questions)
+        while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
+            texts = [
+                AUDIO_TOKEN + self._prompt_text(q.question) + self._parts.gap + q.answer.strip() + self._parts.tail
+                for q in chunk
+            ]
+            for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]:
+                yield len(ids) - 1
 
     def prompt(self, question: str) -> list[int]:
         """Token ids up to where the answer begins, for generation.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice, tee
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.config import DataConfig
 from pipeline.data.chat import Chat
 from pipeline.data.collate import Batch, Example, collate
-from pipeline.data.order import Ints, Mixture, Order, Visit, VisitOrder, micro_batches
+from pipeline.data.order import Ints, Mixture, Order, Visit, VisitOrder, cut
 from pipeline.data.shards import FeatureSet, open_mixture
 from pipeline.distributed import read_ranks
 from pipeline.errors import UserError
@@ -26,7 +27,7 @@ _PREFETCH_PAUSE_S = 0.2
 
 
 class TrainingLoader:
-    """This rank's micro-batches, without end; resumes at any number of ranks.
+    """This rank's micro-batches, those of one optimizer step at a time, without end; resumes at any number of ranks.
 
     Args:
         features: the set of `data.train`; those of `data.mixture` are opened here.
@@ -34,7 +35,10 @@ class TrainingLoader:
         data: selection, mixture, packing, shuffling and workers.
         seed: of the order.
         visits_per_step: rows of a global batch, over all ranks.
-        micro_batch_size: rows of one batch.
+        micro_batch_size: rows of one batch, at most.
+        micro_batch_tokens: positions of one batch, padding included, at most; None for no such bound. Every text is
+            tokenised once for it, which takes a minute or two for five million questions.
+        audio_positions: seconds of a clip -> positions that its audio takes in the sequence, about.
         feature_dtype: of the audio features.
 
     Raises:
@@ -53,6 +57,8 @@ class TrainingLoader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        micro_batch_tokens: int | None = None,
+        audio_positions: Callable[[float], int] | None = None,
         feature_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._sets = [features, *open_mixture(features, data)]
@@ -79,44 +85,50 @@ class TrainingLoader:
         self._data = data
         self._examples = _Rows(self._sets, chat, feature_dtype)
         self._visits_per_step = visits_per_step
-        self._micro_batch_size = micro_batch_size
+        self._lengths = _Lengths(self._sets, chat, micro_batch_size, micro_batch_tokens, audio_positions)
         self._rank, self._world_size = rank, world_size
-        self._batches_per_step, rest = divmod(visits_per_step, micro_batch_size * world_size)
-        if rest:
+        per_pass = world_size if micro_batch_tokens else micro_batch_size * world_size
+        if visits_per_step % per_pass:
             raise UserError(
                 "train.global_batch_size",
-                f"{visits_per_step} sequences do not divide into {micro_batch_size} x {world_size} ranks",
-                f"use a multiple of {micro_batch_size * world_size} sequences",
+                f"{visits_per_step} sequences do not divide into {per_pass // world_size} x {world_size} ranks",
+                f"use a multiple of {per_pass} sequences",
             )
         self._start = 0  # visits consumed before the current iterator
-        self._yielded = 0  # batches since
+        self._yielded = 0  # steps since
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in which every selected question of `data.train` is seen once."""
         return self.order.visits_per_epoch / self._visits_per_step
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Goes on from the loaded state; a second iterator goes on from the last complete step."""
+    @property
+    def tasks(self) -> list[str]:
+        """Tasks that questions of this loader may have."""
+        return sorted({task for this in self._sets for task in this.table.tasks})
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Goes on from the loaded state; a second iterator goes on after the last step that was yielded."""
         self._start, self._yielded = self._visits_consumed, 0
-        plan = micro_batches(
-            self.order,
-            self._length_of,
-            start=self._start,
-            visits_per_step=self._visits_per_step,
-            micro_batch_size=self._micro_batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
-        )
+        plan, counted = tee(self._plan(self._start))
         stopped = threading.Event()
         if any(this.is_cached for this in self._sets):
             threading.Thread(target=self._prefetch, args=(self._start, stopped), daemon=True).start()
         try:
-            for batch in _load(self._examples, plan, self._data.workers):
+            batches = _load(self._examples, chain.from_iterable(plan), self._data.workers)
+            for step in counted:
+                micro_batches = list(islice(batches, len(step)))
                 self._yielded += 1
-                yield batch
+                yield micro_batches
         finally:
             stopped.set()
+
+    def _plan(self, start: int) -> Iterator[list[list[Visit]]]:
+        # A global batch is the next visits whatever the number of ranks; their order in it has no effect on the loss.
+        while True:
+            visits = self.order.visits(start, start + self._visits_per_step)
+            yield cut(visits, self._lengths.of, self._lengths.rows, rank=self._rank, world_size=self._world_size)
+            start += self._visits_per_step
 
     def _prefetch(self, position: int, stopped: threading.Event) -> None:
         """Downloads the shards that are read next, a quarter of a block ahead; each rank of a node its share."""
@@ -133,13 +145,9 @@ class TrainingLoader:
                     return  # the row that needs this shard says so
             position += _PREFETCHED_VISITS
 
-    def _length_of(self, visit: Visit) -> float:
-        # Characters: tokens would be exact, and known only after tokenising the whole corpus.
-        return float(self._sets[visit.source].table.characters[visit.questions].sum())
-
     @property
     def _visits_consumed(self) -> int:
-        return self._start + self._yielded // self._batches_per_step * self._visits_per_step
+        return self._start + self._yielded * self._visits_per_step
 
     def state_dict(self) -> dict[str, Any]:
         """Visits consumed by complete steps; the same on every rank, and not affected by what is prefetched."""
@@ -165,23 +173,65 @@ def evaluation_batches(
     chat: Chat,
     selected: Ints,
     *,
-    batch_size: int,
+    micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
+    audio_positions: Callable[[float], int] | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
     feature_dtype: torch.dtype = torch.float32,
 ) -> Iterator[Batch]:
-    """Each selected question once over all ranks, one a row, in storage order: for a validation loss.
+    """Each selected question once over all ranks, one a row, longest first: for a validation loss.
 
-    Every rank gets the same number of batches, so that collectives stay in step: a rank that runs out gets a row with
+    Every rank gets the same number of batches, so that collectives stay in step: a rank that runs out gets rows with
     a clip and no question, hence no label.
+
+    Args:
+        micro_batch_size, micro_batch_tokens, audio_positions: as of `TrainingLoader`.
     """
     clip = features.table.clip
-    rows = [Visit(int(clip[question]), np.array([question])) for question in selected[rank::world_size]]
-    num_rows = -(-len(selected) // world_size)
-    rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (num_rows - len(rows))
-    plan = (rows[first : first + batch_size] for first in range(0, num_rows, batch_size))
-    yield from _load(_Rows([features], chat, feature_dtype), plan, workers)
+    rows = [Visit(int(clip[question]), np.array([question])) for question in selected]
+    rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % world_size)
+    lengths = _Lengths([features], chat, micro_batch_size, micro_batch_tokens, audio_positions)
+    plan = cut(rows, lengths.of, lengths.rows, rank=rank, world_size=world_size)
+    yield from _load(_Rows([features], chat, feature_dtype), iter(plan), workers)
+
+
+class _Lengths:
+    """How long rows are, and how many of a length make a micro-batch; see `TrainingLoader`."""
+
+    def __init__(
+        self,
+        sets: Sequence[FeatureSet],
+        chat: Chat,
+        micro_batch_size: int,
+        micro_batch_tokens: int | None,
+        audio_positions: Callable[[float], int] | None,
+    ) -> None:
+        self._sets, self._chat = sets, chat
+        self._most_rows, self._most_tokens = micro_batch_size, micro_batch_tokens
+        self._audio_positions = audio_positions
+        self._tokens: dict[int, Ints] = {}  # of each question of a set, behind the prefix
+
+    def of(self, visit: Visit) -> float:
+        """Positions of a visit's row; without a bound on them its characters, which order rows as well."""
+        this = self._sets[visit.source]
+        if self._most_tokens is None:
+            return float(this.table.characters[visit.questions].sum())
+        if visit.source not in self._tokens:
+            self._tokens[visit.source] = np.array(list(self._chat.lengths(this.questions())), np.int64)
+        audio = 0
+        if self._audio_positions is not None and not this.is_text:
+            audio = self._audio_positions(this.table.duration_s[visit.clip])
+        return float(len(self._chat.prefix) - 1 + audio + self._tokens[visit.source][visit.questions].sum())
+
+    def rows(self, longest: float) -> int:
+        if self._most_tokens is None:
+            return self._most_rows
+        if longest > self._most_tokens:
+            fault = f"is {self._most_tokens}, and a row has {longest:.0f} positions"
+            raise UserError("train.micro_batch_tokens", fault, "raise it, or lower data.questions_per_sequence")
+        return min(self._most_rows, int(self._most_tokens // longest))
 
 
 class _Rows(Dataset[Batch | UserError]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -175,31 +175,31 @@ class Mixture:
         return sources, numbers
 
 
-def micro_batches(
-    order: Order,
+def cut(
+    visits: Sequence[Visit],
     length_of: Callable[[Visit], float],
+    rows_of: Callable[[float], int],
     *,
-    start: int,
-    visits_per_step: int,
-    micro_batch_size: int,
     rank: int,
     world_size: int,
-) -> Iterator[list[Visit]]:
-    """This rank's micro-batches, from visit `start` on, without end.
+) -> list[list[Visit]]:
+    """This rank's micro-batches of some visits, equally many and as large on every rank.
 
-    A global batch is the next `visits_per_step` visits, whatever the number of ranks. Inside it the order has no
-    effect on the gradient, so it is sorted by length, longest first: rows of a micro-batch are of like length, and so
-    are the micro-batches that the ranks compute at the same time.
+    They are sorted by length, longest first: rows of a micro-batch are of like length, and so are the micro-batches
+    that the ranks compute at the same time.
 
     Args:
-        length_of: relative length of a visit's row.
-        visits_per_step: a multiple of micro_batch_size * world_size.
+        visits: a multiple of world_size.
+        length_of: length of a visit's row.
+        rows_of: length of the longest row -> most rows of a micro-batch.
     """
-    per_pass = micro_batch_size * world_size
-    while True:
-        visits = order.visits(start, start + visits_per_step)
-        lengths = np.array([length_of(visit) for visit in visits])
-        by_length = np.argsort(-lengths, kind="stable")
-        for first in range(0, visits_per_step, per_pass):
-            yield [visits[i] for i in by_length[first + rank : first + per_pass : world_size]]
-        start += visits_per_step
+    lengths = [length_of(visit) for visit in visits]
+    by_length = np.argsort(-np.array(lengths), kind="stable")
+    micro_batches = []
+    first = 0
+    while first < len(visits):
+        rows = min(rows_of(lengths[by_length[first]]), (len(visits) - first) // world_size)
+        last = first + rows * world_size
+        micro_batches.append([visits[i] for i in by_length[first + rank : last : world_size]])
+        first = last
+    return micro_batches

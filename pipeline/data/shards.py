@@ -4,7 +4,7 @@ tokens."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,12 @@ class FeatureSet:
                 raise UserError(f"{self._place}/{name}", f"{fault} width {self.widths[name]}", REPAIR)
             arrays[name] = sample["features"]
         return arrays
+
+    def questions(self) -> Iterator[Question]:
+        """All questions, in storage order."""
+        for shard in range(len(self._clips.shard_sizes)):
+            for sample in self._clips.samples(shard):
+                yield from _clip(sample).questions
 
     @property
     def is_text(self) -> bool:

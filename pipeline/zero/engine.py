@@ -28,15 +28,16 @@ class ParameterGroup:
     weight_decay: float
 
 
-def rate_factor(step: int, total_steps: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Share of the peak rate at optimizer step 1..total_steps: linear warm-up, then a cosine to `final_fraction`.
+def rate_factor(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
+    """Share of the peak rate in the step that makes `done` of `total` steps (or tokens) done: linear warm-up, then a
+    cosine to `final_fraction`.
 
-    A function of the step alone, so that a resumed run and a skipped step cannot shift the schedule.
+    A function of what is done alone, so that a resumed run and a skipped step cannot shift the schedule.
     """
-    warmup = math.ceil(warmup_fraction * total_steps)
-    if step <= warmup:
-        return step / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    warmup = math.ceil(warmup_fraction * total)
+    if done <= warmup:
+        return done / warmup
+    progress = (min(done, total) - warmup) / max(1, total - warmup)
     return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -81,7 +82,8 @@ class Engine:
     def loss_share(self) -> float:
         """What one micro-batch's loss counts in the gradient.
 
-        DeepSpeed divides each micro-batch's loss by A (`accumulation`) and averages gradients over W ranks, so
+        DeepSpeed divides each micro-batch's loss by A (`accumulation`, a constant however many there are) and averages
+        gradients over W ranks, so
 
             gradient = d/dw sum_{rank, micro} loss / (A W).
 
@@ -119,15 +121,18 @@ class Engine:
         """The scalar loss of one micro-batch that lies on `device`."""
         return self._engine(**batch).loss
 
-    def backward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its detached loss, still on the device."""
+    def backward(self, batch: Mapping[str, Any], *, last: bool) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its detached loss, still on the device.
+
+        Args:
+            last: of the optimizer step, whose number of micro-batches may vary from step to step.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
         loss = self.forward(batch)
         self._engine.backward(loss)
+        if not last:
+            self._engine.step()
         return loss.detach()
-
-    def micro_step(self) -> None:
-        """Tells DeepSpeed that a micro-batch, not the last of its optimizer step, is done."""
-        self._engine.step()
 
     def groups_without_gradient(self) -> list[str]:
         """Groups in which every gradient is zero; after the last backward and before `step`. Called by all ranks."""

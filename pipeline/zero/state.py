@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.zero.rendering import zero_stage
+
 if TYPE_CHECKING:
     import torch
 
@@ -117,12 +119,14 @@ def start_resharding(checkpoint: Path, target: Path) -> subprocess.Popen[bytes]:
 
 
 def trained_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Trained parameters by name from what `Engine.save` wrote, in fp32, without an engine or a process group."""
+    """Trained parameters by name from what `Engine.snapshot` wrote, in fp32, without an engine or a process group."""
     import torch
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if list((folder / STATE).glob("*optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)
-    # Without ZeRO there are no partitions to put together. The file is our own: its hash was verified before.
-    (file,) = (folder / STATE).glob("mp_rank_*_model_states.pt")
-    return {k: v.float() for k, v in torch.load(file, map_location="cpu", weights_only=False)["module"].items()}
+    for file in (folder / STATE).glob("mp_rank_*_model_states.pt"):
+        # Up to stage 1 the model is whole in one file, and what bf16 adds to it DeepSpeed's converter cannot read. The
+        # file is our own: its hash was verified before.
+        state = torch.load(file, map_location="cpu", weights_only=False)
+        if zero_stage(state["ds_config"]) <= 1:
+            return {name: tensor.float() for name, tensor in state["module"].items()}
+    return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=STATE, exclude_frozen_parameters=True)

@@ -29,7 +29,9 @@ def chat(tmp_path_factory) -> Chat:
     return Chat(load_tokenizer(folder), "You listen.", max_text_tokens=500)
 
 
-def loader(features, chat, rank=0, world_size=1, visits_per_step=8, seed=0, **data) -> TrainingLoader:
+def loader(
+    features, chat, rank=0, world_size=1, visits_per_step=8, seed=0, micro_batch_size=2, tokens=None, audio=None, **data
+) -> TrainingLoader:
     config = DataConfig(train=features.folder, **{"questions_per_sequence": 2, **data})
     return TrainingLoader(
         features,
@@ -37,23 +39,23 @@ def loader(features, chat, rank=0, world_size=1, visits_per_step=8, seed=0, **da
         config,
         seed=seed,
         visits_per_step=visits_per_step,
-        micro_batch_size=2,
+        micro_batch_size=micro_batch_size,
+        micro_batch_tokens=tokens,
+        audio_positions=audio,
         rank=rank,
         world_size=world_size,
     )
 
 
-def take(loaders: list[TrainingLoader], num_steps: int, visits_per_step: int = 8) -> list[list[str]]:
+def batches_of(loader: TrainingLoader, num_steps: int) -> list[dict]:
+    return [batch for step in itertools.islice(loader, num_steps) for batch in step]
+
+
+def take(loaders: list[TrainingLoader], num_steps: int) -> list[list[str]]:
     """Question ids of each global batch, sorted."""
-    per_rank = visits_per_step // (2 * len(loaders))
     iterators = [iter(this) for this in loaders]
     return [
-        sorted(
-            question
-            for iterator in iterators
-            for batch in itertools.islice(iterator, per_rank)
-            for question in batch["question_ids"]
-        )
+        sorted(question for iterator in iterators for batch in next(iterator) for question in batch["question_ids"])
         for _ in range(num_steps)
     ]
 
@@ -81,14 +83,10 @@ def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat
     assert take(four, 5) == straight[4:]
 
 
-def test_a_step_begun_is_a_step_repeated(features, chat):
-    this = loader(features, chat)
-    list(itertools.islice(this, 4 + 3))
-    state = this.state_dict()
-    other = loader(features, chat)
-    other.load_state_dict(state)
-    assert state["visits"] == 8
-    assert take([other], 2) == take([loader(features, chat)], 3)[1:]
+def test_a_second_iterator_goes_on_where_the_first_was_left(features, chat):
+    this = loader(features, chat, workers=1)
+    first = next(iter(this))
+    assert len(first) == 4 and this.state_dict()["visits"] == 8  # whatever the workers have fetched ahead
     assert take([this], 2) == take([loader(features, chat)], 3)[1:]
 
 
@@ -99,7 +97,7 @@ def test_a_state_of_another_order_is_refused(features, chat, change):
 
 
 def test_batches_are_what_the_model_reads(features, chat):
-    batch = next(iter(loader(features, chat)))
+    batch = next(iter(loader(features, chat)))[0]
     shape = batch["input_ids"].shape
     assert all(batch[name].shape == shape for name in ("attention_mask", "labels", "segment_ids"))
     assert all(batch[name].dtype == torch.int64 for name in ("input_ids", "attention_mask", "labels", "segment_ids"))
@@ -122,8 +120,10 @@ def test_batches_are_what_the_model_reads(features, chat):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_features_take_the_dtype_asked_for(features, chat, dtype):
-    (batch,) = evaluation_batches(features, chat, np.array([0, 4]), batch_size=2, feature_dtype=dtype)
-    expected = torch.from_numpy(np.concatenate([frames_of(0, 8), frames_of(2, 8)])).to(dtype)
+    (batch,) = evaluation_batches(features, chat, np.array([0, 4]), micro_batch_size=2, feature_dtype=dtype)
+    clips = [int(clip_id.removeprefix("clip-")) for clip_id in batch["clip_ids"]]
+    assert sorted(clips) == [0, 2]
+    expected = torch.from_numpy(np.concatenate([frames_of(clip, 8) for clip in clips])).to(dtype)
     assert batch["audio_features"]["log_mel"].dtype == dtype
     assert torch.equal(batch["audio_features"]["log_mel"], expected)
 
@@ -143,7 +143,7 @@ def test_left_padding_for_generation(features, chat):
 def test_evaluation_sees_each_question_once_in_equally_many_batches(features, chat, world_size):
     selected = features.table.select()
     ranks = [
-        list(evaluation_batches(features, chat, selected, batch_size=3, rank=rank, world_size=world_size))
+        list(evaluation_batches(features, chat, selected, micro_batch_size=3, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     seen = [question for rank in ranks for batch in rank for question in batch["question_ids"]]
@@ -184,6 +184,39 @@ def test_far_shards_are_fetched_ahead_and_change_nothing(features, chat, tmp_pat
         pytest.fail("nothing is fetched ahead")
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_bound_on_positions_changes_how_rows_meet_and_nothing_else(features, chat, world_size):
+    """As many rows as fit, the same number of micro-batches on every rank, and the questions of each step are kept."""
+
+    def audio(seconds: float) -> int:
+        return 20 * int(seconds)
+
+    settings = {"tokens": 500, "audio": audio, "micro_batch_size": 6}
+    ranks = [loader(features, chat, rank, world_size, **settings) for rank in range(world_size)]
+    assert take(ranks, 6) == take([loader(features, chat)], 6)
+    ranks = [loader(features, chat, rank, world_size, **settings) for rank in range(world_size)]
+    numbers = set()
+    for steps in itertools.islice(zip(*ranks, strict=True), 6):
+        numbers.add(len(steps[0]))
+        for together in zip(*steps, strict=True):
+            assert len({len(batch["input_ids"]) for batch in together}) == 1
+            for batch in together:
+                lengths = batch["attention_mask"].sum(1) - 1 + 20 * torch.tensor(batch["audio_s"]).long()
+                assert lengths.max() * len(lengths) <= 500 and len(lengths) <= 6
+    assert len(numbers) > 1 or world_size == 2  # of micro-batches in a step
+    with pytest.raises(UserError, match=r"train\.micro_batch_tokens: is 40, and a row has \d+ positions"):
+        next(iter(loader(features, chat, tokens=40)))
+    with pytest.raises(UserError, match="multiple of 4 sequences"):
+        loader(features, chat, world_size=4, visits_per_step=6, tokens=500)
+
+
+def test_lengths_are_those_of_the_rows(features, chat):
+    questions = list(features.questions())
+    assert len(questions) == sum(COUNTS)
+    expected = [len(chat.row([question]).input_ids) - len(chat.prefix) for question in questions]
+    assert list(chat.lengths(questions)) == expected
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_feature_set(tmp_path_factory.mktemp("text"), [1] * 6, encoders={}, tasks=["chat"])
@@ -192,7 +225,7 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_questions_about_no_clip_are_mixed_in(features, chat, text, workers):
     this = loader(features, chat, workers=workers, mixture=[{"path": text, "share": 0.5}])
-    batches = list(itertools.islice(this, 40))
+    batches = batches_of(this, 10)
     for batch in batches:
         placeholders = (batch["input_ids"] == chat.audio_token_id).sum(1)
         assert placeholders.sum() == len(batch["clip_ids"]) == len(batch["audio_lengths"]["log_mel"])
@@ -212,7 +245,7 @@ def test_one_set_gives_shares_to_its_tasks(features, chat):
         features, chat, tasks=["what"], questions_per_sequence=1, mixture=[{"tasks": ["count"], "share": 0.2}]
     )
     steps = int(np.ceil(this.steps_per_epoch)) * 4
-    tasks = [task for batch in itertools.islice(this, steps * 4) for task in batch["tasks"]]
+    tasks = [task for batch in batches_of(this, steps) for task in batch["tasks"]]
     assert set(tasks) == {"what", "count"} and abs(tasks.count("count") / len(tasks) - 0.2) < 0.05
 
 

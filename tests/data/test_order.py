@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pipeline.data.order import Mixture, Visit, VisitOrder, micro_batches
+from pipeline.data.order import Mixture, Visit, VisitOrder, cut
 from pipeline.errors import UserError
 
 COUNTS = [3, 1, 7, 0, 6, 6, 2, 5, 12, 1, 4]
@@ -26,22 +26,16 @@ def steps(
     order: VisitOrder | Mixture, world_size: int, start: int, num_steps: int, visits_per_step: int = 8
 ) -> list[list]:
     """Global batches as sets of visits, put together from the ranks' micro-batches."""
-    ranks = [
-        micro_batches(
-            order,
-            lambda visit: float((visit.questions % 5 + 1).sum()),
-            start=start,
-            visits_per_step=visits_per_step,
-            micro_batch_size=2,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
-    per_rank = visits_per_step // (2 * world_size)
-    return [
-        sorted(key for rank in ranks for _ in range(per_rank) for key in keys(next(rank))) for _ in range(num_steps)
-    ]
+    found = []
+    for first in range(start, start + num_steps * visits_per_step, visits_per_step):
+        visits = order.visits(first, first + visits_per_step)
+        ranks = [cut(visits, length_of, lambda _: 2, rank=rank, world_size=world_size) for rank in range(world_size)]
+        found.append(sorted(key for rank in ranks for batch in rank for key in keys(batch)))
+    return found
+
+
+def length_of(visit: Visit) -> float:
+    return float((visit.questions % 5 + 1).sum())
 
 
 @pytest.mark.parametrize("questions_per_sequence", [1, 2, 6, 100])
@@ -110,20 +104,22 @@ def test_global_batches_are_the_same_at_any_world_size_and_after_resume(world_si
     assert expected == [sorted(stream[k * 8 : (k + 1) * 8]) for k in range(12)]
 
 
-def test_rows_of_like_length_meet():
-    length = np.ones(len(CLIP), int)
-    length[CLIP % 2 == 0] = 50
-    plan = micro_batches(
-        order(questions_per_sequence=1),
-        lambda visit: float(length[visit.questions].sum()),
-        start=0,
-        visits_per_step=16,
-        micro_batch_size=4,
-        rank=0,
-        world_size=1,
-    )
-    sizes = [[length[visit.questions].sum() for visit in next(plan)] for _ in range(4)]
-    assert sizes == sorted(sizes, reverse=True) and sum(len(set(size)) > 1 for size in sizes) <= 1
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("budget", [5, 9, 20, 1000])
+def test_micro_batches_are_as_large_as_their_bound_lets_them_be(world_size, budget):
+    visits = order(questions_per_sequence=1).visits(0, 24)
+    ranks = [
+        cut(visits, length_of, lambda longest: int(budget // longest), rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert sorted(keys(visits)) == sorted(key for rank in ranks for batch in rank for key in keys(batch))
+    for together in zip(*ranks, strict=True):  # what the ranks compute at the same time
+        assert len({len(batch) for batch in together}) == 1
+        assert all(len(batch) * max(map(length_of, batch)) <= budget for batch in together)
+    longest = [max(map(length_of, batch)) for batch in ranks[0]]
+    assert longest == sorted(longest, reverse=True)
+    for batch in ranks[0][:-1]:  # one more row of each rank would not have fitted
+        assert (len(batch) + 1) * max(map(length_of, batch)) > budget
 
 
 def test_an_empty_selection_is_named():

@@ -23,6 +23,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.features import FeatureContract, load_contract, write_encoders
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
+from pipeline.model.flops import token_count
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -222,6 +223,7 @@ def save_model(
     model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
     (temporary / checkpoint.CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_encoders(temporary, load_contract(config.data.train), config.model.encoders)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -249,7 +251,6 @@ def feature_dtype(train: TrainConfig) -> torch.dtype:
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[zero.ParameterGroup]:
     """Trained parameters by rate (audio side, language model) and decay (matrices; never norms and biases)."""
     groups = []
-    write_encoders(temporary, load_contract(config.data.train), config.model.encoders)
     rates = {"streams": train.connector_learning_rate or train.learning_rate, "language_model": train.learning_rate}
     for side, rate in rates.items():
         own = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{side}.")]

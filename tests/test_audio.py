@@ -1,6 +1,11 @@
+"""Decoding: samples as they were written, by segment, and a reason for every file that is no audio."""
+
+import contextlib
 import itertools
 import math
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,8 @@ import torchaudio
 from data_prep.audio import SEGMENT_S, AudioFile, Reject
 from data_prep.resample import Resampler
 from tests.corpora import tone
+
+NOBODY = 65534  # the user without any rights
 
 
 def decode(path, rate_hz: int | None = None, max_clip_s: float | None = None) -> np.ndarray:
@@ -129,12 +136,26 @@ def test_a_folder_and_noise_are_no_audio(tmp_path):
         assert reject.value.reason == reason
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_a_file_without_permission_is_unreadable(tmp_path):
-    wav(tmp_path / "a.wav", tone(1, 16000))
-    (tmp_path / "a.wav").chmod(0)
-    with pytest.raises(Reject, match="unreadable"):
-        decode(tmp_path / "a.wav")
+def test_a_file_without_permission_is_unreadable():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to everybody else
+        file = Path(folder) / "a.wav"
+        wav(file, tone(1, 16000))
+        file.chmod(0)
+        Path(folder).chmod(0o755)
+        with not_as_root(), pytest.raises(Reject, match="unreadable"):
+            decode(file)
+
+
+@contextlib.contextmanager
+def not_as_root():
+    """Root reads every file."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(own)
 
 
 def test_extremes_that_are_audio_all_the_same(tmp_path):

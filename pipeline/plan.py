@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
         if arguments.config is None:
             raise UserError("CONFIG", "is missing", "give an experiment's YAML file, or --table")
         config = load_config(ExperimentConfig, arguments.config, arguments.overrides)
-        cluster = load_config(ClusterConfig, arguments.cluster, [f"nodes={arguments.nodes}"] if arguments.nodes else [])
+        cluster = load_config(
+            ClusterConfig, arguments.cluster, [] if arguments.nodes is None else [f"nodes={arguments.nodes}"]
+        )
         given = load_config(WorkloadConfig, arguments.workload) if arguments.workload else None
         stages = {}
         for name, stage in choose_stages(config, arguments.stage).items():
@@ -166,11 +168,7 @@ def openaqa_epoch() -> list[dict[str, Any]]:
                 "h": hours,
                 "zero": best.zero,
                 "micro-batch": best.micro_batch_size,
-                "products s": best.compute_s,
-                "other traffic s": best.traffic_s,
-                "Adam s": best.optimizer_s,
-                "communication s": best.communication_s,
-                "data s": best.data_s,
+                **{f"{part} s": value for part, value in best.seconds.items()},
                 "step s": best.step_s,
                 "mfu": best.mfu,
                 "cost": hours * cluster.gpus * cluster.price_per_gpu_hour,

@@ -21,7 +21,7 @@ from pipeline.errors import UserError
 from pipeline.features import load_contract, require_encoders
 from pipeline.model import PalConfig, PalForCausalLM
 from pipeline.model.activations import activation_bytes
-from pipeline.model.flops import RowShape, count_operations, training_flops
+from pipeline.model.flops import RowShape, count_operations, sequence_shape, training_flops
 from pipeline.model.shapes import published_shape
 from pipeline.zero.memory import zero_memory
 
@@ -34,6 +34,7 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 ADAM_TRAFFIC = {True: 28, False: 80}
 # Of what the backward pass finds: written, read, and a gradient of its size written and read.
 PASS_TRAFFIC = 4
+FEATURE_BYTES = 2  # float16
 QUESTION_BYTES = 250  # of a question with its answer and names, in a shard
 
 
@@ -62,8 +63,7 @@ class Prediction:
         memory_gib: per GPU, by part. `total` is the peak, less than the sum of parts that are not there together;
             `buffers` are of collectives and of the optimizer step, `audio` is what the activations grow by through
             audio.
-        step_s: of the optimizer step; the other times are its parts, before they hide behind each other: matrix
-            products, memory traffic of everything else in the passes, Adam, collectives, reading.
+        step_s: of the optimizer step; `seconds` are its parts, before they hide behind each other.
         mfu: share of the peak spent on operations of the model, recomputation not counted.
         does_not_fit: why not; empty if it fits.
     """
@@ -74,11 +74,7 @@ class Prediction:
     memory_gib: dict[str, float]
     host_gib: float
     step_s: float
-    compute_s: float
-    traffic_s: float
-    optimizer_s: float
-    communication_s: float
-    data_s: float
+    seconds: dict[str, float]
     mfu: float
     tokens_per_s: float
     does_not_fit: str
@@ -217,14 +213,14 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
     on_gpu = gpu.device == "cuda"
     if train.precision not in gpu.peak_tflops:
         raise UserError("gpu.peak_tflops", f"says nothing of {train.precision}", "add it to the cluster file")
-    accumulation = config.gradient_accumulation_steps(cluster.gpus)
-    rendered = zero.render(train.zero, train, world_size=cluster.gpus, accumulation=accumulation, on_gpu=on_gpu)
     row = row_shape(config, workload)
+    micro, accumulation = _micro_batches(config, cluster, size, row)
+    rendered = zero.render(train.zero, train, world_size=cluster.gpus, accumulation=accumulation, on_gpu=on_gpu)
     b = ELEMENT_BYTES[train.precision]
     held = zero_memory(rendered, size.groups, size.frozen, world_size=cluster.gpus, on_gpu=on_gpu)
 
     count = partial(activation_bytes, size.config, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
-    micro, checkpointing = train.micro_batch_size, train.gradient_checkpointing
+    checkpointing = train.gradient_checkpointing
     kept = count(row, checkpointing=checkpointing)
     silent = count(replace(row, frames={}), checkpointing=checkpointing)
     peak = held.peak(micro * kept.kept, micro * kept.loss, micro * kept.layer)
@@ -239,21 +235,11 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
     }
 
     rows = micro * accumulation
+    seconds = _seconds(config, cluster, workload, rendered, rows)
+    busy_s = seconds["passes"] + seconds["optimizer"]
+    hidden = cluster.overlap * seconds["communication"]
+    step_s = max(busy_s + seconds["communication"] - hidden, seconds["communication"], seconds["reading"])
     flops = training_flops(size.config, row, train.trainable) * rows
-    counted = count_operations(size.config, row)
-    again = (counted.total - counted.vocabulary - counted.features) * rows if checkpointing else 0
-    whole = count(row, checkpointing=False)
-    touched = PASS_TRAFFIC * rows * (whole.kept + whole.loss) * (1.25 if checkpointing else 1)
-    traffic_s = (touched + 3 * b * size.total * accumulation) / (gpu.memory_gb_s * GB)  # weights: in three products
-    peak_flops = gpu.peak_tflops[train.precision] * TERA
-    compute_s = (flops + again) / (peak_flops * cluster.efficiency)
-    optimizer_s = _optimizer_s(rendered, size, cluster, b)
-    communication_s = _communication_s(rendered, size, cluster, b)
-    feature_bytes = 2 * sum(row.frames[name] * workload.encoders[name].width for name in row.frames)
-    data_s = feature_bytes * rows * cluster.gpus_per_node / (cluster.disk_gb_s * GB)
-    busy_s = compute_s + traffic_s + optimizer_s
-    step_s = max(busy_s + (1 - cluster.overlap) * communication_s, communication_s, data_s)
-    question_tokens = row.system_tokens + sum(row.question_tokens)
     return Prediction(
         train.zero,
         micro,
@@ -261,15 +247,50 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
         {part: value / GIB for part, value in memory.items()},
         held.host * cluster.gpus_per_node / GIB,
         step_s,
-        compute_s,
-        traffic_s,
-        optimizer_s,
-        communication_s,
-        data_s,
-        mfu=flops / (step_s * peak_flops),
-        tokens_per_s=question_tokens * rows * cluster.gpus / step_s,
+        seconds,
+        mfu=flops / (step_s * gpu.peak_tflops[train.precision] * TERA),
+        tokens_per_s=(row.system_tokens + sum(row.question_tokens)) * rows * cluster.gpus / step_s,
         does_not_fit=_why_not(memory, held.host, cluster),
     )
+
+
+def _seconds(
+    config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig, rendered: dict[str, Any], rows: int
+) -> dict[str, float]:
+    """What a step of so many rows on each rank takes by itself; `passes` are made of `products`, `traffic` of all other
+    operations through the memory, and `launches` by the host, which a GPU hides as long as it is busy."""
+    train, gpu, size, row = config.train, cluster.gpu, model_size(config, workload), row_shape(config, workload)
+    b, on_gpu, passes = ELEMENT_BYTES[train.precision], gpu.device == "cuda", rendered["gradient_accumulation_steps"]
+    flops, counted = training_flops(size.config, row, train.trainable), count_operations(size.config, row)
+    kept = activation_bytes(size.config, row, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
+    touched = PASS_TRAFFIC * (kept.kept + kept.loss)
+    if train.gradient_checkpointing:
+        flops += counted.total - counted.vocabulary - counted.features
+        touched = touched * 5 // 4
+    products = flops * rows / (gpu.peak_tflops[train.precision] * TERA * cluster.efficiency)
+    weights = 3 * b * size.total * passes  # read for three products
+    traffic = (touched * rows + weights) / (gpu.memory_gb_s * GB)
+    launches = passes * size.config.language_model.num_hidden_layers * cluster.layer_launch_s
+    frames = sum(row.frames[name] * workload.encoders[name].width for name in row.frames)
+    return {
+        "products": products,
+        "traffic": traffic,
+        "launches": launches,
+        "passes": max(products + traffic, launches) if on_gpu else products + traffic + launches,
+        "optimizer": _optimizer_s(rendered, size, cluster, b),
+        "communication": _communication_s(rendered, size, cluster, b),
+        "reading": FEATURE_BYTES * frames * rows * cluster.gpus_per_node / (cluster.disk_gb_s * GB),
+    }
+
+
+def _micro_batches(config: ExperimentConfig, cluster: ClusterConfig, size: ModelSize, row: RowShape) -> tuple[int, int]:
+    """Sequences of a micro-batch, and micro-batches of a step; where their positions are bounded, of mean length."""
+    accumulation, train = config.gradient_accumulation_steps(cluster.gpus), config.train
+    if train.micro_batch_tokens is None:
+        return train.micro_batch_size, accumulation
+    _, positions, *_ = sequence_shape(size.config.stream_specs(), row)
+    micro = max(1, min(train.micro_batch_size, train.micro_batch_tokens // positions))
+    return micro, math.ceil(train.global_batch_size / (config.data.questions_per_sequence * cluster.gpus * micro))
 
 
 def _why_not(memory: dict[str, int], host: int, cluster: ClusterConfig) -> str:
@@ -333,7 +354,8 @@ def search(
     for policy in policies:
         for checkpointing in (False, True):
             for micro in sizes:
-                changes = {"zero": policy, "micro_batch_size": micro, "gradient_checkpointing": checkpointing}
+                changes: dict[str, Any] = {"zero": policy, "gradient_checkpointing": checkpointing}
+                changes |= {"micro_batch_size": micro, "micro_batch_tokens": None}
                 train = config.train.model_copy(update=changes)
                 found.append(predict(config.model_copy(update={"train": train}), cluster, workload))
     return found
@@ -372,7 +394,7 @@ def extraction(cluster: ClusterConfig, workload: WorkloadConfig, encoders: Seque
     flops = audio_s * sum(work.gflop_per_audio_s for work in works) * 1e9
     peak = max(cluster.gpu.peak_tflops.values()) * TERA * cluster.efficiency * cluster.gpus
     decode_s = audio_s / (cluster.audio_s_per_core_s * cluster.cores_per_node * cluster.nodes)
-    stored = audio_s * sum(work.frame_rate_hz * work.width * 2 for work in works)
+    stored = audio_s * FEATURE_BYTES * sum(work.frame_rate_hz * work.width for work in works)
     return {
         "hours": max(flops / peak, decode_s) / 3600,
         "encoder_hours": flops / peak / 3600,

@@ -4,6 +4,7 @@ on when one fails."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from pipeline.errors import EXIT_FAILURE, UserError, run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
     from pipeline.config.planning import WorkloadConfig
-    from pipeline.trials import SweepConfig, Trial
+    from pipeline.trials import BudgetConfig, SweepConfig, Trial
 
 Row = dict[str, Any]
 
@@ -65,38 +66,35 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
     cluster = load_config(ClusterConfig, sweep.cluster, [f"gpus_per_node={sweep.nproc}", "nodes=1"])
     workloads: dict[str, WorkloadConfig] = {}
     trials, rows = [], []
-    for combination in sweep.combinations():
-        for seed in sweep.seeds:
-            params = {**combination, SEED: seed}
-            trial = make_trial(sweep, params, {"train.steps": 1, "train.epochs": None, "train.tokens": None}
-                               if sweep.budget else {})  # fmt: skip
-            if trial.config.stages:
-                raise UserError("experiment", "has stages; a trial is one run", "give a config without them")
-            read_by = repr((trial.config.data, trial.config.model.encoders, trial.config.model.language_model))
-            if read_by not in workloads:
-                workloads[read_by] = planner.measure_workload(trial.config)
-            workload = workloads[read_by]
-            if sweep.budget:
-                steps = _steps(sweep, trial, workload)
-                trial = make_trial(sweep, params, {"train.steps": steps, "train.epochs": None, "train.tokens": None})
-            prediction = planner.predict(trial.config, cluster, workload)
-            if prediction.does_not_fit:
-                raise UserError(f"trial {trial.name}", f"does not fit on {cluster.gpu.name}: it "
-                                f"{prediction.does_not_fit}", "change the trial or `cluster`")  # fmt: skip
-            size, steps = planner.model_size(trial.config, workload), planner.total_steps(trial.config, workload)
-            layers = [list(stream.audio_layers) for stream in size.config.stream_specs()]
-            trials.append(trial)
-            rows.append(
-                {
-                    "trial": trial.name,
-                    "audio_layers": layers,
-                    "parameters": size.total,
-                    "steps": steps,
-                    "flops": planner.run_flops(trial.config, workload),
-                    "memory_gib": prediction.memory_gib["total"],
-                    "hours": steps * prediction.step_s / 3600,
-                }
-            )
+    for combination, seed in itertools.product(sweep.combinations(), sweep.seeds):
+        params = {**combination, SEED: seed}
+        trial = make_trial(sweep, params, 1 if sweep.budget else None)
+        if trial.config.stages:
+            raise UserError("experiment", "has stages; a trial is one run", "give a config without them")
+        model = trial.config.model
+        reads = repr((trial.config.data, model.encoders, model.language_model))
+        if reads not in workloads:
+            workloads[reads] = planner.measure_workload(trial.config)
+        workload = workloads[reads]
+        if sweep.budget:
+            trial = make_trial(sweep, params, _steps(sweep.budget, trial, workload))
+        prediction = planner.predict(trial.config, cluster, workload)
+        if prediction.does_not_fit:
+            fault = f"does not fit on {cluster.gpu.name}: it {prediction.does_not_fit}"
+            raise UserError(f"trial {trial.name}", fault, "change the trial or `cluster`")
+        size, steps = planner.model_size(trial.config, workload), planner.total_steps(trial.config, workload)
+        trials.append(trial)
+        rows.append(
+            {
+                "trial": trial.name,
+                "audio_layers": [list(stream.audio_layers) for stream in size.config.stream_specs()],
+                "parameters": size.total,
+                "steps": steps,
+                "flops": planner.run_flops(trial.config, workload),
+                "memory_gib": prediction.memory_gib["total"],
+                "hours": steps * prediction.step_s / 3600,
+            }
+        )
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
@@ -104,17 +102,15 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
     return trials, rows
 
 
-def _steps(sweep: SweepConfig, trial: Trial, workload: WorkloadConfig) -> int:
-    """Steps that spend the budget on this trial; at least one."""
+def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
+    """Steps that spend the budget on a trial, which has one; at least one."""
     from pipeline import planner
 
-    budget = sweep.budget
-    assert budget is not None
     if budget.steps is not None:
         return budget.steps
     if budget.tokens is not None:
         return max(1, round(budget.tokens / planner.step_tokens(trial.config, workload)))
-    return max(1, round((budget.flops or 0) / planner.run_flops(trial.config, workload)))  # the trial has one step
+    return max(1, round((budget.flops or 0) / planner.run_flops(trial.config, workload)))
 
 
 def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) -> list[Row]:
@@ -125,7 +121,11 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
 
     sweep.output.mkdir(parents=True, exist_ok=True)
     recorded = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
-    parent = tracking.open_parent(recorded, sweep.output, {"sweep.yaml": dump_config(sweep)})
+    try:
+        parent = tracking.open_parent(recorded, sweep.output, {"sweep.yaml": dump_config(sweep)})
+    except Exception as error:  # of many libraries; trials then stand alone, and upload what they can
+        print(f"pal: MLflow does not answer ({type(error).__name__}): no run above the trials", file=sys.stderr)
+        parent = None
     say = _progress(len(trials))
     if ray_address is not None:
         from pipeline.ray_trials import run_on_cluster
@@ -136,8 +136,9 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
         for trial in trials:
             results.append(run_trial(trial, parent, sweep.evaluate, sweep.nproc))
             say(trial.name, results[-1])
-    failed = sum(result["status"] == "FAILED" for result in results)
-    tracking.close_parent(recorded, sweep.output, parent, "FAILED" if failed else "FINISHED")
+    if parent is not None:
+        failed = any(result["status"] == "FAILED" for result in results)
+        tracking.close_parent(recorded, sweep.output, parent, "FAILED" if failed else "FINISHED")
     return results
 
 

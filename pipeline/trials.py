@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from pipeline.commands import CommandFailed, run_logged, write_whole
 from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
 from pipeline.config.loading import InvalidConfig, shipped_config
+from pipeline.config.schema import LENGTHS
 from pipeline.errors import UserError
 from pipeline.provenance import short_value
 
@@ -122,12 +123,12 @@ class Trial:
         return self.config.output
 
 
-def make_trial(sweep: SweepConfig, params: dict[str, Any], budget: dict[str, Any]) -> Trial:
+def make_trial(sweep: SweepConfig, params: dict[str, Any], steps: int | None) -> Trial:
     """The experiment of one combination.
 
     Args:
         params: what the sweep varies, `SEED` included.
-        budget: keys that say how long it trains.
+        steps: that it trains; None leaves what the config says.
 
     Raises:
         UserError: a key that no experiment has, or a value that it does not take.
@@ -136,7 +137,7 @@ def make_trial(sweep: SweepConfig, params: dict[str, Any], budget: dict[str, Any
     values = {
         **sweep.overrides,
         **params,
-        **budget,
+        **({} if steps is None else dict.fromkeys(f"train.{name}" for name in LENGTHS) | {STEPS: steps}),
         "output": str(sweep.output.absolute() / name),
         "tracking.uri": sweep.tracking_uri,
         "tracking.experiment": sweep.name,

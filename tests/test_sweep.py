@@ -89,6 +89,11 @@ def test_mistakes_are_told_before_anything_runs(
     assert "\n" not in str(told.value)
 
 
+def test_the_shipped_sweep_is_one() -> None:
+    sweep = load_config(SweepConfig, "demo_sweep")
+    assert len(sweep.combinations()) == 3 and sweep.budget is not None
+
+
 def test_a_dry_run_prints_the_trials_and_runs_none(
     experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -88,6 +88,7 @@ def zero_memory(
         )
 
     offloads = "offload_optimizer" in policy
+    on_host = offloads and policy["offload_optimizer"]["device"] == "cpu"  # the other place is a disk
     if stage == 3:
         own = [[-(-n // world_size) for n in group] for group in groups]
         partition = sum(map(sum, own))
@@ -107,8 +108,8 @@ def zero_memory(
             fresh=0,
             buckets=b * 2 * policy["reduce_bucket_size"],
             step=0 if offloads else (FP32 + temporaries) * sub_group,
-            host=(states + 2 * gradients if offloads else 0)
-            + (b * (partition + others) - parameters if "offload_param" in policy else 0),
+            host=(states + 2 * gradients) * on_host
+            + b * (partition + others) * (policy.get("offload_param", {}).get("device") == "cpu"),
         )
 
     aligned = 2 * world_size
@@ -141,5 +142,5 @@ def zero_memory(
         fresh=gradients if not accumulates or (stage == 2 and b == FP32) else 0,
         buckets=buckets + b * oversized,
         step=temporaries * largest_partition + (FP32 * largest_partition if b == FP32 else 0),
-        host=states + FP32 * partition + b * partition if offloads else 0,
+        host=(states + FP32 * partition + b * partition) * on_host,
     )

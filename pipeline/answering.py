@@ -16,7 +16,8 @@ from pipeline import checkpoint
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.model import PalConfig, PalForCausalLM, Prefix
+from pipeline.features import Question
+from pipeline.model import Look, PalConfig, PalForCausalLM, Prefix, look
 from pipeline.streams import IntegrationKind
 
 Features = Mapping[str, NDArray[np.float16]]
@@ -72,15 +73,8 @@ class Answerer:
         Args:
             hidden: integrations whose audio tokens the model may not see.
         """
-        device = self.model.device
-        lengths = {name: torch.tensor([len(clip[name]) for clip in clips]) for name in self.feature_fingerprints}
-        # Shards' arrays are read-only, which torch warns of: concatenate copies.
-        features = {
-            name: torch.from_numpy(np.concatenate([clip[name] for clip in clips])).to(device, self.model.dtype)
-            for name in self.feature_fingerprints
-        }
-        ids = torch.tensor([self.chat.prefix] * len(clips), device=device)
-        return self.model.read_prefix(ids, None, features, lengths, hidden=hidden)
+        ids = torch.tensor([self.chat.prefix] * len(clips), device=self.model.device)
+        return self.model.read_prefix(ids, None, *self._audio(clips), hidden=hidden)
 
     @torch.inference_mode()
     def answer(
@@ -115,6 +109,35 @@ class Answerer:
             streamer=streamer,
         )
         return [self.chat.decode(ids) for ids in generated.tolist()]
+
+    def look(self, features: Features, question: str, answer: str) -> Look:
+        """Where in the clip and its text the tokens look that predict this answer.
+
+        Raises:
+            UserError: a conversation that is too long, or a model of flamingo streams.
+        """
+        row = self.chat.row([Question(question_id=question, question=question, answer=answer)])
+        ids, labels = (torch.from_numpy(x)[None].to(self.model.device) for x in (row.input_ids, row.labels))
+        return look(self.model, ids, labels, *self._audio([features]))
+
+    def moments(self, look: Look) -> dict[str, NDArray[np.float32]]:
+        """Pathway -> attention to each of its audio tokens, in order of time, summed over layers.
+
+        Streams whose tokens stand for no particular moment (`qformer`) are left out.
+        """
+        curves: dict[str, NDArray[np.float32]] = {}
+        for spec, weights_LN in zip(self.model.specs, look.tokens, strict=True):
+            if spec.connector.kind != "qformer":
+                name = f"{spec.integration} ({', '.join(spec.encoders)})"
+                curves[name] = weights_LN.sum(0).numpy()
+        return curves
+
+    def _audio(self, clips: Sequence[Features]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Features and lengths as the model reads them."""
+        names = self.feature_fingerprints
+        lengths = {name: torch.tensor([len(clip[name]) for clip in clips]) for name in names}
+        frames = {name: torch.from_numpy(np.concatenate([clip[name] for clip in clips])) for name in names}
+        return {name: x.to(self.model.device, self.model.dtype) for name, x in frames.items()}, lengths
 
 
 class Words(BaseStreamer):

@@ -17,7 +17,7 @@ from pipeline.features import read_encoders
 from pipeline.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.answering import Answerer
+    from pipeline.answering import Answerer, Features
     from pipeline.model import Prefix
 
 
@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     for question in arguments.question or _typed_questions():
         answers.append(ask_aloud(answerer, prefix, question, lambda text: print(text, end="", flush=True)))
         print()
+    if arguments.picture:
+        _draw(answerer, sound.features, arguments.clip, answers, sound.duration_s, arguments.picture)
     if arguments.json:
         rates = [answer.tokens_per_s for answer in answers if answer.tokens_per_s is not None]
         figures = {
@@ -86,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         help="where an encoder's weights are, if not where they were in preparation",
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw where in the clip each answer's tokens look (of several: FILE-1, ...)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write answers and figures here")
     return parser
 
@@ -110,6 +118,19 @@ def ask_aloud(answerer: Answerer, prefix: Prefix, question: str, write: Callable
     (answer,) = answerer.answer(prefix, [question], [0], streamer=words)
     first, last, tokens = words.times_s[0], words.times_s[-1], len(words.times_s)
     return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
+
+
+def _draw(
+    answerer: Answerer, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
+) -> None:
+    from pipeline.hearing import spectrogram
+    from pipeline.plots import plot_listening
+
+    background = spectrogram(clip)
+    for number, given in enumerate(answers, start=1):
+        moments = answerer.moments(answerer.look(features, given.question, given.answer))
+        figure = plot_listening(background, duration_s, moments, f"{given.question} {given.answer}")
+        figure.savefig(file if len(answers) == 1 else file.with_stem(f"{file.stem}-{number}"))
 
 
 def _typed_questions() -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Many questions about prepared clips, answered: by several processes, each clip heard once, no question asked twice.
 
-Owns groups of clips, processes and the journal; which clips, and whether the answers are right, it does not know."""
+Owns groups of clips, processes and the journal; which clips are heard, and what an answer is worth, it is not told."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from rich.progress import track
 
 from pipeline.answering import Answerer, load_answerer
 from pipeline.data.shards import FeatureSet
-from pipeline.errors import EXIT_FAILURE
+from pipeline.errors import EXIT_FAILURE, UserError
+from pipeline.scoring import Prediction
 from pipeline.streams import IntegrationKind
 
 Heard = Mapping[int, int]  # clip whose questions are asked -> clip that is heard meanwhile (itself, but for a control)
@@ -59,6 +60,36 @@ class Job:
     batch_size: int
     journal: Path
     fingerprint: str
+
+
+def open_set(place: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
+    """A set in a folder, or in an object store through a cache.
+
+    Raises:
+        UserError: as `FeatureSet`.
+    """
+    if "://" in place and cache is None:
+        raise UserError(place, "is in an object store", "give --cache a folder on a local disk")
+    return FeatureSet(place, encoders, cache)
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """`limit` of `count` numbers, evenly over all; None means all."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [place * count // limit for place in range(limit)]
+
+
+def predictions_of(features: FeatureSet, answers: Mapping[int, str]) -> list[Prediction]:
+    """Answers (by number of the question) beside the right ones, in storage order."""
+    predictions = []
+    for question in sorted(answers):
+        clip = features.clip(int(features.table.clip[question]))
+        q = clip.questions[features.table.number[question]]
+        predictions.append(
+            Prediction(q.question_id, clip.clip_id, clip.domain, q.task, q.question, q.answer, answers[question])
+        )
+    return predictions
 
 
 class Asker:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("pipeline.sweep", "run a scaling experiment: one file, many runs"),
     "ask": ("pipeline.ask", "answer questions about an audio file"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
+    "probe": ("pipeline.probe", "what a model listens to: attention, and scores with a pathway hidden"),
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.features import require_same_features
-from pipeline.scoring import CommonestAnswers, Prediction, score
+from pipeline.scoring import CommonestAnswers, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.asking import Asker
@@ -160,9 +160,11 @@ def evaluate(
     Raises:
         UserError: not a feature set, features of another encoder, or a swap of one clip.
     """
-    features = _open(place, list(fingerprints), cache)
+    from pipeline.asking import open_set, predictions_of, spread
+
+    features = open_set(place, list(fingerprints), cache)
     require_same_features(fingerprints, features.contract, place, wanted_by)
-    clips = _spread(len(features), limit)
+    clips = spread(len(features), limit)
 
     own = predictions_of(features, asker(features, place, cache, {clip: clip for clip in clips}))
     scores = score(own)
@@ -173,29 +175,9 @@ def evaluate(
         scores["swapped_audio"] = score(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
     if commonest_from is not None:
-        guess = commonest_answers(_open(commonest_from, [], cache))
+        guess = commonest_answers(open_set(commonest_from, [], cache))
         scores["commonest_answer"] = score([replace(p, prediction=guess(p.task, p.question)) for p in own])
     return scores, lines
-
-
-def _open(place: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
-    from pipeline.data.shards import FeatureSet
-
-    if "://" in place and cache is None:
-        raise UserError(place, "is in an object store", "give --cache a folder on a local disk")
-    return FeatureSet(place, encoders, cache)
-
-
-def predictions_of(features: FeatureSet, answers: Mapping[int, str]) -> list[Prediction]:
-    """Answers beside the right ones, in storage order."""
-    predictions = []
-    for question in sorted(answers):
-        clip = features.clip(int(features.table.clip[question]))
-        q = clip.questions[features.table.number[question]]
-        predictions.append(
-            Prediction(q.question_id, clip.clip_id, clip.domain, q.task, q.question, q.answer, answers[question])
-        )
-    return predictions
 
 
 def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
@@ -233,13 +215,6 @@ def commonest_answers(features: FeatureSet) -> CommonestAnswers:
     """The answers of a training set, counted; see `scoring.CommonestAnswers`."""
     questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
     return CommonestAnswers((question.task, question.question, question.answer) for question in questions)
-
-
-def _spread(clips: int, limit: int | None) -> list[int]:
-    """`limit` clip numbers, evenly over all."""
-    if limit is None or limit >= clips:
-        return list(range(clips))
-    return [place * clips // limit for place in range(limit)]
 
 
 def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:

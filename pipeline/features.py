@@ -132,12 +132,16 @@ def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str)
         values = json.loads(file.read_text(encoding="utf-8"))
         contracts = {name: EncoderContract.model_validate(contract) for name, contract in values.items()}
     else:
-        file = Path(training_set)
-        contracts = load_contract(training_set).encoders
+        try:
+            contracts = load_contract(training_set).encoders
+        except UserError as error:
+            fault = f"holds no {ENCODERS_FILE}, and the set it was trained on cannot be read ({error.where})"
+            raise UserError(folder, fault, "export the model again where its training set is") from error
     for name, fingerprint in fingerprints.items():
         if name not in contracts or contracts[name].fingerprint != fingerprint:
             fault = f"does not tell of the encoder '{name}' ({fingerprint}) that {folder} was trained with"
-            raise UserError(file, fault, "export the model again where its training set is")
+            where = file if file.is_file() else training_set
+            raise UserError(where, fault, "export the model again where its training set is")
     return {name: contracts[name] for name in fingerprints}
 
 

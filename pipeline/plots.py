@@ -274,3 +274,71 @@ def _marker_box(axes: Axes, point: Point, radius: float) -> Bbox:
 def _clashes(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> int:
     outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
     return sum(box.overlaps(other) for other in taken) + 10 * outside
+
+
+def plot_attention_by_layer(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    """Shares of text, LAL and PLITS in each layer's attention, stacked.
+
+    Args:
+        rows: of `pal probe`: `layer`, `text`, `lal`, `plits` (0 to 1, sum 1).
+    """
+    figure, axes = _new_figure(title, "layer", "attention of the answer's tokens (%)")
+    layers = [row["layer"] for row in rows]
+    bottom = np.zeros(len(rows))
+    for kind, label, colour in (("lal", "LAL", 0), ("plits", "PLITS", 1), ("text", "text", 6)):
+        share = np.array([row[kind] for row in rows])
+        axes.bar(layers, share, bottom=bottom, color=_colour(colour), alpha=0.25 if kind == "text" else 1, label=label)
+        bottom += share
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.set_ylim(0, 1)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    return figure
+
+
+def plot_attention_by_head(shares: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
+    """Heat maps of layers and heads, one for each pathway; shares[pathway][layer][head] from 0 to 1, one scale."""
+    figure = Figure(figsize=(1.5 + 4.5 * len(shares), 4.6), dpi=DPI, layout="constrained")
+    figure.suptitle(title)
+    highest = max(float(np.max(values)) for values in shares.values())
+    panels = figure.subplots(1, len(shares), squeeze=False)[0]
+    for axes, (name, values) in zip(panels, shares.items(), strict=True):
+        shown = np.ma.masked_equal(np.asarray(values), 0)  # a layer without this pathway stays white
+        image = axes.imshow(shown, aspect="auto", cmap="viridis", vmin=0, vmax=highest, origin="lower")
+        axes.set(title=name.upper(), xlabel="head", ylabel="layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, ax=panels, format=PercentFormatter(1, symbol=""))
+    bar.set_label("share of the head's attention (%)")
+    return figure
+
+
+def plot_listening(
+    spectrogram: npt.NDArray[np.float32],
+    duration_s: float,
+    moments: Mapping[str, npt.NDArray[np.float32]],
+    title: str,
+) -> Figure:
+    """Where in a clip an answer's tokens look, over its log-mel spectrogram.
+
+    Args:
+        spectrogram: (columns, mel bins) of the whole clip.
+        moments: pathway -> attention to each of its tokens, in order of time, evenly over the clip.
+    """
+    figure = Figure(figsize=(8.5, 4.0), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(
+        spectrogram.T, aspect="auto", origin="lower", cmap="gray_r", extent=(0, duration_s, 0, spectrogram.shape[1])
+    )
+    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
+    right = axes.twinx()
+    right.set_ylabel("attention (1 = even over the clip)")
+    for index, (name, weights) in enumerate(moments.items()):
+        edges = np.linspace(0, duration_s, len(weights) + 1)
+        density = weights / max(float(weights.mean()), 1e-12)
+        right.stairs(density, edges, color=_colour(index), linewidth=2, label=name)
+        right.stairs(density, edges, color=_colour(index), fill=True, alpha=0.12)
+    right.set_xlim(0, duration_s)
+    right.set_ylim(bottom=0)
+    right.legend(loc="upper right")
+    return figure

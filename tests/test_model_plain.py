@@ -77,6 +77,33 @@ def test_hidden_audio_leaves_the_plain_model_with_a_gap(
         assert (plain_logits(model, text, list(range(len(text)))) - expected).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize("preset", ["plits", "lal", "pal_v2", "pal_v3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_all_pathways_hidden_leave_the_plain_model_with_a_gap(family: str, preset: str) -> None:
+    before, question, frames = [5, 6], [7, 8, 9], 7
+    with lifted_to_float64():
+        model = build(preset, family).to(torch.float64)  # type: ignore[arg-type]
+        clip = batch([[*before, AUDIO_TOKEN]], [frames])
+        audio = {name: x.double() for name, x in clip.audio_features.items()}
+
+        def logits(*hidden: str) -> Tensor:
+            prefix = model.read_prefix(clip.input_ids, None, audio, clip.audio_lengths, hidden=hidden)
+            out = model.generate(
+                torch.tensor([question]),
+                prefix=prefix,
+                prefix_rows=torch.tensor([0]),
+                max_new_tokens=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            begin = int(prefix.next_position)
+            expected = plain_logits(model, before + question, [0, 1, *range(begin, begin + len(question))])[-1]
+            return (out.logits[0][0] - expected).abs().max()
+
+        assert logits("lal", "plits") < ROUNDING
+        assert logits() > 1e-4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_untrained_flamingo_is_the_plain_model_to_the_last_bit(family: str) -> None:
     """Its gates are shut, and its audio takes no positions: text beside clips is as without them."""

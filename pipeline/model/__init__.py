@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.configuration import PalConfig
 from pipeline.model.generation import Prefix
+from pipeline.model.looking import KINDS, Look, look
 from pipeline.model.lora import add_lora, lora_parameters, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
@@ -12,12 +13,15 @@ AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
 
 __all__ = [
+    "KINDS",
+    "Look",
     "PalConfig",
     "PalForCausalLM",
     "Prefix",
     "TrainableSet",
     "add_lora",
     "count_parameters",
+    "look",
     "lora_parameters",
     "merge_lora",
     "set_trainable",

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from pipeline.model.context import AttentionContext
-from pipeline.model.kernels import KeysValues, attend
+from pipeline.model.kernels import KeysValues, attend, attention_weights
 from pipeline.model.unpacking import Unpacking
 
 # No mask builder is registered under this name, so transformers makes no mask of its own.
@@ -51,6 +52,10 @@ def pal_attention(
     elif active:
         blocks.insert(0, pal.audio.lal(layer))
     settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+    if pal.watch is not None:
+        mask = pal.mask(active, window, query, flex=False)
+        assert not isinstance(mask, BlockMask)
+        pal.watch(layer, attention_weights(query, blocks, mask, scaling=scaling, softcap=softcap))
     flex = dropout == 0 and pal.prefers_flex(active, query)
     if pal.unpacking is not None and not flex:
         out = _attend_unpacked(pal, pal.unpacking, active, query, blocks, window, settings)

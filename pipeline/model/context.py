@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Literal
 
@@ -27,6 +28,7 @@ class AttentionContext:
         max_position: no position is larger.
         attention_path: `sdpa`, `flex`, or `auto`: FlexAttention on a GPU where rows are packed or long.
         unpacking: how to attend to packed questions as rows of their own; None for rows as they are.
+        watch: is given each layer's number and its attention weights, (B, heads, Nq, Nk) over `keys(active)`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class AttentionContext:
         system_text_sees_audio: bool,
         attention_path: AttentionPath = "auto",
         unpacking: Unpacking | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self.query = query
         self.key = key
@@ -52,6 +55,7 @@ class AttentionContext:
         self.system_text_sees_audio = system_text_sees_audio
         self.attention_path = attention_path
         self.unpacking = unpacking
+        self.watch = watch
         self._masks: dict[tuple[tuple[int, ...], int | None, bool], Tensor | BlockMask] = {}
         self._flamingo: dict[int, Tensor] = {}
 

@@ -72,6 +72,16 @@ def _compiled_flex() -> Callable[..., Any]:
     return torch.compile(flex_attention)  # uncompiled it would write out all scores
 
 
+def attention_weights(
+    query: Tensor, blocks: Sequence[KeysValues], mask: Tensor | None, *, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """What `attend` weighs the values with: (B, heads, N, sum of K) float32, each row sums to 1. For looking at."""
+    n = query.shape[2]
+    if mask is None:
+        mask = torch.full((n, n), float("-inf"), dtype=query.dtype, device=query.device).triu(1)[None, None]
+    return _weights(query, blocks, mask, scaling, softcap).flatten(1, 2)
+
+
 def _written_out(
     query: Tensor,
     blocks: Sequence[KeysValues],
@@ -81,17 +91,25 @@ def _written_out(
     softcap: float | None,
 ) -> Tensor:
     """Scores block by block: copies no key and no value (decoding), and can bound the scores (Gemma 2)."""
+    n = query.shape[2]
+    weights = _weights(query, blocks, mask, scaling, softcap).to(query.dtype)
+    weights = F.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
+    parts = weights.split([k.shape[2] for k, _ in blocks], dim=-1)
+    out = torch.stack([_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)]).sum(0)
+    return out.unflatten(2, (-1, n)).flatten(1, 2)
+
+
+def _weights(
+    query: Tensor, blocks: Sequence[KeysValues], mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """(B, kv_heads, heads that share them, N, sum of K), float32 at least."""
     n, kv_heads = query.shape[2], blocks[-1][0].shape[1]
     q_BKGD = query.unflatten(1, (kv_heads, -1)).flatten(2, 3)  # heads that share keys, and queries, in one axis
     scores = torch.cat([_matmul(q_BKGD, k.transpose(2, 3)) for k, _ in blocks], dim=-1) * scaling
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.unflatten(2, (-1, n)) + mask[:, None]
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = F.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
-    parts = weights.split([k.shape[2] for k, _ in blocks], dim=-1)
-    out = torch.stack([_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)]).sum(0)
-    return out.unflatten(2, (-1, n)).flatten(1, 2)
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def _matmul(x_BKND: Tensor, y_BKDM: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import Layout, build_layout
 from pipeline.model.lora import adapt
 from pipeline.streams import Stream, check_streams
+
+
+@dataclass
+class PalOutput(CausalLMOutputWithPast):
+    """What `PalForCausalLM` returns.
+
+    Attributes:
+        token_losses: (M,) cross-entropy of each token that carries loss, without gradient.
+        target_tokens: (M,) flat index b * T + t of those tokens in `input_ids`.
+    """
+
+    token_losses: Tensor | None = None
+    target_tokens: Tensor | None = None
 
 
 class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
@@ -147,6 +161,8 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Loss, or logits, of a batch.
 
+        All but the features is read on the host: a batch that lies there need not be waited for.
+
         Args:
             input_ids: (B, T); each clip is one placeholder token `audio_token_id`.
             attention_mask: (B, T), 1 = real token; None means all are.
@@ -159,8 +175,8 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             inputs_embeds, past_key_values, decoding, use_cache, return_dict: of `generate`, for its steps.
 
         Returns:
-            `loss`, or `logits` (B, T, vocabulary): of each token the prediction of the next (a placeholder predicts
-            what follows the clip; at padding they mean nothing).
+            `PalOutput` with `loss`, or `logits` (B, T, vocabulary): of each token the prediction of the next (a
+            placeholder predicts what follows the clip; at padding they mean nothing).
 
         Raises:
             UserError: placeholders and clips disagree, or features are unfit.
@@ -179,12 +195,12 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)
         if labels is None:
-            return CausalLMOutputWithPast(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
+            return PalOutput(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
         logits = self.vocabulary_logits(hidden_ND[layout.predictors])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, layout.targets, reduction="sum")
+        losses = F.cross_entropy(logits, layout.targets, reduction="none")
         count = max(len(layout.targets), 1) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / count)
+        return PalOutput(loss=losses.sum() / count, token_losses=losses.detach(), target_tokens=layout.target_tokens)
 
     def audio_tokens(
         self, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None
@@ -214,7 +230,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         clips: Tensor | None = None,
         pad_left: bool = False,
     ) -> Layout:
-        """The batch as the language model sees it, on the batch's device; see `build_layout`."""
+        """The batch as the language model sees it, on the model's device; see `build_layout`."""
         none = torch.empty(0, dtype=torch.long)
         layout = build_layout(
             input_ids.cpu(),
@@ -228,7 +244,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             clips=clips,
             pad_left=pad_left,
         )
-        return layout.to(input_ids.device)
+        return layout.to(self.get_input_embeddings().weight.device)  # type: ignore[arg-type]
 
     def embed(self, layout: Layout, audio: AudioTokens) -> Tensor:
         """(B, T, d): text embeddings with the tokens of PLITS at their entries."""
@@ -247,8 +263,10 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             x_BTD = x_BTD.flatten(0, 1).index_copy(0, layout.sequence_entries[i], x_ND).view_as(x_BTD)
         return x_BTD
 
-    def attention_context(self, layout: Layout, audio: AudioKeys) -> AttentionContext:
-        """The context of a pass over all entries of a layout."""
+    def attention_context(
+        self, layout: Layout, audio: AudioKeys, watch: Callable[[int, Tensor], None] | None = None
+    ) -> AttentionContext:
+        """The context of a pass over all entries of a layout; `watch` is given every layer's attention weights."""
         return AttentionContext(
             layout.places,
             layout.places,
@@ -258,6 +276,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             system_text_sees_audio=self.config.system_text_sees_audio,
             attention_path=self.attention_path,
             unpacking=layout.unpacking,
+            watch=watch,
         )
 
     def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:

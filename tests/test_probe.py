@@ -1,0 +1,48 @@
+"""`pal probe`: shares that sum to 1, scores with each pathway hidden, pictures; `pal ask --picture` draws any file."""
+
+import json
+from pathlib import Path
+
+import pytest
+from corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
+from test_ask import folder  # noqa: F401 (a fixture)
+
+from pipeline.ask import main as ask
+from pipeline.errors import UserError
+from pipeline.probe import main
+
+
+def test_the_command_writes_shares_scores_and_pictures(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    out, file = tmp_path / "pictures", tmp_path / "probe.json"
+    arguments = ["--out", str(out), "--json", str(file), "--max-new-tokens=2", "--questions=2"]
+    assert main([str(folder / "model"), str(folder / "set"), *arguments]) == 0
+    figures = json.loads(file.read_text())
+    assert [row["layer"] for row in figures["attention_mass"]] == [0, 1, 2]
+    for row in figures["attention_mass"]:
+        for shares in (row, *row["by_head"], *row["by_domain"].values()):
+            assert sum(shares[kind] for kind in ("text", "lal", "plits")) == pytest.approx(1)
+        assert (row["lal"] > 0) == (row["layer"] < 1), "a third of three layers"
+    assert list(figures["masking"]) == ["none", "lal", "plits", "lal+plits"]
+    assert all(set(row) >= {"accuracy", "ci95", "by_domain"} for row in figures["masking"].values())
+    names = {file.name for file in out.iterdir()}
+    assert names >= {"attention_by_layer.png", "attention_by_head.png", "masking.png"}
+    assert any(name.startswith("listening_") for name in names)
+
+
+def test_a_foreign_set_and_impossible_settings_are_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    model = str(folder / "model")
+    with pytest.raises(UserError, match="--questions"):
+        main([model, str(folder / "set"), "--questions=0"])
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", tone(0.5, 16000), 16000)
+    manifest = write_manifest(tmp_path / "m.jsonl", [clip_row("a", "a.wav")])
+    prepare_here(prepare_config(manifest, tmp_path / "set", encoders={"log_mel": {"kind": "log_mel", "num_mels": 32}}))
+    with pytest.raises(UserError, match="have fingerprint"):
+        main([model, str(tmp_path / "set")])
+
+
+def test_a_question_is_drawn(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    arguments = [str(folder / "model"), str(folder / "clip.flac"), "What?", "Why?", "--max-new-tokens=2"]
+    assert ask([*arguments, "--picture", str(tmp_path / "look.png")]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {"look-1.png", "look-2.png"}

@@ -90,6 +90,36 @@ def peak_memory_gib(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
+# Dense half-precision products, from the makers' data sheets, by a part of the device's name; the first that fits.
+_PEAK_TFLOPS = (
+    ("B200", 2250.0),
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("A100", 312.0),
+    ("L40S", 362.0),
+    ("A40", 150.0),
+    ("A10G", 70.0),
+    ("L4", 121.0),
+)
+
+
+def peak_flops(device: torch.device, precision: str, peak_tflops: float | None) -> float | None:
+    """Most FLOP/s of one device; None where neither the setting nor the device's name tells.
+
+    Args:
+        peak_tflops: the setting.
+    """
+    if peak_tflops is not None:
+        return peak_tflops * 1e12
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+
+
 def duration(seconds: float) -> str:
     """`1 h 05 min`, `2 min 10 s` or `7 s`."""
     whole = round(seconds)

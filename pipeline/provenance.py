@@ -24,6 +24,7 @@ _FREE = (
     "train.evaluate_every_steps",
     "train.log_every_steps",
     "train.max_skipped_steps",
+    "train.peak_tflops",
 )
 
 

@@ -7,6 +7,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from pipeline.data.loader import evaluation_batches
 from pipeline.data.shards import FeatureSet
 from pipeline.distributed import Ranks
 from pipeline.keeper import Keeper
-from pipeline.metrics import Meter, Work, duration, peak_memory_gib
+from pipeline.metrics import WORK_FIELDS, Meter, Work, duration, peak_flops, peak_memory_gib
 from pipeline.model import count_parameters
+from pipeline.step_measures import IGNORED_LABEL, TaskLosses, step_flops
 from pipeline.tracking import Status, Tracker, read_metrics
 
 MODEL, SKIPPED = "model", "skipped.jsonl"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
-IGNORED_LABEL = -100
 FINAL_LOSS_RECORDS = 10
 Batch = dict[str, Any]
 
@@ -61,6 +62,7 @@ class Trainer:
         self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
         self.goal = self.train.tokens or self.total_steps or 0  # in tokens or in steps
         self.meter = Meter()
+        self.peak_flops = peak_flops(self.engine.device, self.train.precision, self.train.peak_tflops)
         self.skipped_in_a_row = 0
         self.gradients_checked = False
         self.stop = stop
@@ -126,18 +128,22 @@ class Trainer:
         torch.manual_seed(hash((self.train.seed, self.step, self.ranks.rank)) % 2**63)
         loss = torch.zeros((), device=self.engine.device)
         num_items = total_answer_tokens * self.engine.loss_share
+        step, seen_tokens = self.step + 1, self.seen_tokens + int(total_text_tokens)
+        last = (seen_tokens if self.train.tokens else step) >= self.goal
+        tasks = TaskLosses(self.loader.tasks) if step % self.train.log_every_steps == 0 or step == 1 or last else None
         for number, batch in enumerate(micro_batches, start=1):
-            loss += self.engine.backward(self._inputs(batch, num_items), last=number == len(micro_batches))
+            look = None if tasks is None else partial(_add_losses, tasks, batch)
+            inputs = self._inputs(batch, num_items)
+            loss += self.engine.backward(inputs, last=number == len(micro_batches), look=look)
             self.meter.count(len(batch["question_ids"]), _count_text_tokens(batch), sum(batch["audio_s"]))
         if not self.gradients_checked:
             self._check_gradients(micro_batches)
-        self.step += 1
-        self.seen_tokens += int(total_text_tokens)
+        self.step, self.seen_tokens = step, seen_tokens
         schedule = self.train.warmup_fraction, self.train.final_learning_rate_fraction
         factor = zero.rate_factor(self.done, self.goal, *schedule)
         applied = self.engine.step(factor)
-        if self._due("log_every_steps") or self.step == 1 or self.done >= self.goal or not applied:
-            self._log_step(loss, factor)
+        if tasks is not None or not applied:
+            self._log_step(loss, factor, micro_batches, tasks or TaskLosses([]))
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
             self._note_skipped(micro_batches)
@@ -158,12 +164,10 @@ class Trainer:
         return every_steps is not None and self.step % every_steps == 0
 
     def _inputs(self, batch: Batch, num_items: float) -> Batch:
-        def move(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: move(v) for name, v in value.items()}
-            return value.to(self.engine.device, non_blocking=True)
-
-        return {name: move(batch[name]) for name in MODEL_INPUTS} | {"num_items_in_batch": num_items}
+        features = batch["audio_features"].items()
+        on_device = {name: frames.to(self.engine.device, non_blocking=True) for name, frames in features}
+        inputs = {name: batch[name] for name in MODEL_INPUTS}
+        return {**inputs, "audio_features": on_device, "num_items_in_batch": num_items}
 
     def _validate(self, features: FeatureSet) -> None:
         """Records the mean loss of an answer token on held-out questions."""
@@ -191,15 +195,23 @@ class Trainer:
 
     # ---- what is told ---------------------------------------------------------------------------------------------
 
-    def _log_step(self, loss: torch.Tensor, factor: float) -> None:
-        mine = [float(loss) * self.engine.loss_share, *astuple(self.meter.lap())]
-        mean_loss, *work = self.engine.sum_over_ranks(mine)
-        rates = Work(*work).rates(self.ranks.world_size)
-        self.work += Work(*work)
+    def _log_step(self, loss: torch.Tensor, factor: float, micro_batches: list[Batch], tasks: TaskLosses) -> None:
+        text_tokens = sum(map(_count_text_tokens, micro_batches))
+        flops = step_flops(self.parts.model.config, micro_batches, self.train.trainable) if self.peak_flops else 0
+        mine = [float(loss) * self.engine.loss_share, text_tokens, flops, *tasks.to_list(), *astuple(self.meter.lap())]
+        mean_loss, step_tokens, step_operations, *others = self.engine.sum_over_ranks(mine)
+        work = Work(*others[-len(WORK_FIELDS) :])
+        rates = work.rates(self.ranks.world_size)
+        self.work += work
+        if self.peak_flops is not None:
+            # Of all steps since the last one that was logged, if they cost as much a token as this one.
+            operations = step_operations * work.text_tokens / step_tokens
+            rates["mfu"] = operations / (work.elapsed_s * self.peak_flops)
         norm = float(self.engine.gradient_norm)
         self._record(
             {
                 "train/loss": mean_loss,
+                **{f"train/{name}": value for name, value in tasks.metrics(others).items()},
                 "train/gradient_norm": norm,
                 "train/skipped_steps": self.engine.skipped_steps,
                 "train/peak_memory_gib": peak_memory_gib(self.engine.device),
@@ -212,7 +224,8 @@ class Trainer:
             f"{self._where}  loss {mean_loss:7.4f}  "
             f"lr {self.train.learning_rate * factor:.2e}  grad {norm:6.3f}  "
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
-            f"{duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
+            + (f"mfu {rates['mfu']:4.0%}  " if "mfu" in rates else "")
+            + f"{duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
         )
 
     @property
@@ -299,6 +312,10 @@ class Trainer:
         results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
         (self.output / checkpoint.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
+
+
+def _add_losses(tasks: TaskLosses, batch: Batch, output: Any) -> None:
+    tasks.add(batch, output.token_losses, output.target_tokens)
 
 
 def _count_text_tokens(batch: Batch) -> int:

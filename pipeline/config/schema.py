@@ -265,6 +265,8 @@ class TrainConfig(Strict):
         loss_on: `answer` tokens only, or also the `prompt` (all text).
         zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
         collective_timeout_s: a rank that waits longer for another one ends the job instead of hanging.
+        peak_tflops: of one device at this precision, for the model FLOP/s utilisation; None: as its name tells, and no
+            utilisation where that is not known.
         max_skipped_steps: this many steps in a row whose gradient is not finite end the job; single ones are skipped.
     """
 
@@ -292,6 +294,7 @@ class TrainConfig(Strict):
     log_every_steps: PositiveInt = 10
     evaluate_every_steps: PositiveInt | None = None
     collective_timeout_s: PositiveInt = 1800
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None
     max_skipped_steps: PositiveInt = 10
     checkpoint: CheckpointConfig = CheckpointConfig()
 

@@ -23,7 +23,7 @@ from pipeline.model.families import (
 )
 from pipeline.model.kernels import KeysValues, attend
 from pipeline.model.lines import clip_places, streams_at_layer
-from pipeline.model.places import AudioPlaces
+from pipeline.model.places import AudioPlaces, send
 from pipeline.model.recompute import recomputed
 from pipeline.model.visibility import Rule, additive_mask
 
@@ -155,14 +155,16 @@ class AudioKeys:
         k_NHE, v_NHE = project_keys_values(attention, self.family, x_ND)
         q_NHE = project_heads(attention, self.family, "q", x_ND)
         source, places = audio.source, audio.places.to(x_ND.device)
-        rows = [x[source.to(x.device)] for x in (q_NHE, k_NHE, v_NHE)]
+        here = send(source, x_ND.device)
+        rows = [x[here] for x in (q_NHE, k_NHE, v_NHE)]
         cos, sin = rope(self.language_model, layer, x_ND, places.position)
         q, k, v = (x.transpose(1, 2) for x in (rotate(rows[0], cos, sin), rotate(rows[1], cos, sin), rows[2]))
         mask = additive_mask(Rule(sliding_window(config, layer)), places, places, q.dtype)
         out = attend(q, [(k, v)], mask, scaling=attention.scaling, softcap=score_softcap(config))
-        flat = out.transpose(1, 2).flatten(2)[places.valid]
+        valid = send(audio.places.valid.flatten().nonzero()[:, 0], x_ND.device)
+        flat = out.transpose(1, 2).flatten(2).flatten(0, 1)[valid]
         # Rows hold the clips' tokens stream by stream; back to the order of the flat tokens.
-        found = attention.o_proj(torch.zeros_like(flat).index_copy(0, source.to(flat.device)[places.valid], flat))
+        found = attention.o_proj(torch.zeros_like(flat).index_copy(0, here.flatten()[valid], flat))
         return k_NHE, v_NHE, carry + found
 
 

@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.model.cross_attention import CrossAttention
 from pipeline.model.lfst import LfstConnector
 from pipeline.model.mlp import Mlp
+from pipeline.model.places import send
 from pipeline.streams import Connector
 
 # BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), as audio models use it; 32 queries are in `streams.Connector`.
@@ -112,7 +113,7 @@ class QFormerConnector(OneEncoderConnector):
     def forward(self, features: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
         frames = self.frames_norm(self.frames_in(features[0]))
         frames_CFH = pad_sequence(list(frames.split(lengths[0].tolist())), batch_first=True)
-        seen_C1F = (torch.arange(frames_CFH.shape[1]) < lengths[0][:, None])[:, None].to(frames.device)
+        seen_C1F = send((torch.arange(frames_CFH.shape[1]) < lengths[0][:, None])[:, None], frames.device)
         x_CQH = self.queries.expand(len(frames_CFH), -1, -1)
         for block in self.blocks:
             x_CQH = block(x_CQH, frames_CFH, seen_C1F.expand(-1, x_CQH.shape[1], -1))

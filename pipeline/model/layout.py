@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.model.lines import beside_sets, clip_line
-from pipeline.model.places import AudioPlaces, Places, place_beside
+from pipeline.model.places import AudioPlaces, Places, place_beside, send
 from pipeline.model.unpacking import Unpacking, find_unpacking
 from pipeline.streams import IntegrationKind, Stream
 
@@ -33,6 +33,7 @@ class Layout:
         input_entries: (B, T_in) flat entry b * T + t of each input token; of a placeholder and of padding the entry
             before what follows, whose prediction is the next token.
         predictors, targets: (M,) flat entries b * T + t that carry loss and the token each must predict.
+        target_tokens: (M,) flat input token b * T_in + t that each target is.
         next_position: (B,) position of the first token to be generated.
         max_position: the largest position of the batch.
         reuses_clips: placeholders do not take the clips in their order, each once: `sequence_sources` picks.
@@ -48,6 +49,7 @@ class Layout:
     input_entries: Tensor
     predictors: Tensor
     targets: Tensor
+    target_tokens: Tensor
     next_position: Tensor
     max_position: int
     reuses_clips: bool
@@ -59,7 +61,7 @@ class Layout:
             return self
 
         def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
+            return send(value, device)
 
         return Layout(
             move(self.token_ids),
@@ -70,6 +72,7 @@ class Layout:
             move(self.input_entries),
             move(self.predictors),
             move(self.targets),
+            move(self.target_tokens),
             move(self.next_position),
             self.max_position,
             self.reuses_clips,
@@ -147,7 +150,7 @@ def build_layout(
         start = start + (total - lengths)[:, None]
 
     batch = len(input_ids)
-    out = {name: torch.zeros(batch, total, dtype=torch.long) for name in ("token_ids", "segment")}
+    out = {name: torch.zeros(batch, total, dtype=torch.long) for name in ("token_ids", "segment", "input")}
     out["position"] = torch.full((batch, total), -1)
     out["labels"] = torch.full((batch, total), IGNORED_LABEL)
     out_valid = torch.zeros(batch, total, dtype=torch.bool)
@@ -155,6 +158,7 @@ def build_layout(
     text_row, text_column = (valid & ~placeholder).nonzero(as_tuple=True)
     text_entry = start[text_row, text_column]
     out["token_ids"][text_row, text_entry] = input_ids[text_row, text_column]
+    out["input"][text_row, text_entry] = text_row * input_ids.shape[1] + text_column
     out["position"][text_row, text_entry] = position[text_row, text_column]
     out["segment"][text_row, text_entry] = segment[text_row, text_column]
     if labels is not None:
@@ -182,7 +186,7 @@ def build_layout(
     empty = torch.empty(0, 4, dtype=torch.long)
     flats = [torch.cat(parts) if parts else empty for parts in flat]
     counts = [int(n.sum()) for n in token_counts]
-    predictors, targets = _targets(out["labels"], out["segment"], out_valid)
+    predictors, target_entries = _targets(out["labels"], out["segment"], out_valid)
     places = Places(out["position"], out["segment"], out_valid, out_audio)
     return Layout(
         token_ids=out["token_ids"],
@@ -193,7 +197,8 @@ def build_layout(
         beside={key: place_beside(key, flats, counts, batch) for key in beside_sets(streams)},
         input_entries=(start + entries - 1).clamp(min=0) + torch.arange(batch)[:, None] * total,
         predictors=predictors,
-        targets=targets,
+        targets=out["labels"].flatten()[target_entries],
+        target_tokens=out["input"].flatten()[target_entries],
         next_position=torch.where(valid, position + slots, 0).amax(1),
         max_position=int(position.max() + slots.max()) if position.numel() else 0,
         reuses_clips=not torch.equal(clips, torch.arange(num_clips)),
@@ -215,7 +220,7 @@ def _positions(slots: Tensor, segment: Tensor, valid: Tensor) -> Tensor:
 
 
 def _targets(labels: Tensor, segment: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of the entry that predicts and the token it must predict.
+    """Pairs of the flat entry that predicts and the flat entry of the token that it must predict.
 
     A token is predicted by the entry before it in its own segment; the first of a segment by the last entry of the
     prefix, as if its conversation stood alone.
@@ -233,4 +238,4 @@ def _targets(labels: Tensor, segment: Tensor, valid: Tensor) -> tuple[Tensor, Te
             before = torch.where(before < 0, prefix_last, before)
         previous = torch.where(here, before, previous)
     row, column = ((labels != IGNORED_LABEL) & valid & (previous >= 0)).nonzero(as_tuple=True)
-    return row * total + previous[row, column], labels[row, column]
+    return row * total + previous[row, column], row * total + column

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. What comes from the host is pinned first: a copy from other memory waits for the device."""
+    if value.device.type == "cpu" and device.type == "cuda":
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Places:
     """What the visibility rule reads of queries or keys; every tensor is (B, N).
@@ -30,7 +37,7 @@ class Places:
         return Places(*(function(getattr(self, f.name)) for f in fields(self)))
 
     def to(self, device: torch.device) -> Places:
-        return self.map(lambda x: x.to(device, non_blocking=True))
+        return self.map(lambda x: send(x, device))
 
     def expand(self, rows: int) -> Places:
         """The same places for each of `rows` rows, where there is but one."""
@@ -86,7 +93,7 @@ class AudioPlaces:
         return replace(self, places=places)
 
     def to(self, device: torch.device) -> AudioPlaces:
-        return AudioPlaces(self.places.to(device), self.source.to(device, non_blocking=True), self.regular)
+        return AudioPlaces(self.places.to(device), send(self.source, device), self.regular)
 
 
 def place_beside(key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence[int], batch: int) -> AudioPlaces:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pipeline.model.kernels import KeysValues
-from pipeline.model.places import Places
+from pipeline.model.places import Places, send
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Unpacking:
     valid: Tensor
 
     def to(self, device: torch.device) -> Unpacking:
-        return Unpacking(self.prefix, self.row.to(device), self.entry.to(device), self.valid.to(device))
+        return Unpacking(self.prefix, send(self.row, device), send(self.entry, device), send(self.valid, device))
 
     def prefix_places(self, places: Places) -> Places:
         """Of the prefixes, (B, P); entries of questions that reach into these columns are not valid."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,21 +118,26 @@ class Engine:
         self._engine.train()
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The scalar loss of one micro-batch that lies on `device`."""
+        """The scalar loss of one micro-batch."""
         return self._engine(**batch).loss
 
-    def backward(self, batch: Mapping[str, Any], *, last: bool) -> torch.Tensor:
+    def backward(
+        self, batch: Mapping[str, Any], *, last: bool, look: Callable[[Any], None] | None = None
+    ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its detached loss, still on the device.
 
         Args:
             last: of the optimizer step, whose number of micro-batches may vary from step to step.
+            look: is given what the model returned.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        loss = self.forward(batch)
-        self._engine.backward(loss)
+        output = self._engine(**batch)
+        self._engine.backward(output.loss)
         if not last:
             self._engine.step()
-        return loss.detach()
+        if look is not None:
+            look(output)
+        return output.loss.detach()
 
     def groups_without_gradient(self) -> list[str]:
         """Groups in which every gradient is zero; after the last backward and before `step`. Called by all ranks."""

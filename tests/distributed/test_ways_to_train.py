@@ -70,6 +70,13 @@ def test_micro_batches_of_varying_number_give_the_same_losses(folder: Path) -> N
             assert found["train/gradient_norm"] == pytest.approx(step["train/gradient_norm"], rel=1e-5), way
 
 
+def test_the_loss_is_told_by_task(folder: Path) -> None:
+    for way in SAME_CURVE:
+        for _, metrics in read_metrics(folder / way):
+            what, count = (metrics[f"train/loss/{task}"] for task in ("what", "count"))
+            assert min(what, count) < metrics["train/loss"] < max(what, count)
+
+
 def test_a_run_as_long_as_its_tokens(folder: Path) -> None:
     """Its rate is a function of the share of tokens that it has seen."""
     seen, peak = seen_tokens(folder / "tokens"), 1e-3

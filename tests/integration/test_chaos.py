@@ -17,6 +17,8 @@ from data_prep import validate
 from pipeline.config.loading import dump_config
 from tests.corpora import clip_row, hashes, prepare_config, prepare_here, write_corpus, write_manifest
 
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
 
 class Chaos:
     """A Ray cluster of two nodes on this machine, and what kills parts of it."""
@@ -25,9 +27,8 @@ class Chaos:
         os.environ["RAY_AUTH_MODE"] = "disabled"
         from ray.cluster_utils import Cluster
 
-        node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=node)
-        self._second = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        self._cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        self._second = self._cluster.add_node(**NODE)
         self._random = random.Random(seed)
         self.kills: collections.Counter[str] = collections.Counter()
 
@@ -73,7 +74,7 @@ class Chaos:
             self._random.choice(workers).kill()
         else:
             self._cluster.remove_node(self._second, allow_graceful=False)
-            self._second = self._cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+            self._second = self._cluster.add_node(**NODE)
         self.kills[what] += 1
 
     def close(self) -> None:
@@ -142,9 +143,9 @@ def test_a_driver_whose_node_is_lost_ends_and_says_so(tmp_path):
     chaos = Chaos(seed=0)
     try:
         with chaos.start_driver(config_file) as driver:  # it waits for a worker that no node has room for
-            while not (tmp_path / "set" / "plan").exists():
-                time.sleep(0.1)
-            time.sleep(3)
+            assert driver.stderr is not None
+            while b"clips/s" not in driver.stderr.readline():
+                pass
             chaos.lose_all_nodes()
             _, told = driver.communicate()
         assert driver.returncode == 1 and "node left the cluster" in told.decode()

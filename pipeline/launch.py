@@ -28,9 +28,26 @@ LOG = "launcher.log"
 RANKS = "ranks"  # folder of an output: one file for each rank of the latest job, where it runs
 FAILURES = "failures"  # likewise, for each rank that ended with an error, why
 _SUPERVISED = "PAL_SUPERVISED"
+_MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
 _LOG_TAIL_LINES = 15
 _SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # shorter values are words, and masking them would make a log unreadable
+
+
+def devices(nproc: int | None) -> tuple[bool, int]:
+    """Whether ranks run on GPUs, and how many there are on this machine.
+
+    Raises:
+        UserError: `nproc` is not possible here.
+    """
+    import torch
+
+    if nproc is not None and nproc < 1:
+        raise UserError("--nproc", f"is {nproc}", "give 1 or more")
+    gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
+    if gpus and nproc and nproc > gpus:
+        raise UserError("--nproc", f"is {nproc}, this machine has {gpus} GPUs", "give at most that")
+    return gpus > 0, nproc or gpus or 1
 
 
 def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
@@ -58,9 +75,19 @@ def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
 
 
 def supervise(
-    arguments: Sequence[str], output: Path, *, nproc: int | None, hostfile: Path | None, on_gpu: bool
+    arguments: Sequence[str],
+    output: Path,
+    *,
+    nproc: int | None,
+    hostfile: Path | None,
+    on_gpu: bool,
+    module: str = "pipeline.train",
+    show: Callable[[str], None] = lambda line: print(line, end="", flush=True),
 ) -> tuple[int, str]:
-    """Runs `pipeline.train ARGUMENTS` on every rank until it ends.
+    """Runs `MODULE ARGUMENTS` on every rank until it ends.
+
+    Args:
+        show: receives the lines that ranks wrote with `say`.
 
     Returns:
         the exit code, and what to tell the user about a failure (empty when there was none).
@@ -68,7 +95,7 @@ def supervise(
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
     command += ["--master_port", str(free_port()), "--hostfile", str(hostfile or os.devnull)]
     command += ["--num_accelerators", str(nproc)] if nproc else []
-    command += ["pipeline.train", *arguments]
+    command += [module, *arguments]
     output.mkdir(parents=True, exist_ok=True)
     for folder in (FAILURES, RANKS):
         for left_over in (output / folder).glob("*.json"):
@@ -91,8 +118,9 @@ def supervise(
                 line = _masked(line, secrets)
                 with contextlib.suppress(OSError):  # a full disk must not end the job
                     log.write(line.encode())
-                if line.startswith(CONSOLE):
-                    print(line.removeprefix(CONSOLE), end="", flush=True)
+                _, marked, said = line.partition(CONSOLE)  # pdsh puts the host before it
+                if marked:
+                    show(said)
             code = process.wait()
     code, message = _explain(code, output)
     return code, _masked(message, secrets)
@@ -112,7 +140,7 @@ def _masked(text: str, secrets: Sequence[str]) -> str:
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    own = {_SUPERVISED: "1", "PYTHONUNBUFFERED": "1"}
+    own = {_SUPERVISED: "1", _MARKED: "1", "PYTHONUNBUFFERED": "1"}
     if not on_gpu:
         own["DS_ACCELERATOR"] = "cpu"
     # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
@@ -179,7 +207,7 @@ def _ranks_of(output: Path) -> dict[int, dict[str, Any]]:
 
 def say(line: str) -> None:
     """Prints a line for the person who watches the job."""
-    prefix = CONSOLE if _SUPERVISED in os.environ else ""
+    prefix = CONSOLE if _MARKED in os.environ else ""
     print(f"{prefix}{line}", flush=True)
 
 

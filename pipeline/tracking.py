@@ -168,6 +168,12 @@ def log_evaluation(
         shipper.client.log_text(run_id, text, name)
 
 
+def reach(config: TrackingConfig) -> None:
+    """Asks a tracking server, if there is one, for an experiment. Raises what MLflow raises when it does not get it."""
+    if config.uri is not None and config.uri.startswith("http"):
+        _Shipper(config, Path()).client.get_experiment("0")
+
+
 def open_parent(config: TrackingConfig, output: Path, artifacts: Mapping[str, str]) -> str:
     """The run that MLflow shows others under; of one output folder always the same. May raise what MLflow raises."""
     shipper, file = _Shipper(config, output), output / PARENT

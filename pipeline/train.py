@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     stages = choose_stages(config, arguments.stage)
     if "RANK" in os.environ:
         return run_rank(config, stages, read_ranks(), arguments.json, reshard=arguments.reshard)
-    on_gpu, nproc = _devices(arguments.nproc)
+    on_gpu, nproc = launch.devices(arguments.nproc)
     hosts = launch.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
     world_size = sum(hosts.values())
     outputs = [stage.output for stage in stages.values()]
@@ -98,18 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
-
-
-def _devices(nproc: int | None) -> tuple[bool, int]:
-    """Whether ranks run on GPUs, and how many there are on this machine."""
-    import torch
-
-    if nproc is not None and nproc < 1:
-        raise UserError("--nproc", f"is {nproc}", "give 1 or more")
-    gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
-    if gpus and nproc and nproc > gpus:
-        raise UserError("--nproc", f"is {nproc}, this machine has {gpus} GPUs", "give at most that")
-    return gpus > 0, nproc or gpus or 1
 
 
 def check(

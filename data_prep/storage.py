@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import filecmp
-import os
 import shutil
 import tempfile
 import uuid
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.files import is_remote
+from pipeline import durable
 from pipeline.errors import UserError
 
 SCRATCH = ".tmp"
@@ -89,25 +89,15 @@ class LocalStore(Store):
     def write(self, name: str, data: bytes) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _fsync(path.parent)
+        durable.write(path, data)
 
     def publish(self, folder: Path, name: str) -> None:
         # What another attempt left there stays when it is the same, byte by byte: nothing that may have been committed
         # in the meantime disappears for a moment.
         target = self.root / name
         for path in folder.iterdir():
-            _fsync(path)
-        _fsync(folder)
+            durable.sync(path)
+        durable.sync(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             names = [path.name for path in folder.iterdir()]
@@ -118,7 +108,7 @@ class LocalStore(Store):
                     return
             self.remove(name)
         folder.rename(target)
-        _fsync(target.parent)
+        durable.sync(target.parent)
 
     def remove(self, name: str) -> None:
         path = self.root / name
@@ -225,11 +215,3 @@ class RemoteStore(Store):
 def open_store(url: str | Path) -> Store:
     """The store of a path, or of a URL with a scheme."""
     return RemoteStore(str(url)) if is_remote(str(url)) else LocalStore(url)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline import durable
 from pipeline.errors import UserError
 
 RECORD = "COMPLETE.json"
@@ -103,20 +104,19 @@ def measure(temporary: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     """Forces files to disk and records size and hash."""
     records = {}
     for name in names:
-        with (temporary / name).open("rb") as file:
-            os.fsync(file.fileno())
+        durable.sync(temporary / name)
         records[name] = _measure_file(temporary / name)
     return records
 
 
 def commit(temporary: Path, record: CheckpointRecord) -> Path:
     """Writes `COMPLETE.json` and gives the directory its name; after this returns the checkpoint survives anything."""
-    _write_durably(temporary / RECORD, record.model_dump_json(indent=1))
+    durable.write(temporary / RECORD, f"{record.model_dump_json(indent=1)}\n".encode())
     final = temporary.parent / checkpoint_name(record.step)
     if final.exists():  # only a damaged one can be here: a whole one would have been resumed from
         shutil.rmtree(final)
     temporary.rename(final)
-    _sync_directory(final.parent)
+    durable.sync(final.parent)
     return final
 
 
@@ -182,7 +182,7 @@ def lacking_space(folder: Path, num_bytes: float) -> str | None:
 
 def record_validation_loss(checkpoint: Path, loss: float) -> None:
     """Writes into a checkpoint how good it is, for `retain`."""
-    _write_durably(checkpoint / VALIDATION, json.dumps({"loss": loss}))
+    durable.write(checkpoint / VALIDATION, f"{json.dumps({'loss': loss})}\n".encode())
 
 
 def best_checkpoints(folder: Path) -> list[Path]:
@@ -210,24 +210,6 @@ def _measure_file(path: Path) -> FileRecord:
             digest.update(block)
             size += len(block)
     return FileRecord(size=size, sha256=digest.hexdigest())
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the output folder ------------------------------------------------------------------------------------------
@@ -268,7 +250,7 @@ def read_run(output: Path) -> RunRecord | None:
 
 def write_run(output: Path, record: RunRecord) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    _write_durably(output / RUN, record.model_dump_json(indent=1))
+    durable.write(output / RUN, f"{record.model_dump_json(indent=1)}\n".encode())
 
 
 def identity_of(output: Path | None) -> str | None:

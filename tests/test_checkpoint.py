@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
+from pipeline import checkpoint, durable
 from pipeline.checkpoint import CheckpointRecord, RunRecord
 from pipeline.errors import UserError
 
@@ -90,7 +90,7 @@ def _killed_while_saving(folder: Path, at: str) -> None:
         checkpoint.begin(folder, 2).joinpath("half.pt").write_bytes(b"x")
         die()
     elif at == "record":
-        checkpoint._sync_directory = die  # type: ignore[assignment]
+        durable.sync = lambda path: die() if path.is_dir() else None
     else:
         Path.rename = die  # type: ignore[assignment, method-assign]
     save(folder, 2)

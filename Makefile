@@ -64,10 +64,11 @@ check: $(DEV) ## format, lint, types, imports
 	$(BIN)/lint-imports
 
 .PHONY: bench
-bench: $(STAMP) ## cost of the integrations and of preparation on this machine, under runs/bench
+bench: $(STAMP) ## cost of integrations, preparation and the training loop on this machine, under runs/bench
 	mkdir -p runs/bench
 	$(BIN)/pal bench integration --batch 8 --questions 1 6 --json runs/bench/integration.json --plot runs/bench/cost.png
 	$(BIN)/pal bench prepare --json runs/bench/prepare.json
+	$(BIN)/pal bench train --nproc 2 --json runs/bench/train.json
 
 .PHONY: ui
 ui: $(STAMP) ## the MLflow UI on the demo's runs, http://127.0.0.1:5000

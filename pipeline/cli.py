@@ -21,9 +21,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("pipeline.plan", "memory, step time and cost of a run that was not started"),
     "sweep": ("pipeline.sweep", "run a scaling experiment: one file, many runs"),
     "ask": ("pipeline.ask", "answer questions about an audio file"),
-    "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
     "probe": ("pipeline.probe", "what a model listens to: attention, and scores with a pathway hidden"),
+    "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
+    "bench train": ("pipeline.bench_train", "the training loop against the bare DeepSpeed engine"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),
 }

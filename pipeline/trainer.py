@@ -163,6 +163,11 @@ class Trainer:
         every_steps = getattr(self.train, setting)
         return every_steps is not None and self.step % every_steps == 0
 
+    def inputs_of_step(self, micro_batches: list[Batch]) -> list[Batch]:
+        """What the model is called with in one optimizer step, for a caller that steps the engine itself."""
+        (answer_tokens,) = self.engine.sum_over_ranks([sum(map(_count_answer_tokens, micro_batches))])
+        return [self._inputs(batch, answer_tokens * self.engine.loss_share) for batch in micro_batches]
+
     def _inputs(self, batch: Batch, num_items: float) -> Batch:
         features = batch["audio_features"].items()
         on_device = {name: frames.to(self.engine.device, non_blocking=True) for name, frames in features}

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, get_args
 
 from pipeline.errors import run_command
-from pipeline.features import read_encoders
+from pipeline.features import encoder_place, read_encoders
 from pipeline.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--encoder",
         action="append",
         default=[],
-        type=_encoder,
+        type=encoder_place,
         metavar="NAME=FOLDER",
         help="where an encoder's weights are, if not where they were in preparation",
     )
@@ -96,13 +96,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write answers and figures here")
     return parser
-
-
-def _encoder(text: str) -> tuple[str, str]:
-    name, _, folder = text.partition("=")
-    if not name or not folder:
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=FOLDER")
-    return name, folder
 
 
 def ask_aloud(answerer: Answerer, prefix: Prefix, question: str, write: Callable[[str], None]) -> Answer:

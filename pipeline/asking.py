@@ -20,9 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.answering import Answerer, load_answerer
+from pipeline.answering import Answerer, load_answerer, load_config_of
+from pipeline.audio_clips import AudioClips
+from pipeline.benchmarks import BENCHMARKS
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import EXIT_FAILURE, UserError
+from pipeline.features import read_encoders, require_same_features
+from pipeline.hearing import Ears
 from pipeline.scoring import Prediction
 from pipeline.streams import IntegrationKind
 
@@ -46,7 +50,7 @@ class Job:
 
     Attributes:
         model: exported folder; `max_new_tokens` bounds each answer.
-        place, cache: of the feature set; see `FeatureSet`.
+        place, cache, weights: see `open_questions`.
         batch_size: questions at a time.
         journal: folder of the answers, one file for each process that ever worked on them.
         fingerprint: of all that decides the answers; those to another job are not taken from the journal.
@@ -56,10 +60,36 @@ class Job:
     max_new_tokens: int
     place: str
     cache: Path | None
+    weights: dict[str, str]
     heard: Heard
     batch_size: int
     journal: Path
     fingerprint: str
+
+
+Questions = FeatureSet | AudioClips  # what is asked: in a prepared set, or in a benchmark's own files
+
+
+def open_questions(place: str, model: Path, cache: Path | None, weights: Mapping[str, str]) -> Questions:
+    """A prepared set, or `KIND=PLACE`: a published benchmark, whose audio is encoded as the model wants it.
+
+    Args:
+        model: exported folder.
+        weights: encoder -> where its weights are, for those that moved.
+
+    Raises:
+        UserError: as `FeatureSet`, `MultipleChoice` and `Ears`; or features of another encoder.
+    """
+    config, description = load_config_of(model)
+    fingerprints = description.feature_fingerprints
+    kind, _, folder = place.partition("=")
+    if kind not in BENCHMARKS or not folder:
+        features = open_set(place, list(fingerprints), cache)
+        require_same_features(fingerprints, features.contract, place, str(model))
+        return features
+    contracts = read_encoders(model, fingerprints, config.data.train)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AudioClips(BENCHMARKS[kind](Path(folder)), lambda: Ears(contracts, weights, device))
 
 
 def open_set(place: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
@@ -80,7 +110,7 @@ def spread(count: int, limit: int | None) -> list[int]:
     return [place * count // limit for place in range(limit)]
 
 
-def predictions_of(features: FeatureSet, answers: Mapping[int, str]) -> list[Prediction]:
+def predictions_of(features: Questions, answers: Mapping[int, str]) -> list[Prediction]:
     """Answers (by number of the question) beside the right ones, in storage order."""
     predictions = []
     for question in sorted(answers):
@@ -99,27 +129,43 @@ class Asker:
     a group without all of its answers is asked again as a whole. The batch size moves the last bits alone.
 
     Args:
-        model: exported folder.
+        model: exported folder, also an attribute.
         pool: processes to work in, `nproc` of them; None for this one.
     """
 
     def __init__(
         self, model: Path, max_new_tokens: int, batch_size: int, journal: Path, pool: Executor | None, nproc: int
     ) -> None:
-        self._model, self._max_new_tokens, self._batch_size = model, max_new_tokens, batch_size
+        self.model, self._max_new_tokens, self._batch_size = model, max_new_tokens, batch_size
         self._journal, self._pool, self._nproc = journal, pool, nproc
         self._model_fingerprint = _fingerprint_of(model)
 
-    def __call__(self, features: FeatureSet, place: str, cache: Path | None, heard: Heard) -> dict[int, str]:
+    def __call__(
+        self, questions: Questions, place: str, heard: Heard, cache: Path | None, weights: Mapping[str, str]
+    ) -> dict[int, str]:
         """Number of the question -> answer, for all questions about these clips.
+
+        Args:
+            questions: those of `place`; see `open_questions`, also for `cache` and `weights`.
 
         Raises:
             UserError: a damaged feature set, or a question that the model cannot take.
             BrokenProcessPool: a process was killed.
         """
-        parts = [self._model_fingerprint, features.contract.dump(), self._max_new_tokens, sorted(heard.items())]
+        identity = questions.contract.dump() if isinstance(questions, FeatureSet) else questions.identity
+        parts = [self._model_fingerprint, self._max_new_tokens, sorted(heard.items()), identity]
         fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-        job = Job(self._model, self._max_new_tokens, place, cache, heard, self._batch_size, self._journal, fingerprint)
+        job = Job(
+            self.model,
+            self._max_new_tokens,
+            place,
+            cache,
+            dict(weights),
+            heard,
+            self._batch_size,
+            self._journal,
+            fingerprint,
+        )
         if self._pool is None:
             _work(job, EVERYTHING)
         else:
@@ -143,7 +189,7 @@ def open_asker(model: Path, max_new_tokens: int, batch_size: int, journal: Path,
 
 def ask(
     answerer: Answerer,
-    features: FeatureSet,
+    features: Questions,
     heard: Heard,
     batch_size: int,
     *,
@@ -173,7 +219,7 @@ def ask(
     left = [group for group in groups if any(not done.issuperset(questions[clip]) for clip in group)]
     count = sum(len(questions[clip]) for clip in order)
     console = Console(stderr=True, quiet=share.number > 0)
-    for group in track(left, f"{features.folder.name}: {count} questions", console=console):
+    for group in track(left, f"{count} questions", console=console):
         clips = [features.clip(clip) for clip in group]
         audio = [features.features(heard[clip], features.clip(heard[clip]).clip_id) for clip in group]
         prefix = answerer.hear(audio, hidden)
@@ -206,7 +252,7 @@ def _work(job: Job, share: Share) -> None:
     if share.count > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share.count))
     answerer = _answerer(job.model, job.max_new_tokens, share.number)
-    features = FeatureSet(job.place, list(answerer.feature_fingerprints), job.cache)
+    features = open_questions(job.place, job.model, job.cache, job.weights)
     finished = read_journal(job)
     with (job.journal / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="utf-8") as file:
         for answers in ask(answerer, features, job.heard, job.batch_size, share=share, finished=finished):

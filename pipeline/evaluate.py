@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.features import require_same_features
-from pipeline.scoring import CommonestAnswers, score
+from pipeline.features import encoder_place
+from pipeline.scoring import CommonestAnswers, Prediction, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.asking import Asker
+    from pipeline.benchmarks import MultipleChoice
     from pipeline.config import ExperimentConfig
     from pipeline.data.shards import FeatureSet
 
@@ -43,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.answering import load_config_of
     from pipeline.asking import open_asker
 
-    config, model = load_config_of(arguments.model)
-    results, lines = {}, []
+    config, _ = load_config_of(arguments.model)
+    results, lines, official = {}, [], {}
     output = arguments.predictions or arguments.json
     with tempfile.TemporaryDirectory(prefix="pal-evaluate-") as scratch:
         journal = output.with_name(f"{output.name}.partial") if output else Path(scratch)
@@ -53,12 +54,11 @@ def main(argv: Sequence[str]) -> int:
                 arguments.model, arguments.max_new_tokens, arguments.batch_size, journal, arguments.nproc
             ) as asker:
                 for name, place in names.items():
-                    results[name], predictions = evaluate(
+                    results[name], predictions, official[name] = evaluate(
                         asker,
                         place,
-                        model.feature_fingerprints,
-                        wanted_by=str(arguments.model),
                         cache=arguments.cache,
+                        weights=dict(arguments.encoder),
                         limit=arguments.limit,
                         swap_audio=arguments.swap_audio,
                         commonest_from=arguments.commonest_from,
@@ -72,6 +72,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.predictions:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         arguments.predictions.write_text(text, encoding="utf-8")
+        for files in official.values():
+            for name, text in files.items():
+                file = arguments.predictions.with_name(f"{arguments.predictions.stem}.{name}")
+                file.write_text(text, encoding="utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if output:
@@ -86,7 +90,12 @@ def _parser() -> argparse.ArgumentParser:
         "goes on where it was killed.",
     )
     parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
-    parser.add_argument("benchmarks", nargs="+", metavar="BENCHMARK", help="prepared feature set: a folder or a URL")
+    parser.add_argument(
+        "benchmarks",
+        nargs="+",
+        metavar="BENCHMARK",
+        help="prepared feature set: a folder or a URL; or mmau=FOLDER, mmar=FOLDER, mmsu=FOLDER",
+    )
     parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
     parser.add_argument("--commonest-from", metavar="SET", help="training set: also score its commonest answers")
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, spread evenly")
@@ -94,8 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of far sets")
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        default=[],
+        type=encoder_place,
+        metavar="NAME=FOLDER",
+        help="where an encoder's weights are, if not where they were in preparation (published benchmarks)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer here, as JSON lines")
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="write every answer here, as JSON lines; beside it what official scorers read",
+    )
     return parser
 
 
@@ -125,59 +147,76 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
 
 
 def _benchmark_names(places: Sequence[str]) -> dict[str, str]:
-    """A benchmark goes by the name of its folder."""
-    names = {Path(place).name if "://" in place else Path(place).resolve().name: place for place in places}
+    """A published benchmark goes by its own name, a prepared set by the name of its folder."""
+    names = {}
+    for place in places:
+        kind, mark, _ = place.partition("=")
+        names[kind if mark else Path(place).name if "://" in place else Path(place).resolve().name] = place
     if len(names) < len(places):
-        raise UserError("BENCHMARK", "two folders have the same name", "evaluate them one by one, or rename one")
+        raise UserError("BENCHMARK", "two have the same name", "evaluate them one by one, or rename one")
     return names
 
 
 def evaluate(
     asker: Asker,
     place: str,
-    fingerprints: dict[str, str],
     *,
-    wanted_by: str,
     cache: Path | None = None,
+    weights: Mapping[str, str] | None = None,
     limit: int | None = None,
     swap_audio: bool = False,
     commonest_from: str | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
     """Asks every question of one benchmark.
 
     Args:
-        place, cache: of the benchmark; see `FeatureSet`.
-        fingerprints: encoder -> fingerprint of the features that the model understands.
-        wanted_by: the model's name in messages.
+        place, cache, weights: of the benchmark; see `asking.open_questions`.
         limit: only this many clips, spread evenly over the set.
         swap_audio: ask again with another clip's audio.
         commonest_from: the training set; its commonest answer to each wording is scored as well.
 
     Returns:
-        the scores: those of `scoring.score`, with further ones under `swapped_audio` and `commonest_answer`; and the
-        predictions as plain JSON, in storage order.
+        the scores: those of `scoring.score`, with further ones under `swapped_audio` and `commonest_answer`, and a
+        published benchmark's own; the predictions as plain JSON, in storage order; and files for official scorers,
+        name -> text.
 
     Raises:
-        UserError: not a feature set, features of another encoder, or a swap of one clip.
+        UserError: no benchmark, features of another encoder, audio that cannot be read, or a swap of one clip.
     """
-    from pipeline.asking import open_set, predictions_of, spread
+    from pipeline.asking import open_questions, open_set, predictions_of, spread
+    from pipeline.audio_clips import AudioClips
 
-    features = open_set(place, list(fingerprints), cache)
-    require_same_features(fingerprints, features.contract, place, wanted_by)
-    clips = spread(len(features), limit)
+    questions = open_questions(place, asker.model, cache, weights or {})
+    clips = spread(len(questions), limit)
+    benchmark = questions.benchmark if isinstance(questions, AudioClips) else None
 
-    own = predictions_of(features, asker(features, place, cache, {clip: clip for clip in clips}))
+    def ask(heard: dict[int, int]) -> list[Prediction]:
+        predictions = predictions_of(questions, asker(questions, place, heard, cache, weights or {}))
+        return predictions if benchmark is None else judged(predictions, benchmark)
+
+    own = ask({clip: clip for clip in clips})
     scores = score(own)
+    files = {}
+    if benchmark is not None:
+        answers = {prediction.question_id: prediction.prediction for prediction in own}
+        scores |= benchmark.further(answers)
+        files = dict([benchmark.predictions_file(answers)])
     lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
     if swap_audio:
-        heard = swap_within_domains({clip: features.clip(clip).domain for clip in clips})
-        swapped = predictions_of(features, asker(features, place, cache, heard))
+        swapped = ask(swap_within_domains({clip: questions.clip(clip).domain for clip in clips}))
         scores["swapped_audio"] = score(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
     if commonest_from is not None:
         guess = commonest_answers(open_set(commonest_from, [], cache))
-        scores["commonest_answer"] = score([replace(p, prediction=guess(p.task, p.question)) for p in own])
-    return scores, lines
+        guesses = [replace(p, prediction=guess(p.task, p.question)) for p in own]
+        scores["commonest_answer"] = score(guesses if benchmark is None else judged(guesses, benchmark))
+    return scores, lines, files
+
+
+def judged(predictions: Sequence[Prediction], benchmark: MultipleChoice) -> list[Prediction]:
+    """The predictions with the benchmark's own verdicts."""
+    items = {item.question_id: item for item in benchmark.items}
+    return [replace(p, verdict=benchmark.correct(items[p.question_id], p.prediction)) for p in predictions]
 
 
 def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.audio import Reject
+from data_prep.audio import AudioFile, Reject
 from data_prep.config import LogMelConfig
 from data_prep.decoding import decode
 from data_prep.encoders.base import Encoder
@@ -62,6 +62,19 @@ class Ears:
         return _encode(file, self._encoders)
 
 
+def duration_s(file: Path) -> float:
+    """Length of an audio file, as its header says.
+
+    Raises:
+        UserError: the file cannot be opened.
+    """
+    try:
+        with AudioFile(str(file), None) as audio:
+            return audio.duration_s
+    except Reject as reject:
+        raise _unusable(file, reject) from None
+
+
 def spectrogram(file: Path) -> NDArray[np.float32]:
     """Log-mel spectrogram of an audio file, (columns, 64), SPECTROGRAM_HZ columns a second.
 
@@ -83,11 +96,14 @@ def _encode(file: Path, encoders: Mapping[str, Encoder]) -> Sound:
                 for window in prepared:
                     windows[name] += encoders[name].encode_windows([window.prepared], [window.samples])
     except Reject as reject:
-        fault = f"is {reject.reason.replace('_', ' ')} ({reject.detail})"
-        raise UserError(file, fault, "give another audio file") from None
+        raise _unusable(file, reject) from None
     features = {name: np.concatenate(parts) for name, parts in windows.items()}
     for name, frames in features.items():
         if not len(frames) or not np.isfinite(frames).all():
             fault = "is too short for a frame" if not len(frames) else "gives values beyond float16"
             raise UserError(file, f"{fault} of encoder '{name}'", "give another audio file")
     return Sound(features, duration_s)
+
+
+def _unusable(file: Path, reject: Reject) -> UserError:
+    return UserError(file, f"is {reject.reason.replace('_', ' ')} ({reject.detail})", "give another audio file")

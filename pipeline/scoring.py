@@ -19,7 +19,7 @@ NUMBER_MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)[-+](?=\d)")  # 3.5, 4:30,
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was answered to one question, beside the right `answer`."""
+    """What was answered to one question, beside the right `answer`; `verdict` of a benchmark of its own rules."""
 
     question_id: str
     clip_id: str
@@ -28,14 +28,15 @@ class Prediction:
     question: str
     answer: str
     prediction: str
+    verdict: bool | None = None
 
     @property
     def correct(self) -> bool:
-        return exact_match(self.prediction, self.answer)
+        return exact_match(self.prediction, self.answer) if self.verdict is None else self.verdict
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, the verdict included."""
-        return {**asdict(self), "correct": self.correct}
+        return {**{k: v for k, v in asdict(self).items() if k != "verdict"}, "correct": self.correct}
 
 
 def normalise(text: str) -> str:

@@ -138,15 +138,9 @@ def asker(exported: Path, tmp_path: Path) -> Iterator[Asker]:
         yield asker
 
 
-def fingerprints_of(features: FeatureSet) -> dict[str, str]:
-    return {name: encoder.fingerprint for name, encoder in features.contract.encoders.items()}
-
-
 def test_a_model_that_hears_fails_on_other_audio(asker: Asker, features: FeatureSet) -> None:
     place = str(features.folder)
-    scores, lines = evaluate(
-        asker, place, fingerprints_of(features), wanted_by="test", swap_audio=True, commonest_from=place
-    )
+    scores, lines, _ = evaluate(asker, place, swap_audio=True, commonest_from=place)
     assert scores["accuracy"] == 1.0
     assert (scores["questions"], scores["clips"]) == (2 * CLIPS_IN_SET, CLIPS_IN_SET)
     # What is heard decides: with another clip's audio the answer is right where that clip's answer is the same.
@@ -239,19 +233,19 @@ def test_processes_change_nothing(exported: Path, features: FeatureSet, tmp_path
 
 
 def test_a_limit_takes_clips_from_all_over_the_set(asker: Asker, features: FeatureSet) -> None:
-    scores, lines = evaluate(asker, str(features.folder), fingerprints_of(features), wanted_by="test", limit=3)
+    scores, lines, _ = evaluate(asker, str(features.folder), limit=3)
     assert scores["clips"] == 3
     assert list(dict.fromkeys(line["clip_id"] for line in lines)) == ["clip-0", "clip-3", "clip-6"]
     assert "swapped_audio" not in scores
 
 
-def test_features_of_another_encoder_are_refused(asker: Asker, features: FeatureSet, tmp_path: Path) -> None:
+def test_features_of_another_encoder_are_refused(asker: Asker, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "foreign")
     contract = load_contract(folder)
     encoder = contract.encoders["log_mel"].model_copy(update={"revision": "2"})
     (folder / CONTRACT_FILE).write_text(contract.model_copy(update={"encoders": {"log_mel": encoder}}).dump())
-    with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, my model was made with"):
-        evaluate(asker, str(folder), fingerprints_of(features), wanted_by="my model")
+    with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, .*model was made with"):
+        evaluate(asker, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -272,9 +266,9 @@ def test_settings_that_cannot_be_are_refused(
 
 def test_a_far_set_is_read_through_the_cache(asker: Asker, features: FeatureSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--cache"):
-        evaluate(asker, "s3://bucket/held-out", fingerprints_of(features), wanted_by="test")
+        evaluate(asker, "s3://bucket/held-out")
     place, cache = str(features.folder), tmp_path / "cache"
-    scores, _ = evaluate(asker, place, fingerprints_of(features), wanted_by="test", cache=cache)
+    scores, _, _ = evaluate(asker, place, cache=cache)
     assert scores["accuracy"] == 1.0
     assert list(cache.rglob("*.mds")), "shards were copied"
 
@@ -321,5 +315,5 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
 def test_what_is_not_an_exported_model_is_one_line(tmp_path: Path, features: FeatureSet) -> None:
     with pytest.raises(UserError, match="is not an exported model"):
         main([str(tmp_path), str(features.folder)])
-    with pytest.raises(UserError, match="the same name"):
+    with pytest.raises(UserError, match="have the same name"):
         main([str(tmp_path), str(features.folder), str(features.folder)])

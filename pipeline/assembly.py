@@ -141,6 +141,8 @@ def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token
     choose_trained(model, config.train)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.train.compile:
+        model.compile_feed_forward()
     return model
 
 

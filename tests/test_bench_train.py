@@ -13,7 +13,7 @@ from pipeline import bench_train
 
 def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_train.main(["--dry-run", "--steps", "7", "--nproc", "2"]) == 0
-    assert capsys.readouterr().out == "7 steps of demo on 2 ranks, and three times as many of the bare engine\n"
+    assert capsys.readouterr().out == "7 steps of demo on 2 ranks, and twice as many of the bare engine\n"
 
 
 @pytest.mark.slow

@@ -96,3 +96,9 @@ def test_rate_warms_up_then_falls_to_its_final_share() -> None:
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == pytest.approx(0.2)
     assert rate_factor(1, 10, 0.0, 0.1) < 1.0  # no warm-up starts on the cosine
+
+
+def test_compiled_layers_and_partitioned_parameters_exclude_each_other() -> None:
+    assert render("zero2", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
+    with pytest.raises(UserError, match=r"train\.compile: does not go with ZeRO-3"):
+        render("zero3", train(compile=True), world_size=1, accumulation=1, on_gpu=False)

@@ -262,6 +262,8 @@ class TrainConfig(Strict):
             lengths tell, of audio in the sequence. micro_batch_size is then the most sequences, and long ones come in
             fewer; how many passes a step takes varies.
         warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
+        compile: let torch compile the language model's feed-forward layers, which takes a minute at the start and saves
+            passes over memory; not under ZeRO-3.
         loss_on: `answer` tokens only, or also the `prompt` (all text).
         zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
         collective_timeout_s: a rank that waits longer for another one ends the job instead of hanging.
@@ -288,6 +290,7 @@ class TrainConfig(Strict):
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     gradient_checkpointing: bool = False
+    compile: bool = False
     loss_on: Literal["answer", "all_text"] = "answer"
     seed: NonNegativeInt = 0
     zero: str = "zero2"

@@ -140,6 +140,15 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         """
         self.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compile_feed_forward(self) -> None:
+        """Lets torch compile the language model's feed-forward layers, for any number of tokens.
+
+        They are most of a layer's operations, and no mask or position enters them, so that a batch of another layout
+        compiles nothing again.
+        """
+        for layer in self.language_model.model.layers:
+            layer.mlp.compile(dynamic=True)
+
     def gradient_checkpointing_disable(self) -> None:
         self.language_model.gradient_checkpointing_disable()
 

@@ -26,11 +26,15 @@ def render(policy: str, train: TrainConfig, *, world_size: int, accumulation: in
         on_gpu: use the fused optimizer; on CPU the plain one, which needs no compiler.
 
     Raises:
-        UserError: no such policy, not JSON, a key that belongs to `train`, or a left-over "auto".
+        UserError: no such policy, not JSON, a key that belongs to `train`, a left-over "auto", or a setting that
+            does not go with the policy.
     """
     policy_values = _read_policy(policy)
     zero = policy_values["zero_optimization"]
     stage, offloads = zero["stage"], "offload_optimizer" in zero
+    if train.compile and stage == 3:
+        fault = "does not go with ZeRO-3, which fetches parameters in the middle of what would be compiled"
+        raise UserError("train.compile", fault, "leave it out, or choose another train.zero")
     # Gradients add up in fp32 over micro-batches, so that accumulation does not change the result; DeepSpeed's
     # stage 0 can only add up in the model's own precision.
     accumulation_dtype = train.precision if stage == 0 else "fp32"

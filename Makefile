@@ -27,6 +27,11 @@ install: $(DEV) ## make .venv with everything in it (about 4 minutes, 7.5 GB)
 demo: $(STAMP) ## from audio files to trained, compared models (goes on where it stopped)
 	$(BIN)/pal demo --out runs/demo
 
+.PHONY: drill
+drill: $(STAMP) ## inject faults into a real run and print what became of it, under runs/drill (about 5 minutes)
+	rm -rf runs/drill
+	$(BIN)/pal drill --out runs/drill --json runs/drill.json
+
 .PHONY: test
 test: $(DEV) ## the tests that CI runs
 	$(BIN)/python -m pytest

@@ -74,6 +74,7 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     with zero.partitioned_loading(deepspeed_config):
         model = build_model(config, features.contract, chat.audio_token_id)
     engine = zero.Engine(model, parameter_groups(model, train), deepspeed_config)
+    zero.limit_waiting(train.collective_timeout_s)
     steps = total_steps(train, loader)
     return Parts(features, validation, model, tokenizer, chat, loader, positions, engine, deepspeed_config, steps)
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
     "bench train": ("pipeline.bench_train", "the training loop against the bare DeepSpeed engine"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),
+    "drill": ("pipeline.drill", "inject faults into a real run, and tell what became of it"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),
 }
 

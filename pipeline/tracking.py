@@ -29,6 +29,7 @@ SHIP_EVERY_S = 2.0
 RETRY_EVERY_S = 15.0
 EXIT_WAIT_S = 20.0
 _RECORDS_PER_CALL = 200
+_LONGEST_REASON = 120
 _LONGEST_VALUE = 6000  # MLflow cuts longer parameter values
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -135,7 +136,8 @@ class Tracker:
                     shipper.send_folder(folder)
                 self.failure = None
             except Exception as error:  # MLflow raises errors of many libraries, and none of them may stop a run
-                self.failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                reason = str(error).partition("\n")[0][:_LONGEST_REASON]
+                self.failure = f"{type(error).__name__}: {reason}"
             self.uploading = None
             if status is not None:
                 return

@@ -180,8 +180,8 @@ class Engine:
     def snapshot(self, folder: Path, *, copied: bool) -> Snapshot:
         """This rank's part of a checkpoint in `folder`; frozen parameters are left out. Called by all ranks.
 
-        Nothing is written yet, apart from what DeepSpeed copies from file to file (its recovery script, what is
-        swapped to NVMe): what a full disk does to one rank must not happen between DeepSpeed's barriers.
+        Nothing is written yet, apart from copies of what is swapped to NVMe: what a full disk does to one rank must
+        not happen between DeepSpeed's barriers.
 
         Args:
             copied: to host memory, so that training can go on before the snapshot is written.
@@ -195,7 +195,7 @@ class Engine:
 
         hook = self._engine.module.register_state_dict_post_hook(drop_frozen)
         try:
-            with collecting(self._engine.checkpoint_engine, copied=copied) as snapshot:
+            with collecting(self._engine, copied=copied) as snapshot:
                 self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
         finally:
             hook.remove()

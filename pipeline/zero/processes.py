@@ -75,6 +75,18 @@ def require_same_everywhere(values: Mapping[str, Any]) -> None:
                 raise UserError(f"rank {rank}", fault, "start every rank with the same config, data and packages")
 
 
+def limit_waiting(timeout_s: float) -> None:
+    """Has the collectives of every group raise after waiting this long; to be called once the engine is there.
+
+    DeepSpeed makes groups of its own, which do not take over the limit of the first one: a hung rank would hold all
+    others for torch's half an hour.
+    """
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)  # torch 2.14 has a public name for it
+
+
 def leave_process_group() -> None:
     """Leaves the process group, in which no engine is at work any more."""
     import torch

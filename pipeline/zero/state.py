@@ -46,8 +46,8 @@ class Snapshot:
 
 
 @contextmanager
-def collecting(writer: Any, *, copied: bool) -> Iterator[Snapshot]:
-    """What DeepSpeed would write through `writer`, its checkpoint engine, in here.
+def collecting(engine: Any, *, copied: bool) -> Iterator[Snapshot]:
+    """What DeepSpeed's engine would write in here. Its script for recovery is left out: it comes with every DeepSpeed.
 
     Args:
         copied: to host memory, so that training can go on before the files are written.
@@ -57,11 +57,12 @@ def collecting(writer: Any, *, copied: bool) -> Iterator[Snapshot]:
     def collect(state_dict: Any, path: str) -> None:
         snapshot.files[Path(path)] = _copy_to_host(state_dict) if copied else state_dict
 
-    writer.save = collect  # of this object alone, in front of the method of its class
+    # Of these objects alone, in front of the methods of their classes.
+    engine.checkpoint_engine.save, engine._copy_recovery_script = collect, lambda _: None
     try:
         yield snapshot
     finally:
-        del writer.save
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
 
 
 def _copy_to_host(content: Any) -> Any:

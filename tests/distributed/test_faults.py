@@ -1,4 +1,26 @@
-"""Faults of a real job: what the user is told, and whether the run goes on."""
+"""Ranks that are lost: what the user is told, and whether the run goes on.
+
+Known failures of this kind of training, and the tests that hold what prevents them (in this folder unless named):
+
+    two ranks of a node take each other's shared memory     ../test_distributed.py: LOCAL_WORLD_SIZE; test_training
+    a rank without audio hangs the others                   test_engine: a rank with text only
+    a resume starts from scratch unnoticed                  test_keeper: step, position and checksums are compared
+    frozen weights are lost by a reshard or an export       test_reshard, test_export, test_keeper
+    killed during a save                                    ../test_checkpoint.py: killed while saving
+    another number of ranks is refused                      test_reshard
+    data repeated or skipped after a resume                 ../data/test_order.py, ../data/test_loader.py, test_training
+    shared memory that a dead job leaves                    test_trainer_faults, ../test_drill.py
+    bits rot in a checkpoint                                ../test_checkpoint.py, test_export, ../test_drill.py
+    the tracking server is away, or dies                    ../test_tracking.py, ../test_drill.py
+    a long save runs into the collectives' time limit       test_keeper: training goes on while it is written
+    loss or gradient is not finite                          test_engine, test_trainer_faults
+    no gradient reaches the connector                       test_trainer_faults
+    a default of DeepSpeed moves                            ../test_zero.py
+    pre-emption                                             test_training, ../test_drill.py
+    ranks see different numbers of batches                  ../data/test_loader.py
+    the disk is full                                        test_keeper, ../test_checkpoint.py, ../test_launch.py
+    ranks are started with different settings               test_trainer_faults
+"""
 
 from __future__ import annotations
 
@@ -7,50 +29,32 @@ import os
 import signal
 from pathlib import Path
 
-import pytest
 from jobs import end_of, start_job, wait_for_step, write_experiment
 
-from pipeline import checkpoint, launch, tracking
-from pipeline.errors import EXIT_FAILURE
+from pipeline import checkpoint, launch
 
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_experiment(tmp_path_factory.mktemp("faults"), checkpoint={"every_steps": 2, "keep": 2})
+STEPS = 60
 
 
 def process_of(rank: int, output: Path) -> int:
     return json.loads((output / launch.RANKS / f"rank-{rank}.json").read_text())["pid"]
 
 
-def test_a_killed_rank_is_named_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
+def test_dead_and_hung_ranks_are_named_and_the_run_goes_on(tmp_path: Path) -> None:
+    """Restarted twice: the first job loses a rank to SIGKILL, the second waits for one that does nothing any more."""
+    config = write_experiment(tmp_path, checkpoint={"every_steps": 2, "keep": 2}, steps=STEPS, collective_timeout_s=15)
     output = tmp_path / "run"
-    job = start_job(config, f"output={output}", "--nproc", 2, "--max-restarts", 1)
+    job = start_job(config, "--nproc", 2, "--max-restarts", 2)
     wait_for_step(job, output, 5)
-    os.kill(process_of(1, output), signal.SIGKILL)
+    first = process_of(1, output)
+    os.kill(first, signal.SIGKILL)
+    newest = checkpoint.read_record(checkpoint.list_checkpoints(output)[0]).step
+    wait_for_step(job, output, newest + 20)
+    second = process_of(1, output)
+    assert second != first
+    os.kill(second, signal.SIGSTOP)
     code, out, err = end_of(job, output)
     assert code == 0, err
-    assert "rank 1 died" in err and "restart 1 of 1" in err and "resumed from" in out
-    assert checkpoint.list_checkpoints(output)[0].name == "step-000012"
-
-
-@pytest.mark.slow
-def test_a_hung_rank_ends_the_job_and_is_named(config: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    job = start_job(config, f"output={output}", "--nproc", 2, "train.collective_timeout_s=5")
-    wait_for_step(job, output, 5)
-    os.kill(process_of(1, output), signal.SIGSTOP)
-    code, _, err = end_of(job, output)
-    assert code == EXIT_FAILURE and "rank 1 died or hung" in err and "after step" in err
-
-
-@pytest.mark.slow
-def test_gradients_that_stay_infinite_end_the_run_with_their_batches(config: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    settings = ("train.learning_rate=1e30", "train.gradient_clipping=0", "train.max_skipped_steps=3")
-    code, out, err = end_of(start_job(config, f"output={output}", *settings), output)
-    assert code == EXIT_FAILURE and "3 steps in a row" in err
-    assert out.count("skipped: the gradient is not finite") == 3
-    skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
-    assert [len(rank["question_ids"]) for rank in skipped[-1]["by_rank"]] == [8]
-    assert tracking.read_metrics(output)[-1][1]["train/skipped_steps"] == 3
+    assert err.count("rank 1 died or hung without a word after step") == 2, err
+    assert "restart 2 of 2" in err and out.count("resumed from") == 2
+    assert checkpoint.list_checkpoints(output)[0].name == f"step-{STEPS:06d}"

@@ -64,7 +64,7 @@ def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, An
             write(snapshot)
 
         zero.Snapshot.write = held  # type: ignore[method-assign]
-        keeper.save(1, Work(questions=8.0), RUN)
+        keeper.save(1, 96, Work(questions=8.0), RUN)
         expected = train_steps(engine, range(1, 3), 2)  # goes on, and changes what was saved
         keeper.poll()
         before = steps_in(output / policy)
@@ -85,7 +85,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     for result in run_on_ranks(go_on_while_it_is_written, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
         for policy, (before, after, resumed, same) in result.items():
             assert (before, after) == ([], [1]), policy
-            assert resumed == ((1, Work(questions=8.0)), 8, True), policy
+            assert resumed == ((1, 96, Work(questions=8.0)), 8, True), policy
             assert same, f"{policy}: the steps after a resume are not those that followed the save"
 
 
@@ -94,7 +94,7 @@ def meet_failures(output: Path) -> dict[str, Any]:
     keeper, _ = keeper_of(output, engine, said)
     write, disk_usage = zero.Snapshot.write, checkpoint.shutil.disk_usage
     train_steps(engine, range(1), 2)
-    keeper.save(1, Work(), RUN)
+    keeper.save(1, 0, Work(), RUN)
     keeper.require_saved()
 
     def full(snapshot: zero.Snapshot) -> None:
@@ -104,7 +104,7 @@ def meet_failures(output: Path) -> dict[str, Any]:
         write(snapshot)
 
     zero.Snapshot.write = full  # type: ignore[method-assign]
-    keeper.save(2, Work(), RUN)
+    keeper.save(2, 0, Work(), RUN)
     train_steps(engine, range(1), 2)  # nothing hangs
     keeper.finish()
     found: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), said[-1:])}
@@ -116,11 +116,11 @@ def meet_failures(output: Path) -> dict[str, Any]:
 
     zero.Snapshot.write = write  # type: ignore[method-assign]
     checkpoint.shutil.disk_usage = lambda _: type("", (), {"free": 1000})
-    keeper.save(3, Work(), RUN)
+    keeper.save(3, 0, Work(), RUN)
     found["no room"] = steps_in(output), list(output.glob(".step*")), said[-1:]
     engine.barrier()
     checkpoint.shutil.disk_usage = disk_usage
-    keeper.save(4, Work(), RUN)
+    keeper.save(4, 0, Work(), RUN)
     keeper.require_saved()
     found["room again"] = steps_in(output)
     return found
@@ -142,7 +142,7 @@ def keep_the_best(output: Path) -> list[list[int]]:
     engine, found = build(settings("zero2", 2)), []
     keeper, _ = keeper_of(output, engine, [], keep_best=1)
     for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
-        keeper.save(step, Work(), RUN)
+        keeper.save(step, 0, Work(), RUN)
         keeper.note_validation(step, loss)  # the checkpoint is still under way
         keeper.finish()
         found.append(steps_in(output))
@@ -157,7 +157,7 @@ def test_the_best_by_validation_loss_stays(tmp_path: Path) -> None:
 
 def save_once(output: Path) -> None:
     keeper, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
-    keeper.save(1, Work(), RUN)
+    keeper.save(1, 0, Work(), RUN)
     keeper.require_saved()
 
 

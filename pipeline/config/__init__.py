@@ -2,14 +2,13 @@
 
 from pipeline.config.curriculum import choose_stages, resolve_stages
 from pipeline.config.loading import Strict, dump_config, load_config, read_yaml, validate_config
+from pipeline.config.model import ConnectorConfig, ModelConfig
 from pipeline.config.schema import (
     CheckpointConfig,
-    ConnectorConfig,
     DataConfig,
     ExperimentConfig,
     LoraConfig,
     MixtureConfig,
-    ModelConfig,
     TrackingConfig,
     TrainConfig,
     default_tracking_uri,

@@ -1,0 +1,32 @@
+"""Types of single settings."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+def _parse_fraction(value: Any) -> Any:
+    if isinstance(value, str) and "/" in value:
+        numerator, _, denominator = value.partition("/")
+        if numerator.strip().isdigit() and denominator.strip().isdigit() and int(denominator):
+            value = Fraction(int(numerator), int(denominator))
+    elif isinstance(value, float):
+        value = Fraction(value).limit_denominator(1000)  # 0.3333 means one third, as its writer meant it
+    if isinstance(value, Fraction) and not 0 < value <= 1:
+        raise ValueError("a fraction of the layers lies in (0, 1]")
+    return value
+
+
+LayerCount = Annotated[PositiveInt | Annotated[Fraction, PlainSerializer(str)] | None, BeforeValidator(_parse_fraction)]
+
+
+# A path or a URL: as a Path, `s3://bucket` would lose a slash.
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]

@@ -227,8 +227,9 @@ def run_rank(
             launch.watch_parent(stop.set)
             last = [*stages][-1]
             for name, stage in stages.items():
-                # The last stage runs even if it is finished: its trainer then only says so.
-                if name != last and zero.from_main_rank(checkpoint.is_finished(stage.output)):
+                # Waits for rank 0, which writes what the stage before leaves behind.
+                finished = zero.from_main_rank(checkpoint.is_finished(stage.output))
+                if finished and name != last:  # the last stage's trainer only says so
                     continue
                 check(stage, ranks.world_size, on_gpu=zero.on_gpu(), reshard=reshard)
                 if name and ranks.is_main:

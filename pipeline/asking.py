@@ -78,7 +78,7 @@ def open_questions(place: str, model: Path, cache: Path | None, weights: Mapping
         weights: encoder -> where its weights are, for those that moved.
 
     Raises:
-        UserError: as `FeatureSet`, `MultipleChoice` and `Ears`; or features of another encoder.
+        UserError: as `FeatureSet`, `Benchmark` and `Ears`; or features of another encoder.
     """
     config, description = load_config_of(model)
     fingerprints = description.feature_fingerprints

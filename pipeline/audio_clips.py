@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.benchmarks import MultipleChoice
+from pipeline.benchmarks import Benchmark
 from pipeline.data.shards import Clip, QuestionTable
 from pipeline.features import Question
 from pipeline.hearing import Ears, duration_s
@@ -29,7 +29,7 @@ class AudioClips:
         UserError: an audio file that cannot be opened.
     """
 
-    def __init__(self, benchmark: MultipleChoice, ears: Callable[[], Ears]) -> None:
+    def __init__(self, benchmark: Benchmark, ears: Callable[[], Ears]) -> None:
         self.benchmark = benchmark
         self._make_ears = ears
         self._ears: Ears | None = None
@@ -45,7 +45,8 @@ class AudioClips:
             for file, questions in files.items()
         ]
         sizes = [file.stat().st_size for file in files]
-        self.identity = hashlib.sha256(benchmark.file.read_bytes() + repr(sizes).encode()).hexdigest()
+        asked = [(item.question_id, item.prompt, item.audio.name) for item in benchmark.items]
+        self.identity = hashlib.sha256(repr((asked, sizes)).encode()).hexdigest()
         pairs = [(clip, n) for clip, questions in enumerate(files.values()) for n in range(len(questions))]
         clip, number = np.array(pairs, np.int64).T
         nothing = np.zeros(len(pairs), np.int32)

@@ -25,7 +25,7 @@ from pipeline.scoring import CommonestAnswers, Prediction, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.asking import Asker
-    from pipeline.benchmarks import MultipleChoice
+    from pipeline.benchmarks import Benchmark
     from pipeline.config import ExperimentConfig
     from pipeline.data.shards import FeatureSet
 
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "benchmarks",
         nargs="+",
         metavar="BENCHMARK",
-        help="prepared feature set: a folder or a URL; or mmau=FOLDER, mmar=FOLDER, mmsu=FOLDER",
+        help="prepared feature set: a folder or a URL; or mmau=FOLDER (mmar, mmsu, esc50, gtzan, librispeech)",
     )
     parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
     parser.add_argument("--commonest-from", metavar="SET", help="training set: also score its commonest answers")
@@ -200,7 +200,8 @@ def evaluate(
     if benchmark is not None:
         answers = {prediction.question_id: prediction.prediction for prediction in own}
         scores |= benchmark.further(answers)
-        files = dict([benchmark.predictions_file(answers)])
+        official = benchmark.predictions_file(answers)
+        files = {} if official is None else dict([official])
     lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
     if swap_audio:
         swapped = ask(swap_within_domains({clip: questions.clip(clip).domain for clip in clips}))
@@ -213,7 +214,7 @@ def evaluate(
     return scores, lines, files
 
 
-def judged(predictions: Sequence[Prediction], benchmark: MultipleChoice) -> list[Prediction]:
+def judged(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
     """The predictions with the benchmark's own verdicts."""
     items = {item.question_id: item for item in benchmark.items}
     return [replace(p, verdict=benchmark.correct(items[p.question_id], p.prediction)) for p in predictions]

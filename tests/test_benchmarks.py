@@ -10,7 +10,7 @@ import soundfile
 from corpora import tone
 from test_ask import folder  # noqa: F401 (a fixture)
 
-from pipeline.benchmarks import BENCHMARKS, Mmar, Mmau, Mmsu
+from pipeline.benchmarks import BENCHMARKS, Esc50, Gtzan, LibriSpeech, Mmar, Mmau, Mmsu
 from pipeline.benchmarks.multiple_choice import chosen
 from pipeline.benchmarks.string_match import string_match
 from pipeline.errors import UserError
@@ -177,9 +177,57 @@ def test_a_benchmark_that_cannot_be_is_one_line(tmp_path: Path, changes: dict, f
 
 def test_a_folder_without_the_file_names_it(tmp_path: Path) -> None:
     for kind in BENCHMARKS.values():
-        with pytest.raises(UserError, match="holds 0 files named"):
+        with pytest.raises(UserError, match="holds 0 files named|holds no question"):
             kind(tmp_path)
     write_rows("mmar", tmp_path)
     (tmp_path / "MMAR-meta.jsonl").write_text("{broken")
     with pytest.raises(UserError, match="neither a JSON list nor JSON lines"):
         Mmar(tmp_path)
+
+
+def write_audio(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(file, tone(0.3, 16000), 16000)
+
+
+def test_a_class_must_be_named_and_no_other(tmp_path: Path) -> None:
+    for name in ("1-a.wav", "2-b.wav", "3-c.wav"):
+        write_audio(tmp_path / "esc" / "audio" / name)
+    (tmp_path / "esc" / "meta").mkdir()
+    (tmp_path / "esc" / "meta" / "esc50.csv").write_text(
+        "filename,fold,category\n1-a.wav,1,dog\n2-b.wav,1,crying_baby\n3-c.wav,2,sea_waves\n"
+    )
+    esc = Esc50(tmp_path / "esc")
+    assert [item.answer for item in esc.items] == ["dog", "crying baby", "sea waves"]
+    assert "crying baby, dog, sea waves" in esc.items[0].prompt
+    baby = esc.items[1]
+    assert [esc.correct(baby, text) for text in ("A crying baby.", "a dog and a crying baby", "baby", "")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    for name in ("jazz/jazz.00000.wav", "rock/rock.00000.wav"):
+        write_audio(tmp_path / "gtzan" / "genres_original" / name)
+    gtzan = Gtzan(tmp_path / "gtzan")
+    assert [(item.question_id, item.answer) for item in gtzan.items] == [
+        ("jazz/jazz.00000.wav", "jazz"),
+        ("rock/rock.00000.wav", "rock"),
+    ]
+    assert gtzan.correct(gtzan.items[0], "It is jazz music")
+
+
+def test_words_are_counted_over_the_whole_part(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    part = tmp_path / "test-clean"
+    for name in ("1-2-0000", "1-2-0001"):
+        write_audio(part / "1" / "2" / f"{name}.flac")
+    (part / "1" / "2" / "1-2.trans.txt").write_text("1-2-0000 HE'S HERE\n1-2-0001 ONE TWO THREE\n")
+    speech = LibriSpeech(part)
+    assert [item.answer for item in speech.items] == ["HE'S HERE", "ONE TWO THREE"]
+    assert speech.correct(speech.items[0], " He's — here!")
+    assert not speech.correct(speech.items[0], "he is here")
+    assert speech.further({"1-2-0000": "he's here", "1-2-0001": "one too three four"}) == {"wer": 2 / 5}
+    assert speech.further({"1-2-0000": "", "1-2-0001": "one two three"}) == {"wer": 2 / 5}
+    arguments = [f"librispeech={part}", "--json", str(tmp_path / "s.json"), "--max-new-tokens=2"]
+    assert main([str(folder / "model"), *arguments]) == 0
+    assert json.loads((tmp_path / "s.json").read_text())["librispeech"]["wer"] > 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.benchmarks.multiple_choice import Item, MultipleChoice, chosen
+from pipeline.benchmarks.base import Item
+from pipeline.benchmarks.multiple_choice import MultipleChoice, chosen
 
 LETTERS = "ABCD"
 

@@ -4,54 +4,31 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.benchmarks.base import Benchmark, Item
 from pipeline.errors import UserError
 
 _LETTER = re.compile(r"\W*([a-z])(?:\W*$|[).:,]\W|\s*-\s)", re.IGNORECASE)
 _SENTENCE = re.compile(r"\b(?:answer|option|choice)(?: is)?:?\W*([A-Z])\b(?!\w)")
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question; `row` is what the benchmark's file says of it."""
-
-    question_id: str
-    audio: Path
-    prompt: str
-    answer: str
-    choices: tuple[str, ...]
-    domain: str
-    task: str
-    row: Mapping[str, Any]
-
-
-class MultipleChoice(ABC):
-    """One benchmark in a folder as it is published.
-
-    Args:
-        place: the folder, or the file of its questions; audio paths start from the file's folder.
-
-    Attributes:
-        items: its questions, in the order of the file.
+class MultipleChoice(Benchmark):
+    """A benchmark with choices, in a file of JSON.
 
     Raises:
-        UserError: no such file, rows without what is needed, an answer that is not among the choices, missing audio.
+        UserError: as `Benchmark`; or an answer that is not among the choices.
     """
 
-    name: str
-    files: Sequence[str]  # patterns of the file of questions in the folder
     audio_key: str
     as_list = False  # whether the official scorer reads a JSON list, not JSON lines
     prediction_keys: Sequence[str]  # where the official scorer looks for an answer
 
-    def __init__(self, place: Path) -> None:
-        self.file = self._find(place)
-        self.items: list[Item] = []
+    def _read(self) -> list[Item]:
+        items = []
         for number, row in enumerate(read_rows(self.file), start=1):
             where = f"{self.file}, question {number}"
             try:
@@ -60,39 +37,15 @@ class MultipleChoice(ABC):
                 raise UserError(where, f"has no {error.args[0]}", f"give {self.name} as it is published") from error
             if item.answer not in item.choices:
                 raise UserError(where, f"'{item.answer}' is not among its choices", "correct or remove the question")
-            self.items.append(item)
-        missing = [item.audio for item in self.items if not item.audio.is_file()]
-        if missing:
-            fault = f"{len(missing)} of {len(self.items)} audio files are missing, the first is {missing[0]}"
-            raise UserError(self.file, fault, f"put {self.name}'s audio beside its questions")
-
-    def _find(self, place: Path) -> Path:
-        if place.is_file():
-            return place
-        found = sorted({file for pattern in self.files for file in place.glob(pattern)})
-        if len(found) != 1:
-            fault = f"holds {len(found)} files named {' or '.join(self.files)}"
-            raise UserError(place, fault, f"give the folder or the file of {self.name}'s questions")
-        return found[0]
+            items.append(item)
+        return items
 
     @abstractmethod
     def _item(self, row: Mapping[str, Any]) -> Item:
         """One row; a KeyError names what it lacks."""
 
-    @abstractmethod
-    def correct(self, item: Item, prediction: str) -> bool:
-        """The verdict on one answer."""
-
-    @abstractmethod
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """Named numbers beside the mean of `correct`; None for one that the official scorer fails to compute.
-
-        Args:
-            predictions: question_id -> answer, for at least one question; those without one are not counted.
-        """
-
     def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str]:
-        """Name and text of the file that the official scorer reads: the published rows, with answers."""
+        """The published rows, with answers."""
         rows = [
             {**item.row, **dict.fromkeys(self.prediction_keys, predictions[item.question_id])}
             for item in self.items

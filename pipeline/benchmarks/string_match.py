@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.benchmarks.multiple_choice import Item, MultipleChoice, chosen
+from pipeline.benchmarks.base import Item
+from pipeline.benchmarks.multiple_choice import MultipleChoice, chosen
 
 _WORD = re.compile(r"\w+")
 

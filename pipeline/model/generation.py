@@ -83,6 +83,8 @@ class Decoding:
             plain_causal=self.prompt.plain_causal and seen == 0,
             max_position=self.prompt.max_position + len(step),
             system_text_sees_audio=self.prompt.system_text_sees_audio,
+            # The few tokens of a question behind its prefix: FlexAttention would compile for every new length.
+            attention_path="auto" if seen == 0 else "sdpa",
         )
         return context, query.position.clamp(min=0)
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),
     "evaluate": ("pipeline.evaluate", "generate answers on held-out clips and score them"),
     "doctor": ("pipeline.doctor", "check the machines before a run: what is wrong where"),
+    "submit": ("pipeline.submit", "run a command as a job of a Ray cluster"),
     "plan": ("pipeline.plan", "memory, step time and cost of a run that was not started"),
     "sweep": ("pipeline.sweep", "run a scaling experiment: one file, many runs"),
     "ask": ("pipeline.ask", "answer questions about an audio file"),

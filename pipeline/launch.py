@@ -100,7 +100,7 @@ def supervise(
     for folder in (FAILURES, RANKS):
         for left_over in (output / folder).glob("*.json"):
             left_over.unlink()
-    secrets = _secrets()
+    secrets = secrets_here()
     with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
             command,
@@ -115,7 +115,7 @@ def supervise(
         with _forward_signals(process):
             assert process.stdout is not None
             for line in process.stdout:
-                line = _masked(line, secrets)
+                line = masked(line, secrets)
                 with contextlib.suppress(OSError):  # a full disk must not end the job
                     log.write(line.encode())
                 _, marked, said = line.partition(CONSOLE)  # pdsh puts the host before it
@@ -123,16 +123,21 @@ def supervise(
                     show(said)
             code = process.wait()
     code, message = _explain(code, output)
-    return code, _masked(message, secrets)
+    return code, masked(message, secrets)
 
 
-def _secrets() -> list[str]:
-    """Values of this environment's variables that nobody should read in a log."""
-    named = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
-    return [value for value in named if len(value) >= _SHORTEST_SECRET and not value.startswith("/")]
+def holds_secret(name: str, value: str) -> bool:
+    """Whether a variable holds what nobody should read in a log."""
+    return bool(_SECRET_NAME.search(name)) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
 
 
-def _masked(text: str, secrets: Sequence[str]) -> str:
+def secrets_here() -> list[str]:
+    """Values of this environment's variables that hold such."""
+    return [value for name, value in os.environ.items() if holds_secret(name, value)]
+
+
+def masked(text: str, secrets: Sequence[str]) -> str:
+    """The text with stars in the place of secrets."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return text

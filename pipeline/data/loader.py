@@ -193,6 +193,8 @@ def evaluation_batches(
     rows = [Visit(int(clip[question]), np.array([question])) for question in selected]
     rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % world_size)
     lengths = _Lengths([features], chat, micro_batch_size, micro_batch_tokens, audio_positions)
+    if micro_batch_tokens is not None:
+        lengths.count(selected)
     plan = cut(rows, lengths.of, lengths.rows, rank=rank, world_size=world_size)
     yield from _load(_Rows([features], chat, feature_dtype), iter(plan), workers)
 
@@ -224,6 +226,14 @@ class _Lengths:
         if self._audio_positions is not None and not this.is_text:
             audio = self._audio_positions(this.table.duration_s[visit.clip])
         return float(len(self._chat.prefix) - 1 + audio + self._tokens[visit.source][visit.questions].sum())
+
+    def count(self, selected: Ints) -> None:
+        """Tokenises these questions of the first set, where no others will be asked for."""
+        this = self._sets[0]
+        clips, numbers = this.table.clip[selected], this.table.number[selected]
+        questions = (this.clip(int(c)).questions[n] for c, n in zip(clips, numbers, strict=True))
+        self._tokens[0] = np.zeros(len(this.table), np.int64)
+        self._tokens[0][selected] = list(self._chat.lengths(questions))
 
     def rows(self, longest: float) -> int:
         if self._most_tokens is None:

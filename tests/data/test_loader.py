@@ -155,6 +155,22 @@ def test_evaluation_sees_each_question_once_in_equally_many_batches(features, ch
         assert len(batch["clip_ids"]) == len(batch["input_ids"])
 
 
+def test_evaluation_keeps_the_bound_on_positions(features, chat):
+    selected = features.table.select()[::2]
+    batches = list(
+        evaluation_batches(features, chat, selected, micro_batch_size=4, micro_batch_tokens=300, audio_positions=int)
+    )
+    assert sorted(question for batch in batches for question in batch["question_ids"]) == sorted(
+        question.question_id for question in list(features.questions())[::2]
+    )
+    sizes = set()
+    for batch in batches:
+        lengths = batch["attention_mask"].sum(1) - 1 + torch.tensor(batch["audio_s"]).long()
+        assert lengths.max() * len(lengths) <= 300
+        sizes.add(len(lengths))
+    assert max(sizes) > 1
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_users_error_comes_out_of_a_worker_as_itself(features, tmp_path, workers):
     byte_tokenizer().save_pretrained(tmp_path)

@@ -48,7 +48,9 @@ def main(argv: Sequence[str]) -> int:
     encoded = time.perf_counter()
     prefix = answerer.hear([sound.features], arguments.hide)
     heard = time.perf_counter()
-    print(f"{arguments.clip}: {sound.duration_s:.1f} s of audio heard in {heard - start:.2f} s", file=sys.stderr)
+    cache_mib = prefix.nbytes / 2**20
+    figures_of_hearing = f"{sound.duration_s:.1f} s of audio heard in {heard - start:.2f} s, {cache_mib:.1f} MiB kept"
+    print(f"{arguments.clip}: {figures_of_hearing}", file=sys.stderr)
     answers = []
     for question in arguments.question or _typed_questions():
         answers.append(ask_aloud(answerer, prefix, question, lambda text: print(text, end="", flush=True)))
@@ -60,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
         figures = {
             "answers": [asdict(answer) for answer in answers],
             "audio_s": sound.duration_s,
+            "audio_cache_mib": cache_mib,
             "audio_encode_s": encoded - start,
             "audio_prefill_s": heard - encoded,
             "first_token_s": mean(answer.first_token_s for answer in answers) if answers else None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import AUDIO_TOKEN, FAMILIES, FRAMES, PRESETS, ROWS, Batch, batch, build
+from small_models import AUDIO_TOKEN, FAMILIES, FRAMES, LAYERS, PRESETS, ROWS, Batch, batch, build
 from torch import Tensor
 
 from pipeline.errors import UserError
@@ -187,6 +187,19 @@ def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
         partly = [logits(given, {kind}) for kind in sorted(kinds) for given in clips]
         assert not torch.allclose(partly[0], partly[1])
         assert not torch.allclose(partly[2], partly[3])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_of_a_prefix_is_linear_in_the_audio(preset: str) -> None:
+    model = build(preset)
+
+    def nbytes(frames: int) -> int:
+        given = batch([[5, 6, A]], [frames])
+        return model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths).nbytes
+
+    assert nbytes(60) - nbytes(30) == nbytes(90) - nbytes(60) > 0
+    if preset == "lal":  # keys and values of each layer: kv heads x head_dim x 4 bytes, of audio and of two text tokens
+        assert nbytes(30) == LAYERS * (30 + 2) * 2 * 2 * 8 * 4
 
 
 def test_a_placeholder_behind_a_prefix_is_one_clear_error() -> None:

@@ -105,6 +105,16 @@ class AudioKeys:
                 self._flamingo[layer, stream] = self.flamingo_keys_values(layer, stream)
         return self
 
+    def release(self) -> None:
+        """Forgets LAL's keys and values, once they are placed into rows for good."""
+        self._lal.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept for decoding."""
+        kept = [*self._lal.values(), *self._flamingo.values()]
+        return sum(x.nbytes for pair in kept for x in pair)
+
     def _project(self, layer: int) -> Tensor:
         """P_l of the tokens of all LAL streams of this layer, (N, d)."""
         parts = [self.streams[i].layer_projections[str(layer)](self.audio.tokens[i]) for i in self.lal[layer]]
@@ -203,6 +213,11 @@ class PlacedKeys:
         if not self.stand_in:
             self._lal = {layer: self.lal(layer) for layer, active in self.clips.lal.items() if active}
         return self
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what is kept for decoding."""
+        return self.clips.nbytes + sum(x.nbytes for pair in self._lal.values() for x in pair)
 
     def pick(self, rows: Tensor) -> PlacedKeys:
         """The keys of these rows, in this order; what all rows share stays shared."""

@@ -33,6 +33,11 @@ class Prefix:
     next_position: Tensor
     cache: Any
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all that is kept: linear in the length of the audio."""
+        return self.context.audio.nbytes + sum(x.nbytes for n in self.cache.layers for x in (n.keys, n.values))
+
     def fill(self, cache: Cache, rows: Tensor) -> None:
         """Puts these rows, in this order, into an empty cache."""
         for number, layer in enumerate(self.cache.layers):
@@ -126,6 +131,7 @@ class PalGeneration:
         layout = self.layout(audio.audio, input_ids, mask, pad_left=True).hide(self.specs, hidden)
         context = self.attention_context(layout, audio)
         context.audio.remember()
+        audio.release()
         cache = DynamicCache()
         self.language_model.model(
             inputs_embeds=self.embed(layout, audio.audio),

@@ -138,6 +138,16 @@ def test_a_failed_save_is_told_and_costs_that_save_alone(tmp_path: Path) -> None
     assert main["room again"] == other["room again"] == [4]
 
 
+class Uploads:
+    """Stands where the tracker does, in the middle of an upload."""
+
+    def __init__(self, uploading: Path) -> None:
+        self.uploading, self.named = uploading, list[list[str]]()
+
+    def log_folders(self, folders: list[Path]) -> None:
+        self.named.append([folder.name for folder in folders])
+
+
 def keep_the_best(output: Path) -> list[list[int]]:
     engine, found = build(settings("zero2", 2)), []
     keeper, _ = keeper_of(output, engine, [], keep_best=1)
@@ -147,12 +157,21 @@ def keep_the_best(output: Path) -> list[list[int]]:
         keeper.finish()
         found.append(steps_in(output))
         engine.barrier()
-    return found
+    uploads: Any = Uploads(output / checkpoint.checkpoint_name(4))
+    if read_ranks().is_main:
+        keeper.upload_to(uploads)
+    keeper.save(5, 0, Work(), RUN)
+    keeper.note_validation(5, 0.1)
+    keeper.finish()
+    if read_ranks().is_main:
+        assert uploads.named[0] == ["step-000004", "step-000002"]
+        assert uploads.named[-1] == ["step-000005", "step-000004", "step-000002"]
+    return [*found, steps_in(output)]
 
 
-def test_the_best_by_validation_loss_stays(tmp_path: Path) -> None:
-    assert run_on_ranks(keep_the_best, 2, tmp_path)[0] == [[1], [2], [3, 2], [4, 2]]
-    assert checkpoint.best_checkpoints(tmp_path)[0].name == "step-000002"
+def test_the_best_by_validation_loss_and_what_is_being_uploaded_stay(tmp_path: Path) -> None:
+    assert run_on_ranks(keep_the_best, 2, tmp_path)[0] == [[1], [2], [3, 2], [4, 2], [5, 4]]
+    assert checkpoint.best_checkpoints(tmp_path)[0].name == "step-000005"
 
 
 def save_once(output: Path) -> None:

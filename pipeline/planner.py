@@ -32,8 +32,9 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Read and written for each trained element in an optimizer step: gradient, master copy and two states in fp32; the
 # plain Adam of a CPU goes over them operation by operation.
 ADAM_TRAFFIC = {True: 28, False: 80}
-# Of what the backward pass finds: written, read, and a gradient of its size written and read.
-PASS_TRAFFIC = 4
+# Of each byte that is kept: operations run one by one, each reads and writes, forward and for the gradient. A CPU also
+# pays for fresh pages; its number is fitted.
+PASS_TRAFFIC = {True: 8, False: 21}
 FEATURE_BYTES = 2  # float16
 QUESTION_BYTES = 250  # of a question with its answer and names, in a shard
 
@@ -263,7 +264,7 @@ def _seconds(
     b, on_gpu, passes = ELEMENT_BYTES[train.precision], gpu.device == "cuda", rendered["gradient_accumulation_steps"]
     flops, counted = training_flops(size.config, row, train.trainable), count_operations(size.config, row)
     kept = activation_bytes(size.config, row, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
-    touched = PASS_TRAFFIC * (kept.kept + kept.loss)
+    touched = PASS_TRAFFIC[on_gpu] * (kept.kept + kept.loss)
     if train.gradient_checkpointing:
         flops += counted.total - counted.vocabulary - counted.features
         touched = touched * 5 // 4
@@ -322,18 +323,21 @@ def _communication_s(rendered: dict[str, Any], size: ModelSize, cluster: Cluster
         return 0.0
     policy, passes = rendered["zero_optimization"], rendered["gradient_accumulation_steps"]
     gradients, stage = b * size.trained, policy["stage"]
+    tensors = len(size.frozen) + sum(map(len, size.groups))
+    calls = 1 + passes * size.trained // policy["reduce_bucket_size"] if stage in (1, 2) else 1
     if stage <= 1:
         moved = 2 * gradients + (gradients if stage == 1 else 0)
     elif stage == 2:  # reduces after every pass, and with use_multi_rank_bucket_allreduce the whole bucket to all ranks
         moved = passes * gradients * (2 if policy["use_multi_rank_bucket_allreduce"] else 1) + gradients
     else:
         gathers = 1 if size.total <= policy["stage3_max_live_parameters"] else 2
+        calls = passes * (gathers + 1) * tensors
         moved = passes * (gathers * b * size.total + gradients)
         if "offload_param" in policy:
             moved += gathers * passes * b * size.total / cluster.gpus  # over the host's link first
     ring = (cluster.gpus - 1) / cluster.gpus
     slowest = min(cluster.within_node_gb_s, cluster.between_nodes_gb_s if cluster.nodes > 1 else math.inf)
-    return moved * ring / (slowest * GB * cluster.bandwidth_efficiency)
+    return moved * ring / (slowest * GB * cluster.bandwidth_efficiency) + calls * cluster.collective_latency_s
 
 
 def search(

@@ -40,6 +40,7 @@ class ClusterConfig(Strict):
         efficiency: share of the peak that the passes reach.
         bandwidth_efficiency: share of the bandwidths that collectives reach.
         overlap: share of the communication that hides behind the passes.
+        collective_latency_s: that a collective takes however little it moves.
         layer_launch_s: that the host needs to start the operations of one layer, forward and backward.
         usable_memory: share of the memory that tensors may take; the rest is the context and fragments.
         audio_s_per_core_s: seconds of audio that a core decodes and turns into spectra in a second.
@@ -60,6 +61,7 @@ class ClusterConfig(Strict):
     bandwidth_efficiency: Share = 0.8
     overlap: Annotated[float, Field(ge=0, le=1)] = 0.7
     usable_memory: Share = 0.92
+    collective_latency_s: Annotated[float, Field(ge=0)] = 3e-5
     layer_launch_s: Annotated[float, Field(ge=0)] = 0.001
     audio_s_per_core_s: PositiveFloat = 200.0
 

@@ -46,7 +46,9 @@ def load_answerer(folder: Path, max_new_tokens: int, number: int = 0) -> Answere
     """
     config, _ = load_config_of(folder)
     model = PalForCausalLM.from_pretrained(folder, dtype="auto")
-    chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=config.data.max_text_tokens)
+    # What training was bounded by says nothing of a benchmark's longer prompts: the language model's own bound counts.
+    longest = model.config.language_model.max_position_embeddings
+    chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=longest)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return Answerer(model.to(device), chat, max_new_tokens)
 

@@ -177,7 +177,7 @@ def test_a_benchmark_that_cannot_be_is_one_line(tmp_path: Path, changes: dict, f
 
 def test_a_folder_without_the_file_names_it(tmp_path: Path) -> None:
     for kind in BENCHMARKS.values():
-        with pytest.raises(UserError, match="holds 0 files named|holds no question"):
+        with pytest.raises(UserError, match=r"holds (0 files named|no question)"):
             kind(tmp_path)
     write_rows("mmar", tmp_path)
     (tmp_path / "MMAR-meta.jsonl").write_text("{broken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
-# Dense half-precision products, from the makers' data sheets, by a part of the device's name; the first that fits.
+# Dense half-precision products, from the makers' data sheets, by words of the device's name; the first that fits.
 _PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H100 PCIe", 756.0),
@@ -117,7 +118,7 @@ def peak_flops(device: torch.device, precision: str, peak_tflops: float | None) 
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+    return next((tflops * 1e12 for words, tflops in _PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)
 
 
 def duration(seconds: float) -> str:

@@ -78,3 +78,21 @@ def test_operations_are_those_of_the_rows() -> None:
 def test_a_peak_is_told_or_known_and_never_invented() -> None:
     assert peak_flops(torch.device("cpu"), "bf16", None) is None
     assert peak_flops(torch.device("cpu"), "fp32", 0.25) == 0.25e12
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A4000", None),
+    ],
+)
+def test_a_device_is_known_by_whole_words(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    expected = None if tflops is None else pytest.approx(tflops * 1e12)
+    assert peak_flops(torch.device("cuda"), "bf16", None) == expected
+    assert peak_flops(torch.device("cuda"), "fp32", None) is None

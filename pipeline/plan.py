@@ -23,7 +23,6 @@ TABLE_GPUS = (8, 64, 256, 1024)
 TABLE_BATCH = 6144  # questions: divides over 1,024 GPUs, packed by six as well
 PACKED = 6
 VARIANTS = (("plits", 1), ("lal", 1), ("lal", PACKED), ("pal_v3", 1))  # integration, questions per sequence
-# The cheapest of these is shown: without offloading, which only a GPU that is too small for the model needs.
 TABLE_POLICIES = ("zero1", "zero2", "zero3", "zero3_offload")
 ASSUMPTIONS = """Assumed: {efficiency:.0%} of the data sheet's peak in matrix products, all else in the passes and Adam
 bound by memory; ring collectives over the slowest link at {bandwidth_efficiency:.0%} of its bandwidth, {overlap:.0%} of

@@ -265,13 +265,14 @@ def _seconds(
     flops, counted = training_flops(size.config, row, train.trainable), count_operations(size.config, row)
     kept = activation_bytes(size.config, row, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
     touched = PASS_TRAFFIC[on_gpu] * (kept.kept + kept.loss)
+    launches = passes * size.config.language_model.num_hidden_layers * cluster.layer_launch_s
     if train.gradient_checkpointing:
+        launches *= 4 / 3  # a second forward pass
         flops += counted.total - counted.vocabulary - counted.features
         touched = touched * 5 // 4
     products = flops * rows / (gpu.peak_tflops[train.precision] * TERA * cluster.efficiency)
     weights = 3 * b * size.total * passes  # read for three products
     traffic = (touched * rows + weights) / (gpu.memory_gb_s * GB)
-    launches = passes * size.config.language_model.num_hidden_layers * cluster.layer_launch_s
     frames = sum(row.frames[name] * workload.encoders[name].width for name in row.frames)
     return {
         "products": products,
@@ -368,7 +369,7 @@ def search(
 def cheapest(predictions: Sequence[Prediction]) -> Prediction | None:
     """The fastest that fits (all cost the same per hour); of equals the one that recomputes less and needs less."""
     fitting = [p for p in predictions if not p.does_not_fit]
-    return min(fitting, key=lambda p: (p.step_s, p.memory_gib["total"]), default=None)
+    return min(fitting, key=lambda p: (p.step_s, p.gradient_checkpointing, p.memory_gib["total"]), default=None)
 
 
 def verdicts(predictions: Sequence[Prediction]) -> list[str]:

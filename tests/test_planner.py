@@ -129,6 +129,14 @@ def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> Non
     assert any(line.startswith("zero0: micro-batch 1 needs") and "optimizer" in line for line in lines)
 
 
+def test_of_equally_fast_ways_the_one_that_recomputes_less_is_taken() -> None:
+    config = openaqa(model__language_model="llama-3.1-70b", model__integration="lal", train__global_batch_size=1024)
+    slow = cluster(nodes=128, between_nodes_gb_s=20)  # the collectives of stage 3 take longer than all else
+    predictions = planner.search(config, slow, load_config(WorkloadConfig, "openaqa_workload"), ["zero3"])
+    plain, saving = predictions
+    assert plain.step_s == saving.step_s and planner.cheapest(predictions) is plain
+
+
 def test_partitioning_and_checkpointing_save_memory() -> None:
     workload = load_config(WorkloadConfig, "openaqa_workload")
     ways = [planner.predict(openaqa(train__zero=z), cluster(), workload) for z in ("zero0", "zero2", "zero2_offload")]

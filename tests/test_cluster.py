@@ -1,0 +1,76 @@
+"""The files of cluster/ are valid where a schema or a linter can tell, closed by default, and hold no secret."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.launch import read_hostfile
+
+CLUSTER = Path(__file__).parents[1] / "cluster"
+SCRIPTS = [*CLUSTER.glob("slurm/*.sbatch"), *CLUSTER.glob("**/*.sh")]
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_ray_accepts_its_clusters(cloud: str) -> None:
+    spec = find_spec("ray")
+    assert spec is not None and spec.origin is not None
+    schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
+    cluster = yaml.safe_load((CLUSTER / "ray" / f"{cloud}.yaml").read_text())
+    jsonschema.validate(cluster, schema)
+    assert cluster["head_node_type"] in cluster["available_node_types"]
+    for command in (cluster["head_start_ray_commands"][-1], cluster["worker_start_ray_commands"][-1]):
+        assert command.startswith("RAY_AUTH_MODE=token ray start")
+    assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
+
+
+def test_pods_are_not_root_and_their_mounts_exist() -> None:
+    cluster: dict[str, Any] = yaml.safe_load((CLUSTER / "ray" / "kuberay_cluster.yaml").read_text())
+    spec = cluster["spec"]
+    assert spec["authOptions"] == {"mode": "token"} and spec["rayVersion"] == version("ray")
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"]
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+    job = yaml.safe_load((CLUSTER / "ray" / "kuberay_job.yaml").read_text())
+    assert job["spec"]["clusterSelector"]["ray.io/cluster"] == cluster["metadata"]["name"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shell_scripts_pass_shellcheck(script: Path) -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_image_has_the_tested_versions_and_no_root() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    pins = dict(re.findall(r"([a-z-]+)(?:\[[a-z,]+\])?==([\d.]+)", text))
+    assert pins == {name: version(name).partition("+")[0] for name in pins} and len(pins) == 7
+    assert re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1] != "root"
+    assert not re.search(r"^(ENV|ARG)\s.*(TOKEN|KEY|PASSW|SECRET)", text, re.MULTILINE)
+
+
+def test_the_tracking_server_is_on_localhost_and_asks_for_a_password() -> None:
+    text = (CLUSTER / "mlflow" / "server.sh").read_text()
+    assert '--host "${HOST:-127.0.0.1}"' in text and "--app-name basic-auth" in text
+    assert "admin_password" not in text
+
+
+def test_the_example_hostfile_is_one() -> None:
+    assert read_hostfile(CLUSTER / "deepspeed" / "hostfile", None) == {"worker-1": 8, "worker-2": 8}
+    for line in (CLUSTER / "deepspeed" / "deepspeed_env").read_text().splitlines():
+        assert re.fullmatch(r"[A-Z_]+=\S+", line)  # the launcher knows no comments there

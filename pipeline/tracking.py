@@ -6,6 +6,7 @@ came in `<output>/tracking.json`. The file is the queue: what a dead server did 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from pipeline.config import TrackingConfig, default_tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
 METRICS = "metrics.jsonl"
 STATE = "tracking.json"
@@ -85,14 +87,15 @@ class Tracker:
         _remove_cut_record(output / METRICS)
         self._file = (output / METRICS).open("ab", buffering=0)
         self._unwritten = b""
+        self._of_machine: dict[str, float] = {}
         self._status: Status | None = None
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._ship, name="mlflow", daemon=True)
         self._thread.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records metrics of an optimizer step; returns at once."""
-        record = {"step": step, "time": round(time.time(), 3), "metrics": dict(metrics)}
+        """Records metrics of an optimizer step, and the newest of the machine; returns at once."""
+        record = {"step": step, "time": round(time.time(), 3), "metrics": {**metrics, **self._of_machine}}
         self._unwritten += json.dumps(record).encode() + b"\n"
         with contextlib.suppress(OSError):  # a full disk must not end the run: the next record tries again
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
@@ -128,6 +131,7 @@ class Tracker:
                     self.run_id = shipper.open_run(self.run_id, self._params, self._tags, self._artifacts)
                     self._on_run_id(self.run_id)
                     opened = True
+                self._of_machine = shipper.machine_metrics()
                 shipper.send_new_records()
                 if status is not None:
                     shipper.end_run(status)
@@ -244,6 +248,24 @@ class _Shipper:
         database = self._uri.removeprefix("sqlite:///")
         folder = (Path(database).absolute().parent / "mlartifacts").as_uri() if database != self._uri else None
         return self.client.create_experiment(self._config.experiment, artifact_location=folder)
+
+    @functools.cached_property
+    def _monitors(self) -> list[BaseMetricsMonitor]:
+        from mlflow.system_metrics.metrics import cpu_monitor, disk_monitor, gpu_monitor, network_monitor
+
+        monitors = [cpu_monitor.CPUMonitor(), disk_monitor.DiskMonitor(), network_monitor.NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no GPU, or no library to ask it
+            monitors.append(gpu_monitor.GPUMonitor())
+        return monitors
+
+    def machine_metrics(self) -> dict[str, float]:
+        """What MLflow's monitors see of this machine (not of the other nodes), by the names that its UI groups."""
+        found = {}
+        for monitor in self._monitors:
+            monitor.clear_metrics()
+            monitor.collect_metrics()
+            found.update({f"system/{name}": value for name, value in monitor.aggregate_metrics().items()})
+        return found
 
     def send_new_records(self) -> None:
         from mlflow.entities import Metric

@@ -185,3 +185,17 @@ def test_folders_are_stored_once_each_and_gone_ones_are_passed_over(tmp_path: Pa
     assert [a.path for a in client(output).list_artifacts(ids[0], "checkpoints/step-2/engine")] == [
         "checkpoints/step-2/engine/weights"
     ]
+
+
+def test_what_the_machine_does_is_recorded_with_the_steps(tmp_path: Path, ids: list[str]) -> None:
+    output = tmp_path / "run"
+    tracker = start(output, ids)
+    step, deadline = 0, time.monotonic() + 30
+    while "system/cpu_utilization_percentage" not in (tracking.read_metrics(output) or [(0, {})])[-1][1]:
+        assert time.monotonic() < deadline
+        step += 1
+        tracker.log(step, {"train/loss": 1.0})
+        time.sleep(0.2)
+    assert tracker.close("FINISHED")
+    ((_, used),) = history(output, ids[0], "system/system_memory_usage_percentage")[-1:]
+    assert 0 < used < 100

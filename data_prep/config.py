@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config.fields import PositiveInt
 from pipeline.config.loading import InvalidConfig, Strict
 from pipeline.features import CLIPS
 
-PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 ColumnName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 ManifestFormat = Literal[

@@ -99,16 +99,16 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
         commits = _read_commits(store, plan, retry_rejects)
         done = {i: commit for i, commit in commits.items() if is_complete(commit, plan, contracts)}
         before = _clips_done(done)
-        todo = [partition for partition in range(len(plan.partitions)) if partition not in done]
-        if todo:
+        open_partitions = [partition for partition in range(len(plan.partitions)) if partition not in done]
+        if open_partitions:
             expected = estimate(_sampled_paths(config, plan, store), plan.clips, contracts)
             sys.stderr.write(
                 f"{plan.clips} clips, about {expected['audio_hours']:.2f} hours of audio, "
                 f"about {expected['bytes'] / 1e9:.2f} GB of features in {config.output}\n"
             )
             sweep(store, column_names(contracts), commits.values(), keep_indexed=True)
-            load = any(set(contracts) - (commits[i].columns.keys() if i in commits else set()) for i in todo)
-            work_s = _extract(config, contracts, plan, done, todo, load)
+            load = any(set(contracts) - (commits[i].columns.keys() if i in commits else set()) for i in open_partitions)
+            work_s = _extract(config, contracts, plan, done, open_partitions, load)
         contract = finish(config, contracts, plan, [done[i] for i in range(len(plan.partitions))], store)
     wall_s = time.monotonic() - start
     return {
@@ -172,10 +172,10 @@ def _extract(
     contracts: dict[str, EncoderContract],
     plan: Plan,
     commits: dict[int, Commit],
-    todo: list[int],
+    open_partitions: list[int],
     load_encoders: bool,
 ) -> float:
-    """Does the partitions of `todo` and adds them to `commits`; the seconds that workers were at work."""
+    """Does the partitions of `open_partitions` and adds them to `commits`; the seconds that workers were at work."""
     line = ProgressLine(plan.clips, _clips_done(commits) + len(plan.rejects))
     audio_before = sum(commit.audio_s for commit in commits.values())
 
@@ -196,7 +196,7 @@ def _extract(
 
     try:
         with ray_cluster():
-            return Cluster(config, contracts, plan, load_encoders).run(todo, on_commit, on_progress)
+            return Cluster(config, contracts, plan, load_encoders).run(open_partitions, on_commit, on_progress)
     finally:
         line.close()
 

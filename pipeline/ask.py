@@ -13,11 +13,12 @@ from statistics import mean
 from typing import TYPE_CHECKING, get_args
 
 from pipeline.errors import run_command
-from pipeline.features import encoder_place, read_encoders
+from pipeline.features import read_encoders
+from pipeline.options import add_encoder_option
 from pipeline.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.answering import Answerer, Features
+    from pipeline.inference.answering import Answerer, Features
     from pipeline.model import Prefix
 
 
@@ -34,12 +35,12 @@ class Answer:
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)  # questions before, between or after options
-    from pipeline.answering import load_answerer, load_config_of
+    from pipeline.inference.answering import load_answerer, load_config_of
 
     config, model = load_config_of(arguments.model)
     contracts = read_encoders(arguments.model, model.feature_fingerprints, config.data.train)
 
-    from pipeline.hearing import Ears
+    from pipeline.inference.hearing import Ears
 
     answerer = load_answerer(arguments.model, arguments.max_new_tokens)
     ears = Ears(contracts, dict(arguments.encoder), answerer.model.device.type)
@@ -82,14 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--hide", action="append", default=[], choices=get_args(IntegrationKind), help="audio tokens that stay unheard"
     )
-    parser.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        type=encoder_place,
-        metavar="NAME=FOLDER",
-        help="where an encoder's weights are, if not where they were in preparation",
-    )
+    add_encoder_option(parser)
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument(
         "--picture",
@@ -107,7 +101,7 @@ def ask_aloud(answerer: Answerer, prefix: Prefix, question: str, write: Callable
     Raises:
         UserError: a question that is too long, or holds the placeholder.
     """
-    from pipeline.answering import Words
+    from pipeline.inference.answering import Words
 
     words = Words(answerer.chat, write)
     start = time.perf_counter()
@@ -119,7 +113,7 @@ def ask_aloud(answerer: Answerer, prefix: Prefix, question: str, write: Callable
 def _draw(
     answerer: Answerer, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
 ) -> None:
-    from pipeline.hearing import spectrogram
+    from pipeline.inference.hearing import spectrogram
     from pipeline.plots import plot_listening
 
     background = spectrogram(clip)

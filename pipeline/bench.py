@@ -16,6 +16,7 @@ from typing import Any
 
 from pipeline.bench_case import DTYPES, SHAPES, Case, Shape, model_config, run
 from pipeline.errors import UserError, run_command
+from pipeline.tables import aligned
 
 VARIANTS = ("text_only", "plits", "lal", "pal_v2", "pal_v3", "flamingo")
 MODES = ("train", "decode")
@@ -135,8 +136,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         audio = "-" if r["variant"] == "text_only" else r["num_audio_tokens"]
         lines.append((r["mode"], r["variant"], str(audio), str(r["questions_per_clip"]),
                       *("-" if x is None else f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in figures)))  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines, right=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

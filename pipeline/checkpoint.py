@@ -32,7 +32,6 @@ CONFIG = "config.yaml"  # the resolved config, in every checkpoint and in the ou
 LOCK = ".lock"
 LOCK_PATIENCE_S = 3.0  # the ranks of a killed job need a moment to notice
 _NAME = re.compile(r"step-(\d{6,})")
-_READ_BYTES = 8 << 20
 _GIB = 2**30
 _SPACE_MARGIN = 1.01  # what files hold beside tensors
 
@@ -203,13 +202,8 @@ def retain(folder: Path, keep: int, keep_best: int = 0, in_use: Collection[Path]
 
 
 def _measure_file(path: Path) -> FileRecord:
-    digest = hashlib.sha256()
-    size = 0
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-    return FileRecord(size=size, sha256=digest.hexdigest())
+        return FileRecord(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 # ---- the output folder ------------------------------------------------------------------------------------------

@@ -76,14 +76,6 @@ def run_logged(
     return json.loads(figures.read_text(encoding="utf-8")), _last_line(log)
 
 
-def write_whole(path: Path, values: Any) -> None:
-    """Writes JSON under another name first, so that a file of this name is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 @contextmanager
 def _child(command: Sequence[str], settings: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """A process that does not outlive the block: asked to end first, so that training saves a checkpoint."""

@@ -20,7 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import CommandFailed, run_logged, write_whole
+from pipeline import durable
+from pipeline.commands import CommandFailed, run_logged
 from pipeline.config.loading import shipped_config
 from pipeline.errors import UserError, run_command
 
@@ -179,7 +180,7 @@ def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
     }
     path = out / SETTINGS
     if not path.exists():
-        write_whole(path, settings)
+        durable.write(path, json.dumps(settings, indent=2).encode())
     elif json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(out, "holds a demo with other settings", "remove it, or give another --out")
 
@@ -210,7 +211,9 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
             alive=partial(_say, label, started),
         )
         wall_s = round(time.monotonic() - started, 1)
-        write_whole(done, {"command": stage.command, "wall_s": wall_s, "figures": figures})
+        durable.write(
+            done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode()
+        )
         _say(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
 
 

@@ -22,6 +22,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.distributed import Ranks, read_ranks
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.features import load_contract, require_encoders
+from pipeline.tables import aligned
 
 MIN_DISK_GIB = 20.0
 MIN_SHARED_MEMORY_GIB = 1.0  # Docker's default of 64 MiB holds neither NCCL's buffers nor a loader's batches
@@ -294,8 +295,7 @@ def table(checks: Sequence[Check], num_nodes: int) -> str:
         texts = [f"{problem['host']}: {problem['fault']}" for problem in problems] or ["-"]
         lines.append((name, value, texts[0]))
         lines += [("", "", text) for text in texts[1:]]
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in lines)
+    return aligned(lines)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pipeline import checkpoint, launch, tracking
 from pipeline.commands import CommandFailed, run_logged
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
+from pipeline.tables import aligned
 
 PATIENCE_S = 240.0
 SECRET = "planted-by-pal-drill"
@@ -89,9 +90,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes in columns, for a terminal."""
     rows = [("fault", "what happened", "steps lost", "recovered")]
     rows += [(o.fault, o.happened, str(o.steps_lost), "yes" if o.recovered else "NO") for o in outcomes]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return aligned(rows)
 
 
 def prepare(out: Path) -> list[str]:

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.features import encoder_place
+from pipeline.options import add_encoder_option, require_positive
 from pipeline.scoring import CommonestAnswers, Prediction, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
-    from pipeline.asking import Asker
     from pipeline.benchmarks import Benchmark
     from pipeline.config import ExperimentConfig
     from pipeline.data.shards import FeatureSet
+    from pipeline.inference.asking import Asker
 
 SWAP_SEED = 0
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
@@ -36,13 +36,10 @@ OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     names = _benchmark_names(arguments.benchmarks)
-    for option in ("limit", "batch_size", "nproc"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')}", f"{value} is below 1", "give a positive number")
+    require_positive(arguments, "limit", "batch_size", "nproc")
 
-    from pipeline.answering import load_config_of
-    from pipeline.asking import open_asker
+    from pipeline.inference.answering import load_config_of
+    from pipeline.inference.asking import open_asker
 
     config, _ = load_config_of(arguments.model)
     results, lines, official = {}, [], {}
@@ -103,14 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of far sets")
-    parser.add_argument(
-        "--encoder",
-        action="append",
-        default=[],
-        type=encoder_place,
-        metavar="NAME=FOLDER",
-        help="where an encoder's weights are, if not where they were in preparation (published benchmarks)",
-    )
+    add_encoder_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
     parser.add_argument(
         "--predictions",
@@ -183,8 +173,8 @@ def evaluate(
     Raises:
         UserError: no benchmark, features of another encoder, audio that cannot be read, or a swap of one clip.
     """
-    from pipeline.asking import open_questions, open_set, predictions_of, spread
-    from pipeline.audio_clips import AudioClips
+    from pipeline.inference.asking import open_questions, open_set, predictions_of, spread
+    from pipeline.inference.audio_clips import AudioClips
 
     questions = open_questions(place, asker.model, cache, weights or {})
     clips = spread(len(questions), limit)

@@ -145,18 +145,6 @@ def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str)
     return {name: contracts[name] for name in fingerprints}
 
 
-def encoder_place(text: str) -> tuple[str, str]:
-    """Name and place of `NAME=FOLDER`: where an encoder's weights are, if not where they were in preparation.
-
-    Raises:
-        UserError: another form.
-    """
-    name, _, place = text.partition("=")
-    if not name or not place:
-        raise UserError("--encoder", f"'{text}' is not NAME=FOLDER", "name an encoder of the model and a folder")
-    return name, place
-
-
 def load_contract(folder: str | Path) -> FeatureContract:
     """Reads `features.json` of a prepared set.
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, run_command
+from pipeline.tables import aligned
 
 if TYPE_CHECKING:  # the planner imports torch, which `--help` must not
     from pipeline.config import ExperimentConfig
     from pipeline.config.planning import ClusterConfig, WorkloadConfig
-    from pipeline.planner import Prediction
+    from pipeline.planning import Prediction
 
 OPENAQA = "openaqa_workload"
 TABLE_MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
@@ -32,7 +33,7 @@ carry loss)."""
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    from pipeline import planner
+    from pipeline import planning
     from pipeline.config import ExperimentConfig, choose_stages, load_config
     from pipeline.config.planning import ClusterConfig, WorkloadConfig
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         given = load_config(WorkloadConfig, arguments.workload) if arguments.workload else None
         stages = {}
         for name, stage in choose_stages(config, arguments.stage).items():
-            stages[name] = plan(stage, cluster, given or planner.measure_workload(stage))
+            stages[name] = plan(stage, cluster, given or planning.measure_workload(stage))
             _print_plan(name, stages[name], stage, cluster)
         results = _whole(stages)
     if arguments.json:
@@ -82,19 +83,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> dict[str, Any]:
     """The figures of `pal plan`: of the config as it is written, of the cheapest way to run it, and why not others."""
-    from pipeline import planner
+    from pipeline import planning
 
-    written = planner.predict(config, cluster, workload)
-    predictions = planner.search(config, cluster, workload)
-    best = planner.cheapest(predictions)
-    steps, size = planner.total_steps(config, workload), planner.model_size(config, workload)
+    written = planning.predict(config, cluster, workload)
+    predictions = planning.search(config, cluster, workload)
+    best = planning.cheapest(predictions)
+    steps, size = planning.total_steps(config, workload), planning.model_size(config, workload)
     return {
         **_figures(written, steps, cluster),
         "parameters_total": size.total,
         "parameters_trained": size.trained,
         "cheapest": None if best is None else _figures(best, steps, cluster),
-        "alternatives": planner.verdicts(predictions),
-        "extraction": planner.extraction(cluster, workload, config.model.encoders),
+        "alternatives": planning.verdicts(predictions),
+        "extraction": planning.extraction(cluster, workload, config.model.encoders),
         "workload": workload.model_dump(mode="json"),
     }
 
@@ -148,7 +149,7 @@ def _print_plan(stage: str, results: dict[str, Any], config: ExperimentConfig, c
 
 def openaqa_epoch() -> list[dict[str, Any]]:
     """One epoch of OpenAQA with Llama-3.2-1B on a node of 8 A100: by operations alone, and by the whole model."""
-    from pipeline import planner
+    from pipeline import planning
     from pipeline.config import load_config
     from pipeline.config.planning import ClusterConfig, WorkloadConfig
 
@@ -156,9 +157,9 @@ def openaqa_epoch() -> list[dict[str, Any]]:
     rows = []
     for integration, packed in VARIANTS:
         config = _table_config(TABLE_MODELS[0], integration, packed)
-        best = planner.cheapest(planner.search(config, cluster, workload, TABLE_POLICIES))
+        best = planning.cheapest(planning.search(config, cluster, workload, TABLE_POLICIES))
         assert best is not None  # one billion parameters fit into 80 GiB
-        hours = planner.total_steps(config, workload) * best.step_s / 3600
+        hours = planning.total_steps(config, workload) * best.step_s / 3600
         by_operations = hours * best.mfu / cluster.efficiency
         rows.append(
             {
@@ -173,14 +174,14 @@ def openaqa_epoch() -> list[dict[str, Any]]:
                 "cost": hours * cluster.gpus * cluster.price_per_gpu_hour,
             }
         )
-    made = planner.extraction(cluster, workload, ["sslam"])
+    made = planning.extraction(cluster, workload, ["sslam"])
     print(f"OpenAQA on {cluster.gpus} x {cluster.gpu.name}: {_prepared(made)}; an epoch with {TABLE_MODELS[0]}:")
     return rows
 
 
 def size_table() -> list[dict[str, Any]]:
     """An epoch of OpenAQA for each model, cluster and integration, run in the cheapest way that fits."""
-    from pipeline import planner
+    from pipeline import planning
     from pipeline.config import load_config
     from pipeline.config.planning import ClusterConfig, WorkloadConfig
 
@@ -191,11 +192,11 @@ def size_table() -> list[dict[str, Any]]:
             for cluster_name in TABLE_CLUSTERS:
                 for gpus in TABLE_GPUS:
                     cluster = load_config(ClusterConfig, cluster_name, [f"nodes={gpus // 8}"])
-                    best = planner.cheapest(planner.search(config, cluster, workload, TABLE_POLICIES))
+                    best = planning.cheapest(planning.search(config, cluster, workload, TABLE_POLICIES))
                     row: dict[str, Any] = {"model": model, "integration": _name(integration, packed),
                                            "GPU": cluster.gpu.name, "GPUs": gpus}  # fmt: skip
                     if best is not None:
-                        hours = planner.total_steps(config, workload) * best.step_s / 3600
+                        hours = planning.total_steps(config, workload) * best.step_s / 3600
                         how = f"{best.zero}{'+ckpt' if best.gradient_checkpointing else ''} x{best.micro_batch_size}"
                         row |= {"how": how, "GiB": best.memory_gib["total"], "step s": best.step_s, "mfu": best.mfu,
                                 "h": hours, "cost": hours * gpus * cluster.price_per_gpu_hour}  # fmt: skip
@@ -227,9 +228,7 @@ def _name(integration: str, packed: int) -> str:
 def _text(rows: Sequence[dict[str, Any]]) -> str:
     """Rows under the keys of all, aligned; `-` where a row has no value."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, *([_cell(row[key]) if key in row else "-" for key in keys] for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(keys))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned([keys, *([_cell(row[key]) if key in row else "-" for key in keys] for row in rows)])
 
 
 def _cell(value: Any) -> str:

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError, run_command
+from pipeline.errors import run_command
 from pipeline.features import require_same_features
+from pipeline.options import require_positive
 from pipeline.scoring import score
+from pipeline.tables import aligned
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
-    from pipeline.answering import Answerer
     from pipeline.data.shards import Clip, FeatureSet
+    from pipeline.inference.answering import Answerer
     from pipeline.model import Look
 
 NOTHING = "none"
@@ -28,13 +30,10 @@ NOTHING = "none"
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    for option in ("limit", "questions", "batch_size"):
-        value = getattr(arguments, option)
-        if value is not None and value < 1:
-            raise UserError(f"--{option.replace('_', '-')}", f"{value} is below 1", "give a positive number")
+    require_positive(arguments, "limit", "questions", "batch_size")
 
-    from pipeline.answering import load_answerer
-    from pipeline.asking import open_set, spread
+    from pipeline.inference.answering import load_answerer
+    from pipeline.inference.asking import open_set, spread
 
     answerer = load_answerer(arguments.model, arguments.max_new_tokens)
     features = open_set(arguments.shards, list(answerer.feature_fingerprints), arguments.cache)
@@ -81,7 +80,7 @@ def attention_mass(
     Raises:
         UserError: a model with flamingo streams.
     """
-    from pipeline.asking import spread
+    from pipeline.inference.asking import spread
     from pipeline.model import KINDS
 
     wanted = np.flatnonzero(np.isin(features.table.clip, np.asarray(clips)))
@@ -113,7 +112,7 @@ def masking(answerer: Answerer, features: FeatureSet, clips: Sequence[int], batc
     Returns:
         hidden pathways (`none`, `lal`, `plits`, `lal+plits`, ...) -> as `scoring.score`.
     """
-    from pipeline.asking import ask, predictions_of
+    from pipeline.inference.asking import ask, predictions_of
 
     kinds = sorted({spec.integration for spec in answerer.model.specs})
     heard = {clip: clip for clip in clips}
@@ -134,16 +133,16 @@ def _look(answerer: Answerer, features: FeatureSet, question: int) -> tuple[Clip
 
 def _print_tables(figures: dict[str, Any]) -> None:
     print("attention of the tokens that predict an answer, % of each layer")
-    print("layer    text     lal   plits")
-    for row in figures["attention_mass"]:
-        print(f"{row['layer']:5}" + "".join(f"{row[kind]:8.1%}" for kind in ("text", "lal", "plits")))
+    kinds = ("text", "lal", "plits")
+    mass = [[str(row["layer"]), *(f"{row[kind]:.1%}" for kind in kinds)] for row in figures["attention_mass"]]
+    print(aligned([["layer", *kinds], *mass], right=True))
     scores = figures["masking"]
     domains = list(scores[NOTHING]["by_domain"])
-    width = max(map(len, [*scores, "hidden"]))
-    print(f"\naccuracy\n{'hidden':{width}}{'all':>9}" + "".join(f"{domain:>9}" for domain in domains))
-    for hidden, row in scores.items():
-        values = [row["accuracy"], *(row["by_domain"][domain]["accuracy"] for domain in domains)]
-        print(f"{hidden:{width}}" + "".join(f"{value:9.1%}" for value in values))
+    accuracies = [
+        [hidden, *(f"{group['accuracy']:.1%}" for group in (row, *(row["by_domain"][domain] for domain in domains)))]
+        for hidden, row in scores.items()
+    ]
+    print(f"\naccuracy\n{aligned([['hidden', 'all', *domains], *accuracies], right=True)}")
 
 
 def _draw(
@@ -154,7 +153,7 @@ def _draw(
     arguments: argparse.Namespace,
 ) -> None:
     from pipeline import plots
-    from pipeline.asking import open_set
+    from pipeline.inference.asking import open_set
 
     name, out = arguments.model.resolve().parent.name, arguments.out
     mass = figures["attention_mass"]

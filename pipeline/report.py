@@ -13,21 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import trends
 from pipeline.errors import run_command
-from pipeline.runs import TrainedRun, log_back, open_experiment, read_runs
+from pipeline.experiments import trends
+from pipeline.experiments.runs import TrainedRun, log_back, open_experiment, read_runs
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import, which `--help` must not
     from matplotlib.figure import Figure
 
     from pipeline.plots import Bars, Point
 
-# column -> metric of the run
-COSTS = {
-    "final_loss": "final_loss",
-    "samples_per_s": "samples_per_s",
-    "peak_memory_gib": "peak_memory_gib",
-}
 NOT_COMPARED = ("output", "tracking.")  # parameters that differ from run to run without meaning
 
 NOTES = """Accuracy is the share of exact matches on held-out clips, in brackets its 95 % interval (bootstrap by clip).
@@ -75,7 +69,7 @@ def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
     for run in runs:
         shared: Row = {"run": run.label, "run_id": run.run_id, "status": run.status}
         shared |= {key: run.params.get(key) for key in differing}
-        shared |= {column: run.metrics.get(metric) for column, metric in COSTS.items()}
+        shared |= {metric: run.metrics.get(metric) for metric in ("final_loss", *trends.COSTS)}
         for benchmark, scores in run.evaluations.items() or [(None, None)]:
             rows.append(shared | {"benchmark": benchmark} | _scores_row(scores, domains))
     return rows
@@ -145,7 +139,7 @@ def _pictures(experiment: str, runs: Sequence[TrainedRun]) -> dict[str, Figure]:
             ("peak_memory_gib", "peak training memory per rank (GiB)"),
             ("samples_per_s", "training throughput (questions/s)"),
         ):
-            points = [_point(run, benchmark, cost) for run in evaluated if COSTS[cost] in run.metrics]
+            points = [_point(run, benchmark, cost) for run in evaluated if cost in run.metrics]
             if points:
                 name = x_label.partition(" (")[0]
                 figures[f"accuracy_{cost}_{benchmark}"] = plot_accuracy_against(
@@ -163,7 +157,7 @@ def _point(run: TrainedRun, benchmark: str, cost: str) -> Point:
     from pipeline.plots import Point
 
     scores = run.evaluations[benchmark]
-    return Point(run.label, run.metrics[COSTS[cost]], scores["accuracy"], *scores["ci95"])
+    return Point(run.label, run.metrics[cost], scores["accuracy"], *scores["ci95"])
 
 
 def _bars(label: str, scores: Mapping[str, Any]) -> Bars:

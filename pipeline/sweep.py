@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.tables import aligned
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
     from pipeline.config.planning import WorkloadConfig
-    from pipeline.trials import BudgetConfig, SweepConfig, Trial
+    from pipeline.experiments.trials import BudgetConfig, SweepConfig, Trial
 
 Row = dict[str, Any]
 
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     from pipeline.config import load_config
-    from pipeline.trials import SweepConfig
+    from pipeline.experiments.trials import SweepConfig
 
     sweep = load_config(SweepConfig, arguments.sweep, arguments.overrides)
     trials, rows = plan_trials(sweep)
@@ -58,10 +59,10 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
     Raises:
         UserError: a key that does not exist, trials that are the same, or one that cannot fit.
     """
-    from pipeline import planner
+    from pipeline import planning
     from pipeline.config import load_config
     from pipeline.config.planning import ClusterConfig
-    from pipeline.trials import SEED, make_trial
+    from pipeline.experiments.trials import SEED, make_trial
 
     cluster = load_config(ClusterConfig, sweep.cluster, [f"gpus_per_node={sweep.nproc}", "nodes=1"])
     workloads: dict[str, WorkloadConfig] = {}
@@ -74,15 +75,15 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
         model = trial.config.model
         reads = repr((trial.config.data, model.encoders, model.language_model))
         if reads not in workloads:
-            workloads[reads] = planner.measure_workload(trial.config)
+            workloads[reads] = planning.measure_workload(trial.config)
         workload = workloads[reads]
         if sweep.budget:
             trial = make_trial(sweep, params, _steps(sweep.budget, trial, workload))
-        prediction = planner.predict(trial.config, cluster, workload)
+        prediction = planning.predict(trial.config, cluster, workload)
         if prediction.does_not_fit:
             fault = f"does not fit on {cluster.gpu.name}: it {prediction.does_not_fit}"
             raise UserError(f"trial {trial.name}", fault, "change the trial or `cluster`")
-        size, steps = planner.model_size(trial.config, workload), planner.total_steps(trial.config, workload)
+        size, steps = planning.model_size(trial.config, workload), planning.total_steps(trial.config, workload)
         trials.append(trial)
         rows.append(
             {
@@ -90,7 +91,7 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
                 "audio_layers": [list(stream.audio_layers) for stream in size.config.stream_specs()],
                 "parameters": size.total,
                 "steps": steps,
-                "flops": planner.run_flops(trial.config, workload),
+                "flops": planning.run_flops(trial.config, workload),
                 "memory_gib": prediction.memory_gib["total"],
                 "hours": steps * prediction.step_s / 3600,
             }
@@ -104,20 +105,20 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
 
 def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
     """Steps that spend the budget on a trial, which has one; at least one."""
-    from pipeline import planner
+    from pipeline import planning
 
     if budget.steps is not None:
         return budget.steps
     if budget.tokens is not None:
-        return max(1, round(budget.tokens / planner.step_tokens(trial.config, workload)))
-    return max(1, round((budget.flops or 0) / planner.run_flops(trial.config, workload)))
+        return max(1, round(budget.tokens / planning.step_tokens(trial.config, workload)))
+    return max(1, round((budget.flops or 0) / planning.run_flops(trial.config, workload)))
 
 
 def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) -> list[Row]:
     """Results of all trials in their order; what is finished is not run again."""
     from pipeline import tracking
     from pipeline.config import TrackingConfig, dump_config
-    from pipeline.trials import run_trial
+    from pipeline.experiments.trials import run_trial
 
     sweep.output.mkdir(parents=True, exist_ok=True)
     recorded = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
@@ -128,7 +129,7 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
         parent = None
     say = _progress(len(trials))
     if ray_address is not None:
-        from pipeline.ray_trials import run_on_cluster
+        from pipeline.experiments.ray_trials import run_on_cluster
 
         results = run_on_cluster(ray_address, trials, parent, sweep.evaluate, sweep.nproc, say)
     else:
@@ -162,8 +163,7 @@ def _table(rows: Sequence[Row]) -> str:
         layers = " ".join("all" if not own else f"{own[0]}-{own[-1]} ({len(own)})" for own in row["audio_layers"])
         lines.append([row["trial"], layers, f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['flops']:.3g}",
                       f"{row['memory_gib']:.3g}", f"{row['hours']:.3g}"])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return aligned(lines)
 
 
 if __name__ == "__main__":

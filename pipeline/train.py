@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline import checkpoint, launch, provenance, zero
 from pipeline.config import ExperimentConfig, choose_stages, dump_config, load_config
@@ -126,7 +126,9 @@ def check(
     if config.data.validation is not None:
         expected = {name: contract.encoders[name].fingerprint for name in config.model.encoders}
         require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
-    streams = config.model.resolve_streams(_language_model_config(config.model.language_model).num_hidden_layers)
+    from pipeline.model.shapes import language_model_config
+
+    streams = config.model.resolve_streams(language_model_config(config.model.language_model).num_hidden_layers)
     origin = _check_origin(config, planned)
     checkpoint.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint, origin))
     if not reshard:
@@ -149,16 +151,6 @@ def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | 
                 fault = f"{folder} was trained with model.{key} = {there.get(key)!r}, here it is {here.get(key)!r}"
                 raise UserError("starts_from", fault, "start from a run of the same model")
     return checkpoint.identity_of(folder)
-
-
-def _language_model_config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fault = f"'{name}' cannot be read ({str(error).splitlines()[0]})"
-        raise UserError("model.language_model", fault, "give a Hugging Face folder or Hub name") from error
 
 
 def describe(config: ExperimentConfig, contract: FeatureContract, streams: Sequence[Stream], world_size: int) -> str:

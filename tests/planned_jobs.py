@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from pipeline import assembly, planner, zero
+from pipeline import assembly, planning, zero
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.config.planning import EncoderWork, WorkloadConfig
 from pipeline.distributed import read_ranks
@@ -64,7 +64,7 @@ def measure(config: ExperimentConfig) -> dict[str, float]:
     zero.init_process_group(ranks, 120)
     torch.manual_seed(0)
     accumulation = config.gradient_accumulation_steps(ranks.world_size)
-    size = planner.model_size(config, WORKLOAD)
+    size = planning.model_size(config, WORKLOAD)
     dtype = assembly.DTYPES[config.train.precision]
     model = PalForCausalLM(size.config).to(dtype)
     assembly.choose_trained(model, config.train)
@@ -99,8 +99,8 @@ def measure(config: ExperimentConfig) -> dict[str, float]:
 
 
 def make_batch(config: ExperimentConfig) -> dict[str, Any]:
-    """Rows as `planner.row_shape` says; token 0 is the placeholder."""
-    row, rows = planner.row_shape(config, WORKLOAD), config.train.micro_batch_size
+    """Rows as `planning.row_shape` says; token 0 is the placeholder."""
+    row, rows = planning.row_shape(config, WORKLOAD), config.train.micro_batch_size
     length, questions = WORKLOAD.question_tokens, config.data.questions_per_sequence
     text = torch.randint(1, 2000, (rows, questions * length))
     ids = torch.cat([torch.zeros(rows, 1, dtype=torch.long), text], dim=1)

@@ -10,13 +10,13 @@ import torch
 from corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 from pipeline import assembly
-from pipeline.answering import load_answerer
 from pipeline.ask import main
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError, run_command
 from pipeline.features import ENCODERS_FILE, read_encoders
-from pipeline.hearing import Ears, spectrogram
+from pipeline.inference.answering import load_answerer
+from pipeline.inference.hearing import Ears, spectrogram
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
 

@@ -15,8 +15,6 @@ from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerBase
 
 from pipeline import assembly, checkpoint
-from pipeline.answering import Answerer
-from pipeline.asking import Asker, Share, ask, open_asker
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
@@ -24,6 +22,8 @@ from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate, main, swap_within_domains
 from pipeline.features import CONTRACT_FILE, load_contract
+from pipeline.inference.answering import Answerer
+from pipeline.inference.asking import Asker, Share, ask, open_asker
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
 from pipeline.streams import Connector, preset_streams

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.scaling import fit_power_law, held_out_prediction, pareto_front, pool
+from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
 
 SIZES = (1e6, 2e6, 4e6, 8e6)
 TOKENS = (1e5, 3e5)

@@ -14,8 +14,8 @@ from jobs import write_experiment
 
 from pipeline.config import load_config
 from pipeline.errors import UserError
+from pipeline.experiments.trials import RESULT, SweepConfig
 from pipeline.sweep import main, plan_trials
-from pipeline.trials import RESULT, SweepConfig
 
 INTEGRATIONS = ["plits", "lal"]
 

@@ -1,10 +1,13 @@
-"""Shapes of published language models, so that a run can be planned without their weights or a network."""
+"""Configs of language models: read from a folder or the Hub, or known here by name, so that a run can be planned
+without weights or a network."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from pipeline.errors import UserError
 
 _LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 
@@ -44,3 +47,16 @@ def published_shape(name: str) -> LlamaConfig | None:
     instructions); None if unknown."""
     shape = SHAPES.get(name.rpartition("/")[2].lower().removesuffix("-instruct"))
     return None if shape is None else LlamaConfig(**_LLAMA_3, **shape)
+
+
+def language_model_config(name: str) -> PretrainedConfig:
+    """The config of a Hugging Face folder or Hub name.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fault = f"'{name}' cannot be read ({str(error).splitlines()[0]})"
+        raise UserError("model.language_model", fault, "give a Hugging Face folder or Hub name") from error

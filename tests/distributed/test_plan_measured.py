@@ -17,7 +17,7 @@ if __name__ == "__main__":  # pytest finds the helpers by its own setting
 from planned_jobs import WORKLOAD, measure, write_job
 from ranks import run_on_ranks
 
-from pipeline import planner
+from pipeline import planning
 from pipeline.config import load_config
 from pipeline.config.planning import ClusterConfig
 
@@ -46,7 +46,7 @@ def compare(case: tuple[str, str, int, int, int, str]) -> dict[str, tuple[float,
     with tempfile.TemporaryDirectory() as folder:
         config = write_job(Path(folder), size, integration, stage, ranks, accumulation, precision=precision)
         cluster = load_config(ClusterConfig, "cpu", [f"gpus_per_node={ranks}"])
-        prediction = planner.predict(config, cluster, WORKLOAD)
+        prediction = planning.predict(config, cluster, WORKLOAD)
         measured: dict[str, Any] = run_on_ranks(measure, ranks, config)[0]
     parts = {p: (prediction.memory_gib[p] * GIB / MIB, measured[p] / MIB) for p in (*STATES, "total")}
     return {**parts, "step_s": (prediction.step_s, measured["step_s"])}

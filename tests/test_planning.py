@@ -10,7 +10,7 @@ import pytest
 import torch
 from planned_jobs import WORKLOAD, make_batch, write_job
 
-from pipeline import planner, zero
+from pipeline import planning, zero
 from pipeline.config import ExperimentConfig, TrainConfig, load_config, validate_config
 from pipeline.config.planning import ClusterConfig, WorkloadConfig
 from pipeline.errors import UserError
@@ -84,7 +84,7 @@ def test_counted_activations_are_those_that_the_model_keeps(
         trainable=trainable,
         micro_batch_size=2,
     )
-    size = planner.model_size(config, WORKLOAD)
+    size = planning.model_size(config, WORKLOAD)
     model = PalForCausalLM(size.config)
     set_trainable(model, trainable)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -100,7 +100,7 @@ def test_counted_activations_are_those_that_the_model_keeps(
         loss = model(**make_batch(config)).loss
     log_probabilities = 4 * 2 * WORKLOAD.answer_tokens * questions * 2000
     counted = activation_bytes(
-        size.config, planner.row_shape(config, WORKLOAD), element_bytes=4, trainable=trainable, on_gpu=False
+        size.config, planning.row_shape(config, WORKLOAD), element_bytes=4, trainable=trainable, on_gpu=False
     )
     assert 2 * counted.kept == pytest.approx(sum(kept.values()) - log_probabilities, rel=0.08)
     assert loss.isfinite()
@@ -111,20 +111,20 @@ def test_operations_give_the_known_hours_of_an_epoch_of_openaqa() -> None:
     workload, hours = load_config(WorkloadConfig, "openaqa_workload"), {}
     for integration, questions, expected in (("plits", 1, 5.2), ("lal", 1, 1.4), ("lal", 8, 1.0), ("pal_v3", 1, 2.5)):
         config = openaqa(model__integration=integration, data__questions_per_sequence=questions)
-        hours[integration, questions] = planner.run_flops(config, workload) / (8 * 312e12 * 0.45) / 3600
+        hours[integration, questions] = planning.run_flops(config, workload) / (8 * 312e12 * 0.45) / 3600
         assert hours[integration, questions] == pytest.approx(expected, rel=0.06)
-    prediction = planner.predict(openaqa(), cluster(), workload)
-    whole = planner.total_steps(openaqa(), workload) * prediction.step_s / 3600
+    prediction = planning.predict(openaqa(), cluster(), workload)
+    whole = planning.total_steps(openaqa(), workload) * prediction.step_s / 3600
     assert hours["plits", 1] < whole < 1.5 * hours["plits", 1]
 
 
 def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> None:
     config = openaqa(model__language_model="meta-llama/Llama-3.1-8B-Instruct", train__global_batch_size=512)
-    predictions = planner.search(config, cluster(), load_config(WorkloadConfig, "openaqa_workload"))
-    best = planner.cheapest(predictions)
+    predictions = planning.search(config, cluster(), load_config(WorkloadConfig, "openaqa_workload"))
+    best = planning.cheapest(predictions)
     assert best is not None and best.memory_gib["total"] < 80 * 0.92
     assert all(p.step_s >= best.step_s for p in predictions if not p.does_not_fit)
-    lines = planner.verdicts(predictions)
+    lines = planning.verdicts(predictions)
     assert len(lines) == 12 and sum("the cheapest" in line for line in lines) == 1
     assert any(line.startswith("zero0: micro-batch 1 needs") and "optimizer" in line for line in lines)
 
@@ -132,18 +132,18 @@ def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> Non
 def test_of_equally_fast_ways_the_one_that_recomputes_less_is_taken() -> None:
     config = openaqa(model__language_model="llama-3.1-70b", model__integration="lal", train__global_batch_size=1024)
     slow = cluster(nodes=128, between_nodes_gb_s=20)  # the collectives of stage 3 take longer than all else
-    predictions = planner.search(config, slow, load_config(WorkloadConfig, "openaqa_workload"), ["zero3"])
+    predictions = planning.search(config, slow, load_config(WorkloadConfig, "openaqa_workload"), ["zero3"])
     plain, saving = predictions
-    assert plain.step_s == saving.step_s and planner.cheapest(predictions) is plain
+    assert plain.step_s == saving.step_s and planning.cheapest(predictions) is plain
 
 
 def test_partitioning_and_checkpointing_save_memory() -> None:
     workload = load_config(WorkloadConfig, "openaqa_workload")
-    ways = [planner.predict(openaqa(train__zero=z), cluster(), workload) for z in ("zero0", "zero2", "zero2_offload")]
+    ways = [planning.predict(openaqa(train__zero=z), cluster(), workload) for z in ("zero0", "zero2", "zero2_offload")]
     totals = [prediction.memory_gib["total"] for prediction in ways]
     assert totals == sorted(totals, reverse=True)
     plain, saving = (
-        planner.predict(openaqa(train__gradient_checkpointing=c), cluster(), workload) for c in (False, True)
+        planning.predict(openaqa(train__gradient_checkpointing=c), cluster(), workload) for c in (False, True)
     )
     assert saving.memory_gib["activations"] < plain.memory_gib["activations"] / 3
     assert saving.step_s > plain.step_s and saving.mfu < plain.mfu
@@ -152,7 +152,7 @@ def test_partitioning_and_checkpointing_save_memory() -> None:
 def test_a_frozen_language_model_costs_less(tmp_path: Path) -> None:
     workload = load_config(WorkloadConfig, "openaqa_workload")
     all_of_it, connector = (
-        planner.predict(openaqa(train__trainable=t, model__integration="lal"), cluster(), workload)
+        planning.predict(openaqa(train__trainable=t, model__integration="lal"), cluster(), workload)
         for t in ("all", "connector")
     )
     assert connector.memory_gib["optimizer"] < all_of_it.memory_gib["optimizer"] / 2
@@ -161,7 +161,7 @@ def test_a_frozen_language_model_costs_less(tmp_path: Path) -> None:
 
 def test_more_nodes_are_faster_but_less_efficient() -> None:
     workload = load_config(WorkloadConfig, "openaqa_workload")
-    one, many = (planner.predict(openaqa(), cluster(nodes=nodes), workload) for nodes in (1, 4))
+    one, many = (planning.predict(openaqa(), cluster(nodes=nodes), workload) for nodes in (1, 4))
     assert many.step_s < one.step_s and many.mfu < one.mfu
 
 
@@ -187,4 +187,4 @@ def test_the_command_writes_the_contract(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_mistakes_are_told(changes: dict[str, Any], gpus: int, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        planner.search(openaqa(**changes), cluster(), load_config(WorkloadConfig, "openaqa_workload"))
+        planning.search(openaqa(**changes), cluster(), load_config(WorkloadConfig, "openaqa_workload"))

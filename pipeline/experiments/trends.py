@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pipeline.experiments.runs import TrainedRun
+from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
 from pipeline.provenance import short_value
-from pipeline.runs import TrainedRun
-from pipeline.scaling import fit_power_law, held_out_prediction, pareto_front, pool
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure

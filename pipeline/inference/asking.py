@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from pipeline.answering import Answerer, load_answerer, load_config_of
-from pipeline.audio_clips import AudioClips
 from pipeline.benchmarks import BENCHMARKS
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import EXIT_FAILURE, UserError
 from pipeline.features import read_encoders, require_same_features
-from pipeline.hearing import Ears
+from pipeline.inference.answering import Answerer, load_answerer, load_config_of
+from pipeline.inference.audio_clips import AudioClips
+from pipeline.inference.hearing import Ears
 from pipeline.scoring import Prediction
 from pipeline.streams import IntegrationKind
 

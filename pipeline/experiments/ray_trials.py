@@ -14,7 +14,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import UserError
-from pipeline.trials import Trial, run_trial
+from pipeline.experiments.trials import Trial, run_trial
 
 MAX_RETRIES = 5  # of a trial whose node is lost; it goes on from its newest checkpoint
 

@@ -13,15 +13,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.commands import CommandFailed, run_logged, write_whole
+from pipeline import durable
+from pipeline.commands import CommandFailed, run_logged
 from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
+from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
 from pipeline.errors import UserError
 from pipeline.provenance import short_value
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
 RESULT = "trial.json"  # of a finished trial, in its output folder
 SEED = "train.seed"
@@ -205,5 +205,5 @@ def run_trial(
     except CommandFailed as failure:
         return {**result, "status": "FAILED", "error": str(failure).splitlines()[-1]}
     result["status"] = "FINISHED"
-    write_whole(out / RESULT, {**result, "config": dump_config(trial.config)})
+    durable.write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
     return result

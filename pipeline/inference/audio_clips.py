@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.benchmarks import Benchmark
 from pipeline.data.shards import Clip, QuestionTable
 from pipeline.features import Question
-from pipeline.hearing import Ears, duration_s
+from pipeline.inference.hearing import Ears, duration_s
 
 
 class AudioClips:

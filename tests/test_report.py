@@ -32,7 +32,7 @@ def log_run(
     for step in (1, 2, 3, 2, 3):  # steps 2 and 3 again, as after a resume
         client.log_metric(run_id, LOSS, 4 / step, step=step)
     for column, value in (("final_loss", 0.1), ("samples_per_s", 30.0), ("peak_memory_gib", memory)):
-        client.log_metric(run_id[column], value)
+        client.log_metric(run_id, column, value)
     if accuracy is not None:
         file = folder / "held-out.json"
         file.write_text(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import launch, zero
-from pipeline.commands import run_logged
+from pipeline.commands import make_small_experiment
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.distributed import read_ranks
 from pipeline.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
         length = [f"train.steps={arguments.steps}", "train.epochs=null", "train.tokens=null", "stages={}"]
         once = [f"train.checkpoint.every_steps={arguments.steps}", "data.validation=null", f"output={folder / 'run'}"]
         overrides = [*arguments.overrides, *length, *once]
-        if arguments.config is None:
-            overrides = [*_make_demo(folder, arguments.dry_run), *overrides]
         config = arguments.config or "demo"
         print(f"{arguments.steps} steps of {config} on {nproc} ranks, and twice as many of the bare engine")
         if arguments.dry_run:
             return 0
+        if arguments.config is None:
+            overrides[:0] = make_small_experiment(folder, CLIPS, "demo_language_model")
         code, message = launch.supervise(
             [config, *overrides],
             folder / "run",
@@ -76,20 +76,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
-
-
-def _make_demo(folder: Path, dry_run: bool) -> list[str]:
-    """Corpus, features and language model of a small demo; returns the settings that name them."""
-    corpus, features, language_model = folder / "corpus", folder / "features", folder / "language_model"
-    manifest = f"{corpus}/train.jsonl"
-    commands = {
-        "corpus": ("data_prep.synth", str(corpus), f"--clips={CLIPS}"),
-        "features": ("data_prep.extract", "demo_prepare", f"manifest={manifest}", f"output={features}"),
-        "language model": ("pipeline.scratch", "demo_language_model", str(language_model), manifest),
-    }
-    for name, command in commands.items() if not dry_run else ():
-        run_logged(name, command, folder / f"{name}.log", folder / f"{name}.json")
-    return [f"data.train={features}", f"model.language_model={language_model}"]
 
 
 def _run_rank(config: ExperimentConfig) -> int:

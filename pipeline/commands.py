@@ -76,6 +76,27 @@ def run_logged(
     return json.loads(figures.read_text(encoding="utf-8")), _last_line(log)
 
 
+def make_small_experiment(folder: Path, clips: int, language_model: str) -> list[str]:
+    """Writes a synthetic corpus, its log-mel features and a language model with random weights below `folder`.
+
+    Args:
+        language_model: the config of `pal scratch`, shipped or a file.
+
+    Returns:
+        the settings of an experiment that name them.
+    """
+    corpus, features, weights = folder / "corpus", folder / "features", folder / "language_model"
+    manifest = f"{corpus}/train.jsonl"
+    for command in (
+        ("data_prep.synth", str(corpus), f"--clips={clips}"),
+        ("data_prep.extract", "demo_prepare", f"manifest={manifest}", f"output={features}"),
+        ("pipeline.scratch", language_model, str(weights), manifest),
+    ):
+        print(f"{command[0]} ...", flush=True)
+        run_logged(command[0], command, folder / f"{command[0]}.log", folder / f"{command[0]}.json")
+    return [f"data.train={features}", f"model.language_model={weights}"]
+
+
 @contextmanager
 def _child(command: Sequence[str], settings: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """A process that does not outlive the block: asked to end first, so that training saves a checkpoint."""

@@ -22,11 +22,12 @@ from pathlib import Path
 import psutil
 
 from pipeline import checkpoint, launch, tracking
-from pipeline.commands import CommandFailed, run_logged
+from pipeline.commands import CommandFailed, make_small_experiment
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
 from pipeline.tables import aligned
 
+CLIPS = 60
 PATIENCE_S = 240.0
 SECRET = "planted-by-pal-drill"
 NO_SERVER = "tracking.uri=http://127.0.0.1:1"
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         if config is None:
             config = "drill"
             os.environ["DS_ACCELERATOR"] = "cpu"  # two ranks on any machine
-            arguments.overrides[:0] = prepare(out)
+            arguments.overrides[:0] = make_small_experiment(out, CLIPS, "drill_language_model")
         outcomes = Drill(config, arguments.overrides, out).run()
     except (CommandFailed, DrillFailed) as failure:
         print(f"pal: {failure}", file=sys.stderr)
@@ -91,20 +92,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
     rows = [("fault", "what happened", "steps lost", "recovered")]
     rows += [(o.fault, o.happened, str(o.steps_lost), "yes" if o.recovered else "NO") for o in outcomes]
     return aligned(rows)
-
-
-def prepare(out: Path) -> list[str]:
-    """A corpus, its features and a small language model; returns the settings that name them."""
-    corpus, features, language_model = out / "corpus", out / "features", out / "language_model"
-    manifest = corpus / "train.jsonl"
-    for command in (
-        ("data_prep.synth", str(corpus), "--clips=60"),
-        ("data_prep.extract", "demo_prepare", f"manifest={manifest}", f"output={features}"),
-        ("pipeline.scratch", "drill_language_model", str(language_model), str(manifest)),
-    ):
-        print(f"{command[0]} ...", flush=True)
-        run_logged(command[0], command, out / f"{command[0]}.log", out / f"{command[0]}.json")
-    return [f"data.train={features}", f"model.language_model={language_model}"]
 
 
 class Job:

@@ -1,4 +1,4 @@
-"""Starts the `deepspeed` launcher for one job and stays its parent: console, signals, the end. Imports no torch.
+"""Starts a launcher for one job and stays its parent: console, signals, the end. Imports no torch.
 
 Parent and ranks talk through the launcher's inherited pipes: ranks' lines that begin with `CONSOLE` are shown, all
 others go to `launcher.log`; a byte on stdin asks the ranks to save and end, and the end of stdin tells them that the
@@ -31,6 +31,7 @@ _SUPERVISED = "PAL_SUPERVISED"
 _MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
 _LOG_TAIL_LINES = 15
 _SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
+_PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 _SHORTEST_SECRET = 8  # shorter values are words, and masking them would make a log unreadable
 
 
@@ -82,19 +83,26 @@ def supervise(
     hostfile: Path | None,
     on_gpu: bool,
     module: str = "pipeline.train",
+    ray_address: str | None = None,
     show: Callable[[str], None] = lambda line: print(line, end="", flush=True),
 ) -> tuple[int, str]:
     """Runs `MODULE ARGUMENTS` on every rank until it ends.
 
     Args:
+        nproc: ranks on each machine, or on the Ray cluster.
+        ray_address: of the cluster whose nodes take the ranks, in the place of the `deepspeed` launcher.
         show: receives the lines that ranks wrote with `say`.
 
     Returns:
         the exit code, and what to tell the user about a failure (empty when there was none).
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
-    command += ["--master_port", str(free_port()), "--hostfile", str(hostfile or os.devnull)]
-    command += ["--num_accelerators", str(nproc)] if nproc else []
+    if ray_address is not None:
+        command = [sys.executable, "-m", "pipeline.ray_ranks", "--address", ray_address, "--ranks", str(nproc)]
+        command += ["--output", str(output), *(["--gpu"] if on_gpu else [])]
+    else:
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+        command += ["--master_port", str(free_port()), "--hostfile", str(hostfile or os.devnull)]
+        command += ["--num_accelerators", str(nproc)] if nproc else []
     command += [module, *arguments]
     output.mkdir(parents=True, exist_ok=True)
     for folder in (FAILURES, RANKS):
@@ -128,7 +136,8 @@ def supervise(
 
 def holds_secret(name: str, value: str) -> bool:
     """Whether a variable holds what nobody should read in a log."""
-    return bool(_SECRET_NAME.search(name)) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
+    named_so = _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
+    return bool(named_so or _PASSWORD_IN_URL.search(value))
 
 
 def secrets_here() -> list[str]:
@@ -191,7 +200,8 @@ def _explain(code: int, output: Path) -> tuple[int, str]:
         first = causes[0]
         if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
             return first["code"], first["message"]
-        return EXIT_FAILURE, f"rank {first['rank']} failed at step {first['step']}: {first['message']} (see {log})"
+        at = "" if first["step"] is None else f" at step {first['step']}"
+        return EXIT_FAILURE, f"rank {first['rank']} failed{at}: {first['message']} (see {log})"
     silent = sorted(set(_ranks_of(output)) - {failure["rank"] for failure in failures})
     step = max((failure["step"] for failure in failures), default=None)
     who = f"rank {', '.join(map(str, silent))}" if silent else "the launcher"
@@ -234,10 +244,11 @@ def present(output: Path, rank: int) -> None:
     _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
 
 
-def leave(output: Path, rank: int, step: int, code: int, message: str, *, lost_peer: bool = False) -> int:
+def leave(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
     """Records why this rank ends, for the parent; without one, says it on stderr. Returns `code`.
 
     Args:
+        step: None where a launcher tells of a rank that cannot speak any more.
         lost_peer: it ends because another rank is gone or does not answer.
     """
     if _SUPERVISED not in os.environ:

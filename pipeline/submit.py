@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 POLL_S = 1.0
-_PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
 
 NonNegative = Annotated[float, Field(ge=0)]
 
@@ -110,7 +108,7 @@ def make_runtime_env(config: SubmitConfig, environment: Mapping[str, str]) -> di
     for name in config.environment:
         if name not in environment:
             raise UserError("environment", f"{name} is not set here", "set it, or take it off the list")
-        if launch.holds_secret(name, environment[name]) or _PASSWORD_IN_URL.search(environment[name]):
+        if launch.holds_secret(name, environment[name]):
             remedy = "set it on the nodes instead, see cluster/README.md"
             raise UserError("environment", f"{name} is a secret, which Ray would write into its logs", remedy)
         variables[name] = environment[name]

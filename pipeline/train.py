@@ -1,4 +1,5 @@
-"""`pal train CONFIG`: checks everything that is cheap to check, then runs the job under the `deepspeed` launcher.
+"""`pal train CONFIG`: checks everything that is cheap to check, then runs the job under the `deepspeed` launcher, or on
+the nodes of a Ray cluster.
 
 The same module is the job itself: `deepspeed --module pipeline.train CONFIG` starts it on every rank."""
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     stages = choose_stages(config, arguments.stage)
     if "RANK" in os.environ:
         return run_rank(config, stages, read_ranks(), arguments.json, reshard=arguments.reshard)
-    on_gpu, nproc = launch.devices(arguments.nproc)
+    on_gpu, nproc = _devices(arguments.ray, arguments.nproc)
     hosts = launch.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
     world_size = sum(hosts.values())
     outputs = [stage.output for stage in stages.values()]
@@ -61,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
     per_node = arguments.nproc if arguments.hostfile else nproc
     for restart in range(arguments.max_restarts + 1):
         code, message = launch.supervise(
-            passed_on, config.output, nproc=per_node, hostfile=arguments.hostfile, on_gpu=on_gpu
+            passed_on,
+            config.output,
+            nproc=per_node,
+            hostfile=arguments.hostfile,
+            on_gpu=on_gpu,
+            ray_address=arguments.ray,
         )
         if code != EXIT_FAILURE or restart == arguments.max_restarts:
             break
@@ -77,6 +83,14 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
+def _devices(ray_address: str | None, nproc: int | None) -> tuple[bool, int]:
+    if ray_address is None:
+        return launch.devices(nproc)
+    from pipeline import ray_ranks  # imports ray, which takes seconds
+
+    return ray_ranks.devices(ray_address, nproc)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal train",
@@ -85,8 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", help="a YAML file, or the name of a shipped config")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
-    parser.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` a line")
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks on this machine, or on the Ray cluster (default: its GPUs, or 1)"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` a line")
+    where.add_argument("--ray", metavar="ADDRESS", help="place the ranks on the nodes of this Ray cluster (auto)")
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="after a failure go on from the newest checkpoint"
     )

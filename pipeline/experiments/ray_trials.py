@@ -3,7 +3,6 @@ Needs a file system that all nodes share."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.errors import UserError
 from pipeline.experiments.trials import Trial, run_trial
+from pipeline.ray_ranks import joined
 
 MAX_RETRIES = 5  # of a trial whose node is lost; it goes on from its newest checkpoint
 
@@ -32,11 +32,7 @@ def run_on_cluster(
     Raises:
         UserError: no cluster at this address, or no node has room for a trial.
     """
-    try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
-        raise UserError("--ray", f"there is no cluster at '{address}'", "start one, or give its address") from error
-    try:
+    with joined(address):
         kinds = ("GPU", "CPU") if ray.cluster_resources().get("GPU") else ("CPU",)
         bundle = dict.fromkeys(kinds, float(nproc))
         if not any(all(node["Resources"].get(k, 0) >= nproc for k in kinds) for node in ray.nodes() if node["Alive"]):
@@ -56,8 +52,6 @@ def run_on_cluster(
             results[number] = _result(done, trials[number])
             remove_placement_group(groups[number])
             say(trials[number].name, results[number])
-    finally:
-        ray.shutdown()
     return [results[number] for number in range(len(trials))]
 
 

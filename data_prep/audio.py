@@ -1,10 +1,12 @@
-"""Decodes audio files by segment: mono float32 at the file's rate. Owns the reasons to reject a clip; no torch here."""
+"""Decodes audio files, and a WAV that still arrives, by segment: mono float32 at their own rate. Owns the reasons to
+reject a clip; no torch here."""
 
 from __future__ import annotations
 
+import wave
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal, Self
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +125,35 @@ class AudioFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class WavStream:
+    """A WAV of 16-bit samples that still arrives, through a pipe.
+
+    Attributes:
+        sample_rate_hz: as its header says.
+
+    Raises:
+        Reject: no such WAV.
+    """
+
+    def __init__(self, source: BinaryIO) -> None:
+        try:
+            self._file = wave.open(source)  # noqa: SIM115 (the caller owns the pipe)
+        except (wave.Error, EOFError) as error:
+            raise Reject("undecodable", f"no WAV: {error or 'it ends at once'}") from error
+        if self._file.getsampwidth() != 2:
+            raise Reject("undecodable", f"{8 * self._file.getsampwidth()}-bit samples, not 16-bit")
+        self.sample_rate_hz = self._file.getframerate()
+
+    def segments(self) -> Iterator[tuple[Samples, bool]]:
+        """Mono segments of a second as they come, and whether it is the last (it may be empty)."""
+        channels, last = self._file.getnchannels(), False
+        while not last:
+            frames = np.frombuffer(self._file.readframes(self.sample_rate_hz), "<i2").reshape(-1, channels)
+            last = len(frames) < self.sample_rate_hz
+            samples = frames.astype(np.float32) / 2**15  # as libsndfile reads them
+            yield samples[:, 0] if channels == 1 else samples.mean(axis=1, dtype=np.float32), last
 
 
 def _reason(error: Exception) -> str:

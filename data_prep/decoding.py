@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from data_prep.audio import AudioFile
+from data_prep.audio import AudioFile, Samples
 from data_prep.encoders.base import Encoder, Windower
 from data_prep.resample import Resampler
 
@@ -34,17 +34,28 @@ def decode(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None 
     Raises:
         Reject: the file cannot become features; see `AudioFile`.
     """
-    rates_hz = {encoder.contract.sample_rate_hz for encoder in encoders.values()}
     with AudioFile(path, max_clip_s) as file:
-        resamplers = {rate_hz: Resampler(file.sample_rate_hz, rate_hz) for rate_hz in sorted(rates_hz)}
-        windowers = {name: Windower(encoder) for name, encoder in encoders.items()}
-        for samples, last in file.segments():
-            audio = {rate_hz: resampler.push(samples, last) for rate_hz, resampler in resamplers.items()}
-            windows = {
-                name: [
-                    PreparedWindow(encoder.prepare(window), window.samples)
-                    for window in windowers[name].push(audio[encoder.contract.sample_rate_hz], last)
-                ]
-                for name, encoder in encoders.items()
-            }
+        for windows in cut(file.segments(), file.sample_rate_hz, encoders):
             yield Segment(windows, file.duration_s)
+
+
+def cut(
+    segments: Iterable[tuple[Samples, bool]], sample_rate_hz: int, encoders: Mapping[str, Encoder]
+) -> Iterator[dict[str, list[PreparedWindow]]]:
+    """For each segment the windows that it completes, of each encoder.
+
+    Args:
+        segments: mono audio at `sample_rate_hz`, and whether it is the last.
+    """
+    rates_hz = {encoder.contract.sample_rate_hz for encoder in encoders.values()}
+    resamplers = {rate_hz: Resampler(sample_rate_hz, rate_hz) for rate_hz in sorted(rates_hz)}
+    windowers = {name: Windower(encoder) for name, encoder in encoders.items()}
+    for samples, last in segments:
+        audio = {rate_hz: resampler.push(samples, last) for rate_hz, resampler in resamplers.items()}
+        yield {
+            name: [
+                PreparedWindow(encoder.prepare(window), window.samples)
+                for window in windowers[name].push(audio[encoder.contract.sample_rate_hz], last)
+            ]
+            for name, encoder in encoders.items()
+        }

@@ -23,8 +23,11 @@ from pipeline.model.scratch import save_scratch_language_model
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("ask"), "pal_v3")
+
+
+def write_model(folder: Path, integration: str) -> Path:
     """A prepared clip of 70 s (three windows) at 44.1 kHz, and an untrained model that reads its features."""
-    folder = tmp_path_factory.mktemp("ask")
     soundfile.write(folder / "clip.flac", tone(70.0, 44100), 44100)
     manifest = write_manifest(folder / "m.jsonl", [clip_row("clip", "clip.flac")])
     prepare_here(prepare_config(manifest, folder / "set"))
@@ -33,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     values = {
         "output": str(folder / "run"),
-        "model": {"language_model": str(folder / "lm"), "encoders": ["log_mel"], "integration": "pal_v3"},
+        "model": {"language_model": str(folder / "lm"), "encoders": ["log_mel"], "integration": integration},
         "data": {"train": str(folder / "set"), "system_prompt": "Listen."},
         "train": {"steps": 1, "precision": "fp32"},
     }

@@ -17,7 +17,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.errors import UserError
 from pipeline.features import Question
-from pipeline.model import Look, PalConfig, PalForCausalLM, Prefix, look
+from pipeline.model import LiveAudio, Look, PalConfig, PalForCausalLM, Prefix, look
 from pipeline.streams import IntegrationKind
 
 Features = Mapping[str, NDArray[np.float16]]
@@ -77,6 +77,13 @@ class Answerer:
         """
         ids = torch.tensor([self.chat.prefix] * len(clips), device=self.model.device)
         return self.model.read_prefix(ids, None, *self._audio(clips), hidden=hidden)
+
+    @torch.inference_mode()
+    def hear_live(self, live: LiveAudio, hidden: Collection[IntegrationKind] = ()) -> Prefix:
+        """The same with what is kept of audio that still arrives; for questions until more of it is taken."""
+        return self.model.prefix_of(
+            torch.tensor([self.chat.prefix], device=self.model.device), None, live, hidden=hidden
+        )
 
     @torch.inference_mode()
     def answer(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.audio import AudioFile, Reject
+from data_prep.audio import AudioFile, Reject, WavStream
 from data_prep.config import LogMelConfig
-from data_prep.decoding import decode
+from data_prep.decoding import PreparedWindow, cut, decode
 from data_prep.encoders.base import Encoder
 from data_prep.encoders.build import build_encoder, config_of, describe_encoder
 from pipeline.errors import UserError
@@ -36,6 +37,9 @@ class Ears:
         weights: encoder -> folder, file or Hub name of its weights, where they moved.
         device: `cpu` or `cuda`.
 
+    Attributes:
+        frame_rates_hz: encoder -> frames a second of its features.
+
     Raises:
         UserError: an encoder that cannot be had, or that would make other features.
     """
@@ -44,6 +48,7 @@ class Ears:
         for name in weights:
             if name not in contracts:
                 raise UserError("--encoder", f"the model has no encoder '{name}'", f"it has {', '.join(contracts)}")
+        self.frame_rates_hz = {name: contract.frame_rate_hz for name, contract in contracts.items()}
         self._encoders: dict[str, Encoder] = {}
         for name, contract in contracts.items():
             config = config_of(contract, weights.get(name))
@@ -60,6 +65,23 @@ class Ears:
             UserError: the file cannot be read, or gives no features.
         """
         return _encode(file, self._encoders)
+
+    def listen(self, source: BinaryIO) -> Iterator[dict[str, list[NDArray[np.float16]]]]:
+        """Features of audio that still arrives, as a WAV: encoder -> windows that each further second completes.
+
+        They are those of `hear`, but for the last bits where the sample rate is not the encoder's.
+
+        Raises:
+            UserError: it is no WAV of 16-bit samples.
+        """
+        place = "standard input"
+        try:
+            stream = WavStream(source)
+        except Reject as reject:
+            fault = f"cannot be heard ({reject.detail})"
+            raise UserError(place, fault, "pipe a WAV into it: ffmpeg -i SOURCE -c:a pcm_s16le -f wav -") from None
+        for windows in cut(stream.segments(), stream.sample_rate_hz, self._encoders):
+            yield _features(windows, self._encoders, place)
 
 
 def duration_s(file: Path) -> float:
@@ -92,18 +114,29 @@ def _encode(file: Path, encoders: Mapping[str, Encoder]) -> Sound:
     try:
         for segment in decode(str(file), encoders):
             duration_s = segment.duration_s
-            for name, prepared in segment.windows.items():
-                for window in prepared:
-                    windows[name] += encoders[name].encode_windows([window.prepared], [window.samples])
+            for name, features in _features(segment.windows, encoders, file).items():
+                windows[name] += features
     except Reject as reject:
         raise _unusable(file, reject) from None
-    features = {name: np.concatenate(parts) for name, parts in windows.items()}
-    for name, frames in features.items():
-        if not len(frames) or not np.isfinite(frames).all():
-            fault = "is too short for a frame" if not len(frames) else "gives values beyond float16"
-            raise UserError(file, f"{fault} of encoder '{name}'", "give another audio file")
-    return Sound(features, duration_s)
+    for name, parts in windows.items():
+        if not sum(map(len, parts)):
+            raise UserError(file, f"is too short for a frame of encoder '{name}'", "give another audio file")
+    return Sound({name: np.concatenate(parts) for name, parts in windows.items()}, duration_s)
 
 
-def _unusable(file: Path, reject: Reject) -> UserError:
-    return UserError(file, f"is {reject.reason.replace('_', ' ')} ({reject.detail})", "give another audio file")
+def _features(
+    prepared: Mapping[str, list[PreparedWindow]], encoders: Mapping[str, Encoder], place: object
+) -> dict[str, list[NDArray[np.float16]]]:
+    """Encoder -> features of each of its windows."""
+    features = {
+        name: [f for w in windows for f in encoders[name].encode_windows([w.prepared], [w.samples])]
+        for name, windows in prepared.items()
+    }
+    for name, windows in features.items():
+        if not all(np.isfinite(window).all() for window in windows):
+            raise UserError(place, f"gives values beyond float16 of encoder '{name}'", "give another audio file")
+    return features
+
+
+def _unusable(place: object, reject: Reject) -> UserError:
+    return UserError(place, f"is {reject.reason.replace('_', ' ')} ({reject.detail})", "give another audio file")

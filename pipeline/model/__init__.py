@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.model.configuration import PalConfig
 from pipeline.model.generation import Prefix
+from pipeline.model.live import LiveAudio
 from pipeline.model.looking import KINDS, Look, look
 from pipeline.model.lora import add_lora, lora_parameters, merge_lora
 from pipeline.model.modeling import PalForCausalLM
@@ -14,6 +15,7 @@ AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
 
 __all__ = [
     "KINDS",
+    "LiveAudio",
     "Look",
     "PalConfig",
     "PalForCausalLM",

@@ -98,12 +98,15 @@ class AudioKeys:
 
     def remember(self) -> AudioKeys:
         """Computes all layers now and keeps them, for decoding. Returns itself."""
-        for layer in self.lal:
-            if self.lal[layer]:
-                self._lal[layer] = self.lal_keys_values(layer)
-            for stream in self.flamingo[layer]:
-                self._flamingo[layer, stream] = self.flamingo_keys_values(layer, stream)
+        self._lal = {layer: self.lal_keys_values(layer) for layer, active in self.lal.items() if active}
+        self.remember_flamingo()
         return self
+
+    def remember_flamingo(self) -> None:
+        """Computes what flamingo streams give to their layers now and keeps it."""
+        for layer, streams in self.flamingo.items():
+            for stream in streams:
+                self._flamingo[layer, stream] = self.flamingo_keys_values(layer, stream)
 
     def release(self) -> None:
         """Forgets LAL's keys and values, once they are placed into rows for good."""
@@ -208,10 +211,15 @@ class PlacedKeys:
         return self.beside[(stream,)].rows(self.clips.flamingo_keys_values(layer, stream))
 
     def remember(self) -> PlacedKeys:
-        """Computes all layers now and keeps them, for decoding. Returns itself."""
-        self.clips.remember()
-        if not self.stand_in:
-            self._lal = {layer: self.lal(layer) for layer, active in self.clips.lal.items() if active}
+        """Computes all layers now and keeps them, for decoding. Returns itself.
+
+        One layer after the other: the clips keep no second, not rotated copy of LAL's keys.
+        """
+        if self.stand_in:
+            self.clips.remember()
+            return self
+        self.clips.remember_flamingo()
+        self._lal = {layer: self.lal(layer) for layer, active in self.clips.lal.items() if active}
         return self
 
     @property

@@ -35,7 +35,11 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all that is kept: linear in the length of the audio."""
+        """Memory of all that is kept, linear in the length of the audio.
+
+        With h = kv_heads * head_dim * bytes of a number: 2 h for each audio token of a LAL stream and each of its
+        audio layers; 2 h for each text and PLITS token and every layer; and flamingo's, whose heads are all of width d.
+        """
         return self.context.audio.nbytes + sum(x.nbytes for n in self.cache.layers for x in (n.keys, n.values))
 
     def fill(self, cache: Cache, rows: Tensor) -> None:
@@ -126,8 +130,20 @@ class PalGeneration:
         Raises:
             UserError: placeholders and clips disagree, or features are unfit.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        return self.prefix_of(input_ids, attention_mask, audio, hidden=hidden)
+
+    @torch.no_grad()
+    def prefix_of(
+        self: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        audio: AudioKeys,
+        *,
+        hidden: Collection[IntegrationKind] = (),
+    ) -> Prefix:
+        """`read_prefix` with clips whose audio tokens are there already; takes LAL's keys and values out of `audio`."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         layout = self.layout(audio.audio, input_ids, mask, pad_left=True).hide(self.specs, hidden)
         context = self.attention_context(layout, audio)
         context.audio.remember()

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.options import add_encoder_option, require_positive
-from pipeline.scoring import CommonestAnswers, Prediction, score
+from pipeline.scoring import CommonestAnswers, Prediction, bootstrap_ci95, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.benchmarks import Benchmark
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
                         limit=arguments.limit,
                         swap_audio=arguments.swap_audio,
                         commonest_from=arguments.commonest_from,
+                        answers_are_written=arguments.predictions is not None,
                     )
                     lines += [{"benchmark": name, **prediction} for prediction in predictions]
                     _print_summary(name, results[name])
@@ -91,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
         "benchmarks",
         nargs="+",
         metavar="BENCHMARK",
-        help="prepared feature set: a folder or a URL; or mmau=FOLDER (mmar, mmsu, esc50, gtzan, librispeech)",
+        help="prepared feature set: a folder or a URL; or mmau=FOLDER (mmar, mmsu, esc50, dcase2017, "
+        "vocalsound, fsd50k, gtzan, audiocaps, clotho, librispeech)",
     )
     parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
     parser.add_argument("--commonest-from", metavar="SET", help="training set: also score its commonest answers")
@@ -121,11 +123,12 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
             f"pal: not logged to MLflow: {config.output} does not name the run that trained this model", file=sys.stderr
         )
         return
-    scores, artifacts = {}, {}
+    scores: dict[str, float] = {}
+    artifacts = {}
     for name, result in results.items():
         artifacts[f"{tracking.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
-        scores[f"eval/{name}/accuracy"] = result["accuracy"]
-        for domain, group in result["by_domain"].items():
+        scores |= {f"eval/{name}/{metric}": value for metric, value in _own_metrics(result).items()}
+        for domain, group in result.get("by_domain", {}).items():
             scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]
         for control in ("swapped_audio", "commonest_answer"):
             if control in result:
@@ -156,6 +159,7 @@ def evaluate(
     limit: int | None = None,
     swap_audio: bool = False,
     commonest_from: str | None = None,
+    answers_are_written: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
     """Asks every question of one benchmark.
 
@@ -164,14 +168,17 @@ def evaluate(
         limit: only this many clips, spread evenly over the set.
         swap_audio: ask again with another clip's audio.
         commonest_from: the training set; its commonest answer to each wording is scored as well.
+        answers_are_written: the caller keeps the answers, not the scores alone.
 
     Returns:
         the scores: those of `scoring.score`, with further ones under `swapped_audio` and `commonest_answer`, and a
-        published benchmark's own; the predictions as plain JSON, in storage order; and files for official scorers,
+        published benchmark's own (questions whose answers its publishers keep are counted as `unscored`; without any
+        other there are no scores); the predictions as plain JSON, in storage order; and files for official scorers,
         name -> text.
 
     Raises:
-        UserError: no benchmark, features of another encoder, audio that cannot be read, or a swap of one clip.
+        UserError: no benchmark, features of another encoder, audio that cannot be read, a swap of one clip, or
+            questions without answers where answers are needed.
     """
     from pipeline.inference.asking import open_questions, open_set, predictions_of, spread
     from pipeline.inference.audio_clips import AudioClips
@@ -184,24 +191,47 @@ def evaluate(
         predictions = predictions_of(questions, asker(questions, place, heard, cache, weights or {}))
         return predictions if benchmark is None else judged(predictions, benchmark)
 
+    if benchmark is not None and benchmark.remark:
+        print(f"pal: {benchmark.name}: {benchmark.remark}", file=sys.stderr)
+    if benchmark is not None and not any(item.answer for item in benchmark.items):
+        if not answers_are_written:
+            remedy = "give --predictions FILE; what their server reads is written beside it"
+            raise UserError(place, "has no answers to score by: its publishers keep them", remedy)
+        if swap_audio or commonest_from:
+            raise UserError(place, "has no answers to score controls by", "leave --swap-audio and --commonest-from out")
     own = ask({clip: clip for clip in clips})
-    scores = score(own)
-    files = {}
+    scores = _scores(own)
+    files: dict[str, str] = {}
     if benchmark is not None:
-        answers = {prediction.question_id: prediction.prediction for prediction in own}
-        scores |= benchmark.further(answers)
-        official = benchmark.predictions_file(answers)
+        scored = {p.question_id: p.prediction for p in own if p.answer}
+        if scored:
+            scores |= benchmark.further(scored)
+            clip_of = {p.question_id: p.clip_id for p in own}
+            for metric, marks in benchmark.marks(scored).items():
+                values = np.array(list(marks.values()))
+                scores[metric] = float(values.mean())
+                scores[f"{metric}_ci95"] = list(bootstrap_ci95(values, [clip_of[question] for question in marks]))
+        official = benchmark.predictions_file({p.question_id: p.prediction for p in own})
         files = {} if official is None else dict([official])
     lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
     if swap_audio:
         swapped = ask(swap_within_domains({clip: questions.clip(clip).domain for clip in clips}))
-        scores["swapped_audio"] = score(swapped)
+        scores["swapped_audio"] = _scores(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
     if commonest_from is not None:
         guess = commonest_answers(open_set(commonest_from, [], cache))
         guesses = [replace(p, prediction=guess(p.task, p.question)) for p in own]
-        scores["commonest_answer"] = score(guesses if benchmark is None else judged(guesses, benchmark))
+        scores["commonest_answer"] = _scores(guesses if benchmark is None else judged(guesses, benchmark))
     return scores, lines, files
+
+
+def _scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Scores over the questions that have an answer; without any, how much was asked."""
+    scored = [prediction for prediction in predictions if prediction.answer]
+    unscored = len(predictions) - len(scored)
+    if not scored:
+        return {"unscored": unscored, "clips": len({prediction.clip_id for prediction in predictions})}
+    return score(scored) | ({"unscored": unscored} if unscored else {})
 
 
 def judged(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
@@ -248,12 +278,22 @@ def commonest_answers(features: FeatureSet) -> CommonestAnswers:
 
 
 def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:
+    if "accuracy" not in scores:
+        print(f"{benchmark}: {scores['unscored']} questions about {scores['clips']} clips answered, none scored")
+        return
     low, high = scores["ci95"]
     line = f"{benchmark}: accuracy {scores['accuracy']:.1%} ({low:.1%} to {high:.1%})"
     for key in ("swapped_audio", "commonest_answer"):
         if key in scores:
             line += f", {key.replace('_', ' ')} {scores[key]['accuracy']:.1%}"
+    line += "".join(f", {name} {value:.3g}" for name, value in _own_metrics(scores).items() if name != "accuracy")
+    line += f", {scores['unscored']} without an answer" if "unscored" in scores else ""
     print(f"{line}, {scores['questions']} questions about {scores['clips']} clips")
+
+
+def _own_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
+    """`accuracy`, and what a published benchmark adds."""
+    return {name: value for name, value in scores.items() if isinstance(value, float)}
 
 
 if __name__ == "__main__":

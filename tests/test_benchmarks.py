@@ -1,7 +1,10 @@
 """Verdicts on awkward answers, as the official scorers give them (compared with them on 14,000 generated answers), and
 as a reader would; layouts as published; folders that cannot be."""
 
+import csv
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,23 @@ import soundfile
 from corpora import tone
 from test_ask import folder  # noqa: F401 (a fixture)
 
-from pipeline.benchmarks import BENCHMARKS, Esc50, Gtzan, LibriSpeech, Mmar, Mmau, Mmsu
-from pipeline.benchmarks.multiple_choice import chosen
+from pipeline.benchmarks import (
+    BENCHMARKS,
+    AudioCaps,
+    Clotho,
+    Dcase2017,
+    Esc50,
+    Fsd50k,
+    Gtzan,
+    LibriSpeech,
+    Mmar,
+    Mmau,
+    Mmsu,
+    VocalSound,
+)
+from pipeline.benchmarks.multiple_choice import chosen, named
 from pipeline.benchmarks.string_match import string_match
-from pipeline.errors import UserError
+from pipeline.errors import UserError, run_command
 from pipeline.evaluate import main
 
 VOICES = ("A child", "A woman", "An adult man", "A teenager")
@@ -168,6 +184,7 @@ def test_a_published_benchmark_is_evaluated_from_its_own_files(folder: Path, tmp
         ({"answer": "A robot"}, "question 1: 'A robot' is not among its choices"),
         ({"audio_id": "gone.wav"}, "2 of 2 audio files are missing"),
         ({"choices": None}, "question 1: has no choices"),
+        ({"id": None}, "question 1: has no id"),
     ],
 )
 def test_a_benchmark_that_cannot_be_is_one_line(tmp_path: Path, changes: dict, fault: str) -> None:
@@ -231,3 +248,190 @@ def test_words_are_counted_over_the_whole_part(folder: Path, tmp_path: Path) -> 
     arguments = [f"librispeech={part}", "--json", str(tmp_path / "s.json"), "--max-new-tokens=2"]
     assert main([str(folder / "model"), *arguments]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["librispeech"]["wer"] > 0
+
+
+def write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def test_every_class_that_is_named_counts_and_none_within_another() -> None:
+    classes = ("Car", "Car alarm", "Air horn, truck horn", "Police car (siren)")
+    for said, numbers in (
+        ("car alarm", {1}),
+        ("A car, and a car alarm.", {0, 1}),
+        ("air horn, truck horn; police car (siren)", {2, 3}),
+        ("a police car", {0}),
+        ("cars", set()),
+        ("", set()),
+    ):
+        assert named(said, classes) == numbers
+
+
+def test_vocal_sounds_take_their_class_from_the_file_name(tmp_path: Path) -> None:
+    names = ["f0003_0_cough.wav", "m0004_1_throatclearing.wav"]
+    for name in names:
+        write_audio(tmp_path / "audio_16k" / name)
+    rows = [{"wav": f"/far/away/{name}", "labels": "/m/0"} for name in names]
+    write_text(tmp_path / "datafiles" / "te.json", json.dumps({"data": rows}))
+    sounds = VocalSound(tmp_path)
+    assert [item.answer for item in sounds.items] == ["cough", "throat clearing"]
+    assert sounds.correct(sounds.items[1], "They are clearing... throat clearing!")
+    write_text(tmp_path / "datafiles" / "te.json", json.dumps(rows))
+    with pytest.raises(UserError, match="is no list of recordings"):
+        VocalSound(tmp_path)
+
+
+def test_tags_are_counted_by_class(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_audio(tmp_path / "fsd" / "FSD50K.eval_audio" / f"{name}.wav")
+    table = 'fname,labels,mids\na,"Bark,Dog","/m/1,/m/2"\nb,Purr,/m/3\nc,"Dog","/m/2"\n'
+    write_text(tmp_path / "fsd" / "FSD50K.ground_truth" / "eval.csv", table)
+    fsd = Fsd50k(tmp_path / "fsd")
+    said = {item.question_id: text for item, text in zip(fsd.items, ("dog", "purr, dog", "Dog."), strict=True)}
+    assert [fsd.correct(item, said[item.question_id]) for item in fsd.items] == [False, False, True]
+    # Bark: never named. Dog: 2 of 2 found, 3 named. Purr: 1 of 1. Average precision: Bark 1/3, Dog 2/3, Purr 1.
+    assert fsd.further(said) == pytest.approx(
+        {
+            "f1_micro": 2 * 3 / (4 + 4),
+            "f1_macro": (0 + 4 / 5 + 1) / 3,
+            "mean_average_precision": (1 / 3 + 2 / 3 + 1) / 3,
+        }
+    )
+    perfect = {item.question_id: item.answer for item in fsd.items}
+    assert set(fsd.further(perfect).values()) == {1.0}
+    one = fsd.items[1].question_id
+    assert set(fsd.further({one: "Purr"}).values()) == {1.0}, "classes that do not occur have no score"
+
+
+def test_dcase_tags_stand_in_lines_of_their_own(tmp_path: Path) -> None:
+    for name in ("Y-id_30.000_40.000.wav", "Yother_0.000_10.000.wav"):
+        write_audio(tmp_path / "evaluation_set_formatted_audio_segments" / name)
+    lines = [
+        "-id_30.000_40.000.wav\t30.000\t40.000\tCar",
+        "other_0.000_10.000.wav\t0.000\t10.000\tAir horn, truck horn",
+        "-id_30.000_40.000.wav\t30.000\t40.000\tTrain",
+    ]
+    file = tmp_path / "groundtruth_weak_label_evaluation_set.csv"
+    write_text(file, "\n".join(lines) + "\n")
+    dcase = Dcase2017(tmp_path)
+    assert [item.row["labels"] for item in dcase.items] == [["Car", "Train"], ["Air horn, truck horn"]]
+    assert dcase.correct(dcase.items[0], "a train and a car")
+    assert dcase.further({dcase.items[1].question_id: "air horn, truck horn"})["f1_micro"] == 1
+    write_text(file, "a.wav,0,10,Car\n")
+    with pytest.raises(UserError, match="line 1: has 1 columns"):
+        Dcase2017(tmp_path)
+
+
+def write_clotho(root: Path, captions: dict[str, list[str]]) -> Path:
+    for name in captions:
+        write_audio(root / "evaluation" / name)
+    with (root / "clotho_captions_evaluation.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", *(f"caption_{n}" for n in range(1, 6))])
+        writer.writerows([name, *given] for name, given in captions.items())
+    return root
+
+
+def test_captions_are_marked_by_cider(tmp_path: Path) -> None:
+    """A hand-calculated mark: one word, one caption in each of two files, that no other file shares.
+
+    tf-idf of the word is log 2 in caption and answer, so the 1-grams agree fully (1), and there are no longer n-grams
+    (0): 10 * (1 + 0 + 0 + 0) / 4. Of an answer of two such words beside the one the cosine is 1 / sqrt(2), and the
+    lengths, which the reference implementation counts in pairs of words, differ by one: exp(-1 / (2 * 6^2)).
+    """
+    clotho = Clotho(write_clotho(tmp_path, {"a.wav": ["Rain!"], "b.wav": ["dog"]}))
+    assert clotho.marks({"a.wav": "rain", "b.wav": "DOG."}) == {"cider": pytest.approx({"a.wav": 2.5, "b.wav": 2.5})}
+    mixed = clotho.marks({"a.wav": "rain dog", "b.wav": ""})["cider"]
+    assert mixed == pytest.approx({"a.wav": 2.5 / math.sqrt(2) * math.exp(-1 / 72), "b.wav": 0})
+    assert clotho.correct(clotho.items[0], "rain.") and not clotho.correct(clotho.items[0], "a rain")
+    assert set(clotho.further({"a.wav": "rain"})) == {"spice", "spider", "fense"}
+
+
+def test_captions_are_evaluated_and_written_for_the_official_tools(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clotho = write_clotho(tmp_path / "clotho", {"a, b.wav": ["a dog", "dogs bark"], "c.wav": ["rain"]})
+    caps = tmp_path / "audiocaps"
+    ids = ["Y1234567890", "-abcdefghi_"]
+    write_audio(caps / "audio" / f"{ids[0]}.wav")
+    write_audio(caps / "audio" / f"Y{ids[1]}_30_40.wav")
+    lines = [f"{n},{clip},30,caption {n}" for n, clip in enumerate([*ids, *ids])]
+    write_text(caps / "test.csv", "\n".join(["audiocap_id,youtube_id,start_time,caption", *lines]) + "\n")
+    assert [item.row["captions"] for item in AudioCaps(caps).items] == [
+        ["caption 0", "caption 2"],
+        ["caption 1", "caption 3"],
+    ]
+    out = ["--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "s.json"), "--max-new-tokens=3"]
+    assert main([str(folder / "model"), f"clotho={clotho}", f"audiocaps={caps}", *out]) == 0
+    assert capsys.readouterr().err.count("spice, spider and fense need Java") == 2
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["clotho"]["cider"] >= 0 and scores["clotho"]["cider_ci95"][0] <= scores["clotho"]["cider"]
+    assert scores["clotho"]["spice"] is None
+    with (tmp_path / "p.clotho.csv").open(newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)] == ["a, b.wav", "c.wav"]
+    assert (tmp_path / "p.audiocaps.csv").read_text().startswith("file_name,caption_predicted\n")
+
+
+def test_captions_without_their_library_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match=r"clotho: needs pycocoevalcap; pip install 'pal-pipeline\[captions\]'"):
+        Clotho(tmp_path)
+
+
+def test_questions_whose_answers_are_kept_back_are_answered_and_not_scored(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = write_rows("mmau", tmp_path / "mmau")
+    file = place / "mmau-test-mini.json"
+    rows = json.loads(file.read_text())
+    del rows[0]["answer"]
+    file.write_text(json.dumps(rows))
+    common = [str(folder / "model"), f"mmau={place}", "--max-new-tokens=3"]
+    assert main([*common, "--json", str(tmp_path / "some.json")]) == 0
+    some = json.loads((tmp_path / "some.json").read_text())["mmau"]
+    assert (some["questions"], some["unscored"]) == (1, 1)
+
+    file.rename(place / "mmau-test.json")
+    (place / "mmau-test.json").write_text(json.dumps([{**row, "answer": ""} for row in rows]))
+    for more, fault in (([], "give --predictions"), (["--predictions=p", "--swap-audio"], "leave --swap-audio")):
+        assert run_command(main, [*common, *more]) == 2
+        assert fault in capsys.readouterr().err.splitlines()[-1]
+    out = ["--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "none.json")]
+    assert main([*common, *out]) == 0
+    assert json.loads((tmp_path / "none.json").read_text())["mmau"] == {"unscored": 2, "clips": 1}
+    assert "2 questions about 1 clips answered, none scored" in capsys.readouterr().out
+    assert all(row["model_output"] is not None for row in json.loads((tmp_path / "p.mmau.json").read_text()))
+
+
+def test_audio_and_encoders_that_cannot_be_are_one_line(
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, place = folder / "model", write_rows("mmau", tmp_path / "mmau")
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).symlink_to(file)
+    encoders = json.loads((model / "encoders.json").read_text())
+    encoders["log_mel"]["options"]["num_mels"] = 32
+    (other / "encoders.json").unlink()
+    write_text(other / "encoders.json", json.dumps(encoders))
+
+    def last_line(model: Path) -> str:
+        assert run_command(main, [str(model), f"mmau={place}", "--max-new-tokens=3"]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "does not tell of the encoder 'log_mel'" in last_line(other)
+    whole = (place / "clip.wav").read_bytes()
+    (place / "clip.wav").write_bytes(whole[:44])
+    assert "clip.wav: is empty" in last_line(model)
+    (place / "clip.wav").write_bytes(b"no audio")
+    assert "clip.wav: is undecodable" in last_line(model)
+    (place / "clip.wav").unlink()
+    assert "2 of 2 audio files are missing, the first is" in last_line(model)

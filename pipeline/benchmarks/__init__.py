@@ -1,11 +1,28 @@
 """Published benchmarks as their authors lay them out: questions, prompts, verdicts, prediction files."""
 
 from pipeline.benchmarks.base import Benchmark, Item
-from pipeline.benchmarks.classification import Esc50, Gtzan
+from pipeline.benchmarks.captions import AudioCaps, Clotho
+from pipeline.benchmarks.classification import Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
 from pipeline.benchmarks.librispeech import LibriSpeech
 from pipeline.benchmarks.mmsu import Mmsu
 from pipeline.benchmarks.string_match import Mmar, Mmau
 
-BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in (Mmau, Mmar, Mmsu, Esc50, Gtzan, LibriSpeech)}
+_KINDS = (Mmau, Mmar, Mmsu, Esc50, Dcase2017, VocalSound, Fsd50k, Gtzan, AudioCaps, Clotho, LibriSpeech)
+BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _KINDS}
 
-__all__ = ["BENCHMARKS", "Benchmark", "Esc50", "Gtzan", "Item", "LibriSpeech", "Mmar", "Mmau", "Mmsu"]
+__all__ = [
+    "BENCHMARKS",
+    "AudioCaps",
+    "Benchmark",
+    "Clotho",
+    "Dcase2017",
+    "Esc50",
+    "Fsd50k",
+    "Gtzan",
+    "Item",
+    "LibriSpeech",
+    "Mmar",
+    "Mmau",
+    "Mmsu",
+    "VocalSound",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class Item:
-    """One question; `row` is what the benchmark's file says of it."""
+    """One question; `row` is what the benchmark's file says of it. An empty answer: its publishers keep it."""
 
     question_id: str
     audio: Path
@@ -41,6 +42,7 @@ class Benchmark(ABC):
 
     name: str
     files: Sequence[str]  # patterns of the file of questions in the folder
+    remark = ""  # what whoever reads its scores must know
 
     def __init__(self, place: Path) -> None:
         self.file = place if place.is_file() else self._find(place)
@@ -50,7 +52,7 @@ class Benchmark(ABC):
         missing = [item.audio for item in self.items if not item.audio.is_file()]
         if missing:
             fault = f"{len(missing)} of {len(self.items)} audio files are missing, the first is {missing[0]}"
-            raise UserError(self.file, fault, f"put {self.name}'s audio where its publishers do")
+            raise UserError(self.file, fault, f"put {self.name}'s audio where its publishers do, or remove its rows")
 
     def _find(self, place: Path) -> Path:
         found = sorted({file for pattern in self.files for file in place.glob(pattern)})
@@ -67,8 +69,16 @@ class Benchmark(ABC):
     def correct(self, item: Item, prediction: str) -> bool:
         """The verdict on one answer."""
 
+    def marks(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Metric -> question_id -> mark, of metrics that are means of marks.
+
+        Args:
+            predictions: question_id -> answer, for at least one question; no other question counts.
+        """
+        return {}
+
     def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """Named numbers beside the mean of `correct`; None for one that the official scorer fails to compute.
+        """Named numbers beside the mean of `correct`; None for one that cannot be computed.
 
         Args:
             predictions: question_id -> answer, for at least one question; those without one are not counted.
@@ -78,3 +88,8 @@ class Benchmark(ABC):
     def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str] | None:
         """Name and text of the file that an official scorer reads; None where there is no such scorer."""
         return None
+
+
+def words(text: str) -> list[str]:
+    """Without case and punctuation."""
+    return re.findall(r"\w+", text.casefold())

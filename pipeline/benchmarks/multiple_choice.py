@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.benchmarks.base import Benchmark, Item
+from pipeline.benchmarks.base import Benchmark, Item, words
 from pipeline.errors import UserError
 
 _LETTER = re.compile(r"\W*([a-z])(?:\W*$|[).:,]\W|\s*-\s)", re.IGNORECASE)
@@ -35,7 +35,7 @@ class MultipleChoice(Benchmark):
                 item = self._item(row)
             except KeyError as error:
                 raise UserError(where, f"has no {error.args[0]}", f"give {self.name} as it is published") from error
-            if item.answer not in item.choices:
+            if item.answer and item.answer not in item.choices:
                 raise UserError(where, f"'{item.answer}' is not among its choices", "correct or remove the question")
             items.append(item)
         return items
@@ -72,24 +72,28 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise UserError(file, f"is neither a JSON list nor JSON lines ({error})", "fetch it again") from error
 
 
+def named(prediction: str, choices: Sequence[str]) -> set[int]:
+    """Which choices stand in the answer, word for word. `car alarm` is one choice, not also `car`."""
+    numbers = {" ".join(words(choice)): number for number, choice in enumerate(choices)}
+    longest_first = "|".join(map(re.escape, sorted(numbers, key=len, reverse=True)))
+    found = re.findall(rf"(?<!\S)(?:{longest_first})(?!\S)", " ".join(words(prediction)))
+    return {numbers[text] for text in found}
+
+
 def chosen(prediction: str, choices: Sequence[str]) -> int | None:
     """Which choice a reader would say is meant; None where none is, or several are.
 
     In this order: the text of a choice; a letter in front or alone (`B`, `(b)`, `C. A dog`); `the answer is B`; the one
     choice whose words stand in the answer (of two that contain each other, the longer).
     """
-    said = _words(prediction)
-    same = [number for number, choice in enumerate(choices) if _words(choice) == said]
+    said = words(prediction)
+    same = [number for number, choice in enumerate(choices) if words(choice) == said]
     if len(same) == 1:
         return same[0]
     for match in (_LETTER.match(prediction), _SENTENCE.search(prediction)):
         if match is not None and (number := ord(match[1].upper()) - ord("A")) < len(choices):
             return number
-    padded = [f" {' '.join(_words(choice))} " for choice in choices]
+    padded = [f" {' '.join(words(choice))} " for choice in choices]
     there = [number for number, text in enumerate(padded) if text.strip() and text in f" {' '.join(said)} "]
     longest = [n for n in there if not any(n != other and padded[n] in padded[other] for other in there)]
     return longest[0] if len(longest) == 1 else None
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())

@@ -38,11 +38,15 @@ test: $(DEV) ## the tests that CI runs
 
 .PHONY: test-all
 test-all: $(DEV) ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not slurm"
 
 .PHONY: test-gpu
 test-gpu: $(DEV) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+.PHONY: test-slurm
+test-slurm: $(DEV) ## the scripts of cluster/slurm on a real Slurm (Debian: slurm-wlm munge; root), about 8 minutes
+	$(BIN)/python -m pytest -m slurm
 
 T5 := .transformers-5
 MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_model.py tests/test_model_*.py

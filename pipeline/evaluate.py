@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         except BrokenProcessPool:
             print("pal: a process was killed (out of memory?); the same command goes on from here", file=sys.stderr)
             return EXIT_FAILURE
-    _log_to_run(config, results)
+    _log_to_run(config, results, lines)
     if arguments.predictions:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         arguments.predictions.write_text(text, encoding="utf-8")
@@ -113,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
-    """Adds the scores to the MLflow run that trained the model, if that is still known here."""
+def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Adds the scores to the MLflow run that trained the model, if that is still known here, and which questions were
+    answered right, so that runs can be compared question by question."""
     from pipeline import checkpoint, tracking
 
     run = checkpoint.read_run(config.output)
@@ -127,6 +128,9 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any]) -> None:
     artifacts = {}
     for name, result in results.items():
         artifacts[f"{tracking.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
+        own = [line for line in lines if line["benchmark"] == name and line["audio"] == OWN_AUDIO]
+        verdicts = {key: [line[key] for line in own] for key in ("question_id", "clip_id", "correct")}
+        artifacts[f"{tracking.VERDICTS}/{name}.json"] = json.dumps(verdicts)
         scores |= {f"eval/{name}/{metric}": value for metric, value in _own_metrics(result).items()}
         for domain, group in result.get("by_domain", {}).items():
             scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]

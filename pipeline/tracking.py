@@ -26,6 +26,7 @@ METRICS = "metrics.jsonl"
 STATE = "tracking.json"
 PARENT = "parent_run"  # file of an output folder: the id of the run that `open_parent` made
 EVALUATIONS = "evaluation"  # artifacts of a run: one <benchmark>.json each, from `pal evaluate` to `pal report`
+VERDICTS = "verdicts"  # likewise, which questions were answered right
 FOLDERS = "checkpoints"  # artifacts of a run: the folders of `Tracker.log_folders`
 SHIP_EVERY_S = 2.0
 RETRY_EVERY_S = 15.0

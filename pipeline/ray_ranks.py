@@ -198,11 +198,7 @@ class _Job:
             said: str | int = ray.get(next(stream))
             return said
         except RayError as error:
-            place = self._places[rank]
-            if not any(node["NodeID"] == place.node and node["Alive"] for node in ray.nodes()):
-                fault = f"its node {place.host} left the cluster"
-            else:
-                fault = f"its actor on {place.host} died: {_last_line(error)}"
+            fault = f"Ray has lost it on node {self._places[rank].host}: {_last_line(error)}"
             return launch.leave(self._output, rank, None, EXIT_FAILURE, fault)
 
     def end(self) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_clusters import LIMIT_S, TOKEN, RayCluster, pal_submit, start_submit
 
 from pipeline import submit
 from pipeline.config import load_config
@@ -21,9 +16,8 @@ from pipeline.distributed import free_port
 from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from pipeline.submit import SubmitConfig
 
-TOKEN = "planted-token-of-the-cluster-31415926"
 SECRET = "planted-secret-of-this-machine-2718"
-LIMIT_S = 120
+HERE = {"MY_SECRET": SECRET, "PLACE": "here"}
 
 
 def make_folder(folder: Path) -> Path:
@@ -77,61 +71,13 @@ def test_no_cluster_is_one_line() -> None:
     assert done.stderr.splitlines()[-1].startswith("pal: address: no job server answers")
 
 
-def pal_submit(address: str, *arguments: object, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    process = start_submit(address, *arguments, token=token)
-    out, err = process.communicate(timeout=LIMIT_S)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def start_submit(address: str, *arguments: object, token: str = TOKEN) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.submit", "ray_job", f"address={address}", *map(str, arguments)],
-        env={**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "MY_SECRET": SECRET, "PLACE": "here"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, dashboard = free_port(), free_port()
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    log = tmp_path_factory.mktemp("ray") / "head.log"
-    with log.open("w") as file:
-        head = subprocess.Popen(
-            list(map(str, command)),
-            env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    address = f"http://127.0.0.1:{dashboard}"
+def cluster() -> Iterator[str]:
+    cluster = RayCluster(num_cpus=2)
     try:
-        deadline = time.monotonic() + LIMIT_S
-        while not _answers(address):
-            assert head.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
-        yield address
+        yield cluster.job_server
     finally:
-        head.terminate()
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)
-
-
-def _answers(address: str) -> bool:
-    request = urllib.request.Request(f"{address}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
-    try:
-        with urllib.request.urlopen(request, timeout=2):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
+        cluster.close()
 
 
 @pytest.mark.slow
@@ -139,7 +85,7 @@ def test_the_log_and_the_exit_code_come_back_and_no_secret_does(cluster: str, tm
     folder, figures = make_folder(tmp_path / "sent"), tmp_path / "figures.json"
     script = f"cat hello.txt; ls; echo $PLACE; echo said {SECRET}; echo secret ${{MY_SECRET:-none}}; exit 3"
     done = pal_submit(
-        cluster, f"working_dir={folder}", "environment=[PLACE]", "--json", figures, "--", "sh", "-c", script
+        cluster, f"working_dir={folder}", "environment=[PLACE]", "--json", figures, "--", "sh", "-c", script, **HERE
     )
     assert done.returncode == 3, done.stderr
     assert json.loads(figures.read_text())["status"] == "FAILED"
@@ -167,6 +113,6 @@ def test_ctrl_c_stops_a_job_and_lets_it_save(cluster: str, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_a_wrong_token_is_one_line(cluster: str) -> None:
-    done = pal_submit(cluster, "--", "true", token="another-token-altogether")
+    done = pal_submit(cluster, "--", "true", RAY_AUTH_TOKEN="another-token-altogether")
     assert done.returncode == EXIT_USER_ERROR
     assert "does not accept our token" in done.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from small_models import AUDIO_TOKEN, FAMILIES, FRAMES, LAYERS, PRESETS, ROWS, B
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.model import PalForCausalLM
+from pipeline.model import PalForCausalLM, prefix
 
 A = AUDIO_TOKEN
 NEW = 6
@@ -187,6 +187,25 @@ def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
         partly = [logits(given, {kind}) for kind in sorted(kinds) for given in clips]
         assert not torch.allclose(partly[0], partly[1])
         assert not torch.allclose(partly[2], partly[3])
+
+
+@pytest.mark.parametrize("preset", ["plits", "pal_v2", "pal_v3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_a_long_prefix_is_read_in_pieces(preset: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(preset, family)
+    given = batch([[5, 6, A], [5, A]], [19, 30])
+
+    def logits() -> Tensor:
+        read = model.read_prefix(given.input_ids, given.attention_mask, given.audio_features, given.audio_lengths)
+        settings: dict[str, Any] = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+        return model.generate(torch.tensor([[7], [8]]), prefix=read, prefix_rows=torch.arange(2), **settings).logits[0]
+
+    whole = logits()
+    passes: list[int] = []
+    model.language_model.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(prefix, "PIECE", 4)
+    torch.testing.assert_close(logits(), whole, rtol=0, atol=1e-5)
+    assert len(passes) > 3
 
 
 @pytest.mark.parametrize("preset", PRESETS)

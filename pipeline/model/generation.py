@@ -16,36 +16,8 @@ from pipeline.errors import UserError
 from pipeline.model.audio_keys import AudioKeys
 from pipeline.model.context import AttentionContext
 from pipeline.model.places import Places
+from pipeline.model.prefix import Prefix, pieces
 from pipeline.streams import IntegrationKind
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Conversations up to the end of their audio, read once for any number of questions; a row for each.
-
-    Attributes:
-        context: of the prefixes' own pass, with the audio keys and values of all layers.
-        next_position: (rows,) position of the first token after each prefix.
-        cache: keys and values of its text (and PLITS) tokens.
-    """
-
-    context: AttentionContext
-    next_position: Tensor
-    cache: Any
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of all that is kept, linear in the length of the audio.
-
-        With h = kv_heads * head_dim * bytes of a number: 2 h for each audio token of a LAL stream and each of its
-        audio layers; 2 h for each text and PLITS token and every layer; and flamingo's, whose heads are all of width d.
-        """
-        return self.context.audio.nbytes + sum(x.nbytes for n in self.cache.layers for x in (n.keys, n.values))
-
-    def fill(self, cache: Cache, rows: Tensor) -> None:
-        """Puts these rows, in this order, into an empty cache."""
-        for number, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys[rows], layer.values[rows], number)
 
 
 @dataclass
@@ -149,13 +121,15 @@ class PalGeneration:
         context.audio.remember()
         audio.release()
         cache = DynamicCache()
-        self.language_model.model(
-            inputs_embeds=self.embed(layout, audio.audio),
-            position_ids=layout.places.position.clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            pal=context,
-        )
+        x_BTD, position_ids = self.embed(layout, audio.audio), layout.places.position.clamp(min=0)
+        for part, piece in pieces(context, x_BTD):
+            self.language_model.model(
+                inputs_embeds=x_BTD[:, piece],
+                position_ids=position_ids[:, piece],
+                past_key_values=cache,
+                use_cache=True,
+                pal=part,
+            )
         return Prefix(context, layout.next_position, cache)
 
     @torch.no_grad()

@@ -6,8 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,28 +18,18 @@ from pipeline.options import add_encoder_option, require_positive
 from pipeline.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.inference.answering import Answerer, Features
+    from pipeline.inference.answering import Answer, Answerer, Features
     from pipeline.inference.hearing import Ears
-    from pipeline.model import Prefix
 
 STANDARD_INPUT = "-"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What was answered to one question, and how fast: until the first token, and after it."""
-
-    question: str
-    answer: str
-    tokens: int
-    first_token_s: float
-    tokens_per_s: float | None
-
-
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)  # questions before, between or after options
-    live = str(arguments.clip) == STANDARD_INPUT
-    _check(arguments, live)
+    _check(arguments)
+    if arguments.web:
+        from pipeline.web import serve  # first of all: it tells when its library is not installed
+
     from pipeline.inference.answering import load_answerer, load_config_of
 
     config, model = load_config_of(arguments.model)
@@ -49,8 +39,17 @@ def main(argv: Sequence[str]) -> int:
 
     answerer = load_answerer(arguments.model, arguments.max_new_tokens)
     ears = Ears(contracts, dict(arguments.encoder), answerer.model.device.type)
-    if live:
-        return _ask_meanwhile(answerer, ears, arguments)
+    if arguments.web:
+        serve(answerer, ears, str(arguments.model), *arguments.address)
+    elif str(arguments.clip) == STANDARD_INPUT:
+        _ask_meanwhile(answerer, ears, arguments)
+    else:
+        _ask_about_file(answerer, ears, arguments)
+    return 0
+
+
+def _ask_about_file(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> None:
+    """Hears the clip, asks the questions given or typed, draws and writes what is wanted."""
     start = time.perf_counter()
     sound = ears.hear(arguments.clip)
     encoded = time.perf_counter()
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"pal: {positions} positions, the language model was made for {made_for}", file=sys.stderr)
     answers = []
     for question in arguments.question or _typed_questions():
-        answers.append(ask_aloud(answerer, prefix, question, _print_on))
+        answers.append(answerer.answer_aloud(prefix, question, _print_on))
         print()
     if arguments.picture:
         _draw(answerer, sound.features, arguments.clip, answers, sound.duration_s, arguments.picture)
@@ -77,7 +76,6 @@ def main(argv: Sequence[str]) -> int:
             "audio_prefill_s": heard - encoded,
         }
         _write_figures(arguments.json, figures, answers)
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "again: ffmpeg -i SOURCE -c:a pcm_s16le -f wav - | pal ask MODEL - QUESTION",
     )
     parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
-    parser.add_argument("clip", type=Path, help="audio file: WAV, FLAC, MP3, OGG; or - for a WAV that arrives")
+    parser.add_argument(
+        "clip", type=Path, nargs="?", help="audio file: WAV, FLAC, MP3, OGG; or - for a WAV that arrives"
+    )
     parser.add_argument("question", nargs="*")
     parser.add_argument(
         "--hide", action="append", default=[], choices=get_args(IntegrationKind), help="audio tokens that stay unheard"
@@ -108,25 +108,52 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="draw where in the clip each answer's tokens look (of several: FILE-1, ...)",
     )
+    parser.add_argument("--web", action="store_true", help="ask on a web page, where clips are dropped or recorded")
+    parser.add_argument(
+        "--address",
+        type=_address,
+        metavar="HOST:PORT",
+        help="of --web (default: 127.0.0.1:7860, which this machine alone can reach)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write answers and figures here")
     return parser
 
 
-def _check(arguments: argparse.Namespace, live: bool) -> None:
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UserError("--address", f"'{text}' is not HOST:PORT", "give, for example, 127.0.0.1:7860")
+    return host, int(port)
+
+
+def _check(arguments: argparse.Namespace) -> None:
     """Refuses settings that mean nothing here, and fills in defaults."""
+    live = str(arguments.clip) == STANDARD_INPUT
+    if arguments.web:
+        for name in ("clip", "hide", "picture", "json"):
+            if getattr(arguments, name):
+                where = "CLIP" if name == "clip" else f"--{name}"
+                raise UserError(where, "has no effect on --web", "leave it out: the page asks for it")
+    elif arguments.clip is None:
+        raise UserError("CLIP", "is absent", "give an audio file, - for standard input, or --web for a page")
     if live and not arguments.question:
         raise UserError("QUESTION", "is absent", "questions cannot be typed while audio arrives on standard input")
     if live and arguments.picture:
         raise UserError("--picture", "cannot be drawn of audio that still arrives", "leave it out")
-    for name, default in (("every_s", 60.0), ("keep_s", 600.0)):
+    for name, default, belongs, owner in (
+        ("every_s", 60.0, live, "audio that still arrives; give - as the clip"),
+        ("keep_s", 600.0, live, "audio that still arrives; give - as the clip"),
+        ("address", ("127.0.0.1", 7860), arguments.web, "a page; give --web"),
+    ):
         value = getattr(arguments, name)
-        if value is not None and not live:
-            raise UserError(f"--{name.replace('_', '-')}", "is for audio that still arrives", "give - as the clip")
+        if value is not None and not belongs:
+            meant_for, remedy = owner.split("; ")
+            raise UserError(f"--{name.replace('_', '-')}", f"is for {meant_for}", remedy)
         setattr(arguments, name, default if value is None else value)
     require_positive(arguments, "every_s", "keep_s", "max_new_tokens")
 
 
-def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> int:
+def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> None:
     """Asks all questions again and again about the newest part of the audio on standard input."""
     from pipeline.inference.listening import keep_newest, listen
 
@@ -137,7 +164,7 @@ def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace
         kept = max(kept, live.nbytes)
         for question in arguments.question:
             print(f"[{heard_s:.0f} s] ", end="")
-            answers.append(ask_aloud(answerer, prefix, question, _print_on))
+            answers.append(answerer.answer_aloud(prefix, question, _print_on))
             given.append({"heard_s": heard_s, **asdict(answers[-1])})
             print()
         del prefix  # or it would stay while more audio comes
@@ -145,7 +172,6 @@ def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace
     if arguments.json:
         figures = {"answers": given, "audio_s": heard_s, "audio_cache_mib": kept / 2**20}
         _write_figures(arguments.json, figures, answers)
-    return 0
 
 
 def _print_on(text: str) -> None:
@@ -159,31 +185,17 @@ def _write_figures(file: Path, figures: dict[str, Any], answers: Sequence[Answer
     file.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def ask_aloud(answerer: Answerer, prefix: Prefix, question: str, write: Callable[[str], None]) -> Answer:
-    """Answers one question about the first clip of `prefix`; `write` is given the text as it comes.
-
-    Raises:
-        UserError: a question that is too long, or holds the placeholder.
-    """
-    from pipeline.inference.answering import Words
-
-    words = Words(answerer.chat, write)
-    start = time.perf_counter()
-    (answer,) = answerer.answer(prefix, [question], [0], streamer=words)
-    first, last, tokens = words.times_s[0], words.times_s[-1], len(words.times_s)
-    return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
-
-
 def _draw(
     answerer: Answerer, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
 ) -> None:
-    from pipeline.inference.hearing import spectrogram
+    from pipeline.inference.hearing import SPECTROGRAM_HIGHEST_HZ, spectrogram
     from pipeline.plots import plot_listening
 
     background = spectrogram(clip)
     for number, given in enumerate(answers, start=1):
         moments = answerer.moments(answerer.look(features, given.question, given.answer))
-        figure = plot_listening(background, duration_s, moments, f"{given.question} {given.answer}")
+        title = f"{given.question} {given.answer}"
+        figure = plot_listening(background, duration_s, SPECTROGRAM_HIGHEST_HZ, moments, title)
         figure.savefig(file if len(answers) == 1 else file.with_stem(f"{file.stem}-{number}"))
 
 

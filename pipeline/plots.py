@@ -4,6 +4,7 @@ Every function returns a figure; `figure.savefig(path)` writes it. Nothing globa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -313,25 +314,42 @@ def plot_attention_by_head(shares: Mapping[str, Sequence[Sequence[float]]], titl
     return figure
 
 
-def plot_listening(
-    spectrogram: npt.NDArray[np.float32],
-    duration_s: float,
-    moments: Mapping[str, npt.NDArray[np.float32]],
-    title: str,
-) -> Figure:
-    """Where in a clip an answer's tokens look, over its log-mel spectrogram.
+def plot_spectrogram(spectrogram: npt.NDArray[np.float32], duration_s: float, highest_hz: float, title: str) -> Figure:
+    """Log-mel spectrogram of a clip, over seconds and kHz.
 
     Args:
         spectrogram: (columns, mel bins) of the whole clip.
-        moments: pathway -> attention to each of its tokens, in order of time, evenly over the clip.
+        highest_hz: where the bins end that begin at 0 Hz, evenly on the mel scale (HTK's).
     """
     figure = Figure(figsize=(8.5, 4.0), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(
-        spectrogram.T, aspect="auto", origin="lower", cmap="gray_r", extent=(0, duration_s, 0, spectrogram.shape[1])
-    )
-    axes.set(title=title, xlabel="seconds", ylabel="mel bin")
-    right = axes.twinx()
+    extent = (0, duration_s, 0, _mel(highest_hz))
+    axes.imshow(spectrogram.T, aspect="auto", origin="lower", cmap="gray_r", extent=extent)
+    khz = [f for f in (0, 0.5, 1, 2, 4, 8, 16) if 1000 * f <= highest_hz]
+    axes.set_yticks([_mel(1000 * f) for f in khz], [f"{f:g}" for f in khz])
+    axes.set(title=title, xlabel="time (s)", ylabel="frequency (kHz, mel scale)")
+    return figure
+
+
+def _mel(hz: float) -> float:
+    return 2595 * math.log10(1 + hz / 700)
+
+
+def plot_listening(
+    spectrogram: npt.NDArray[np.float32],
+    duration_s: float,
+    highest_hz: float,
+    moments: Mapping[str, npt.NDArray[np.float32]],
+    title: str,
+) -> Figure:
+    """Where in a clip an answer's tokens look, over its spectrogram.
+
+    Args:
+        spectrogram, duration_s, highest_hz: see `plot_spectrogram`.
+        moments: pathway -> attention to each of its tokens, in order of time, evenly over the clip.
+    """
+    figure = plot_spectrogram(spectrogram, duration_s, highest_hz, title)
+    right = figure.axes[0].twinx()
     right.set_ylabel("attention (1 = even over the clip)")
     for index, (name, weights) in enumerate(moments.items()):
         edges = np.linspace(0, duration_s, len(weights) + 1)

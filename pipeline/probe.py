@@ -176,18 +176,20 @@ def _draw(
         print("pal: no picture of a clip: the set holds no log_mel features; `pal ask --picture` draws one of any file")
         return
     pictures = open_set(arguments.shards, mel[:1], arguments.cache)
-    bins = features.contract.encoders[mel[0]].options["num_mels"]
+    contract = features.contract.encoders[mel[0]]
     drawn: set[str] = set()
     for number in clips:
         clip = features.clip(number)
         if clip.domain in drawn or not clip.questions:
             continue
         drawn.add(clip.domain)
-        spectrogram = pictures.features(number, clip.clip_id)[mel[0]].astype(np.float32).reshape(-1, bins)
+        frames = pictures.features(number, clip.clip_id)[mel[0]].astype(np.float32)
+        spectrogram = frames.reshape(-1, contract.options["num_mels"])
         asked = clip.questions[-1]
         look = answerer.look(features.features(number, clip.clip_id), asked.question, asked.answer)
         title = f"{clip.clip_id}: {asked.question} {asked.answer}"
-        figure = plots.plot_listening(spectrogram, clip.duration_s, answerer.moments(look), title)
+        highest_hz = contract.sample_rate_hz / 2
+        figure = plots.plot_listening(spectrogram, clip.duration_s, highest_hz, answerer.moments(look), title)
         figure.savefig(out / f"listening_{clip.domain}.png")
 
 

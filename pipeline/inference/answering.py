@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,17 @@ from pipeline.model import LiveAudio, Look, PalConfig, PalForCausalLM, Prefix, l
 from pipeline.streams import IntegrationKind
 
 Features = Mapping[str, NDArray[np.float16]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered to one question, and how fast: until the first token, and after it."""
+
+    question: str
+    answer: str
+    tokens: int
+    first_token_s: float
+    tokens_per_s: float | None
 
 
 def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
@@ -118,6 +130,18 @@ class Answerer:
             streamer=streamer,
         )
         return [self.chat.decode(ids) for ids in generated.tolist()]
+
+    def answer_aloud(self, prefix: Prefix, question: str, write: Callable[[str], None]) -> Answer:
+        """The answer to one question about the first clip of `prefix`; `write` is given the text as it comes.
+
+        Raises:
+            UserError: as `answer`.
+        """
+        words = Words(self.chat, write)
+        start = time.perf_counter()
+        (answer,) = self.answer(prefix, [question], [0], streamer=words)
+        first, last, tokens = words.times_s[0], words.times_s[-1], len(words.times_s)
+        return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
 
     def look(self, features: Features, question: str, answer: str) -> Look:
         """Where in the clip and its text the tokens look that predict this answer.

@@ -18,7 +18,7 @@ from data_prep.encoders.build import build_encoder, config_of, describe_encoder
 from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
-SPECTROGRAM_HZ = 100  # columns a second
+SPECTROGRAM_HIGHEST_HZ = 8000.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def duration_s(file: Path) -> float:
 
 
 def spectrogram(file: Path) -> NDArray[np.float32]:
-    """Log-mel spectrogram of an audio file, (columns, 64), SPECTROGRAM_HZ columns a second.
+    """Log-mel spectrogram of an audio file, (columns of 10 ms, 64 mel bins up to SPECTROGRAM_HIGHEST_HZ).
 
     Raises:
         UserError: the file cannot be read.

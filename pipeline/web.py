@@ -35,7 +35,7 @@ PLACES: dict[IntegrationKind, str] = {
     "plits": "in the sequence",
     "flamingo": "by gated cross-attention",
 }
-COLUMNS = ("question", "heard through", "answer", "first token (s)", "tokens/s")
+COLUMNS = {"question": "24%", "heard through": "13%", "first token (s)": "9%", "tokens/s": "9%", "answer": "45%"}
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 NOTHING_ASKED: tuple[str, str, list[list[str]]] = ("", "", [])  # line, answer, table
 FORGOTTEN_AFTER_S = 3600  # a visitor's clip: on disk, and what the model keeps of it
@@ -112,7 +112,7 @@ class Page:
             return
         rate = "" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.0f}"
         through = " + ".join(kind.upper() for kind in self._pathways if kind in pathways) or "nothing"
-        heard.rows.insert(0, [question, through, answer.answer, f"{answer.first_token_s:.2f}", rate])
+        heard.rows.insert(0, [question, through, f"{answer.first_token_s:.2f}", rate, answer.answer])
         yield "", text, heard.rows
 
     def ask_again(
@@ -147,7 +147,13 @@ class Page:
                     )
                     answer = gr.Textbox(label="Answer", lines=3, interactive=False)
                     status = gr.Markdown()
-            table = gr.Dataframe(headers=list(COLUMNS), label="Answers about this clip", interactive=False, wrap=True)
+            table = gr.Dataframe(
+                headers=list(COLUMNS),
+                column_widths=list(COLUMNS.values()),
+                label="Answers about this clip",
+                interactive=False,
+                wrap=True,
+            )
             clip.change(self.hear, clip, [heard, picture, about_clip, status, answer, table], **ONE_AT_A_TIME)
             told = [status, answer, table]
             gr.on([question.submit, button.click], self.ask, [heard, question, pathways], told, **ONE_AT_A_TIME)

@@ -19,6 +19,7 @@ from pipeline.launch import read_hostfile
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 SCRIPTS = [*CLUSTER.glob("slurm/*.sbatch"), *CLUSTER.glob("**/*.sh")]
+LINTERS = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
@@ -51,17 +52,26 @@ def test_pods_are_not_root_and_their_mounts_exist() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_shell_scripts_pass_shellcheck(script: Path) -> None:
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    done = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    done = subprocess.run([LINTERS / "shellcheck", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_the_image_has_the_tested_versions_and_no_root() -> None:
+def test_the_image_passes_hadolint_and_has_the_tested_versions() -> None:
+    done = subprocess.run([LINTERS / "hadolint", "--no-color", CLUSTER / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stdout, done.stdout
     text = (CLUSTER / "Dockerfile").read_text()
     pins = dict(re.findall(r"([a-z-]+)(?:\[[a-z,]+\])?==([\d.]+)", text))
     assert pins == {name: version(name).partition("+")[0] for name in pins} and len(pins) == 7
-    assert re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1] != "root"
+
+
+def test_the_image_runs_as_a_number_that_is_not_root_and_holds_no_secret() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    user = re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1]
+    assert user.isdigit() and int(user) > 0  # Kubernetes cannot tell who a name is
     assert not re.search(r"^(ENV|ARG)\s.*(TOKEN|KEY|PASSW|SECRET)", text, re.MULTILINE)
+    copied = {word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[1:-1]}
+    sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split("*\n", 1)[1].splitlines()
+    assert {line[1:] for line in sent if line.startswith("!")} == copied and "**/.*" in sent
 
 
 def test_the_tracking_server_is_on_localhost_and_asks_for_a_password() -> None:

@@ -63,10 +63,13 @@ class _Actor:
 def ray_cluster() -> Iterator[None]:
     """The cluster of RAY_ADDRESS, the one this process is connected to, or a fresh one on this machine.
 
-    A fresh one is closed to other users by a token that is never written down, unless RAY_AUTH_MODE says otherwise.
+    A fresh one listens on localhost alone, and is closed to other users by a token that is never written down, unless
+    RAY_AUTH_MODE says otherwise.
     """
     joins = "RAY_ADDRESS" in os.environ
-    if not joins and "RAY_AUTH_MODE" not in os.environ:  # read when ray is imported
+    if not joins:  # read when ray is imported
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # there Ray knows the machine as 127.0.0.1
+    if not joins and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -77,9 +80,8 @@ def ray_cluster() -> Iterator[None]:
         return
     # "local": without it ray joins whatever cluster it finds on this machine.
     fresh = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    local = {} if joins else fresh
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else local))
+        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else fresh))
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS")
         raise UserError("RAY_ADDRESS", f"no cluster answers at {address}", "start it, or unset RAY_ADDRESS") from error

@@ -1,0 +1,50 @@
+"""Servers that are started for one machine listen on that machine alone."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+LIMIT_S = 120
+LOCAL_RAY = """
+from data_prep.workers import ray_cluster
+
+with ray_cluster():
+    import ray  # reads its settings
+
+    actor = ray.remote(num_cpus=0)(type("Actor", (), {"work": lambda self: 0})).remote()
+    ray.get(actor.work.remote())
+    print("ready", flush=True)
+    input()
+"""
+
+
+def listeners(process: int) -> set[tuple[str, int]]:
+    """Addresses and ports on which a process and its descendants listen."""
+    family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
+    sockets = [socket for member in family for socket in member.net_connections("tcp")]
+    return {
+        (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port) for socket in sockets if socket.status == "LISTEN"
+    }
+
+
+def test_the_ray_of_a_preparation_is_on_localhost() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    with subprocess.Popen(
+        [sys.executable, "-c", LOCAL_RAY], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        found = listeners(process.pid)
+        process.communicate("\n", timeout=LIMIT_S)
+    assert process.returncode == 0 and len(found) >= 5  # GCS, raylet, agents, the driver, the actor
+    assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found
+
+
+def test_the_demo_shows_its_runs_on_localhost() -> None:
+    recipe = (Path(__file__).parents[1] / "Makefile").read_text()
+    assert " ui --backend-store-uri sqlite:///runs/demo/mlflow.db --host 127.0.0.1 " in recipe

@@ -2,7 +2,7 @@
 
 Parent and ranks talk through the launcher's inherited pipes: ranks' lines that begin with `CONSOLE` are shown, all
 others go to `launcher.log`; a byte on stdin asks the ranks to save and end, and the end of stdin tells them that the
-parent is gone."""
+parent is gone. To other hosts pdsh brings neither, so what the parent asks stands in a file of the output as well."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ CONSOLE = "pal> "
 LOG = "launcher.log"
 RANKS = "ranks"  # folder of an output: one file for each rank of the latest job, where it runs
 FAILURES = "failures"  # likewise, for each rank that ended with an error, why
+ASKED = "launcher.asked"  # file of an output: what the parent asks of ranks on other hosts
+SAVE, END = "save", "end"
+_ASKED_EVERY_S = 1.0
+_LAST_WORDS_S = 30.0  # that hosts get to end by themselves when a rank has failed
+_OTHERS_S = 5.0  # that other ranks get to find out that they lost one
 _SUPERVISED = "PAL_SUPERVISED"
 _MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
 _LOG_TAIL_LINES = 15
@@ -108,6 +113,7 @@ def supervise(
     for folder in (FAILURES, RANKS):
         for left_over in (output / folder).glob("*.json"):
             left_over.unlink()
+    (output / ASKED).write_text("")  # now, because a shared file system is slow to show a new file
     secrets = secrets_here()
     with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
@@ -120,7 +126,9 @@ def supervise(
             errors="replace",
             start_new_session=True,  # a Ctrl-C of the terminal reaches the ranks through us, once
         )
-        with _forward_signals(process):
+        with _forward_signals(process, output):
+            if hostfile is not None:
+                threading.Thread(target=_end_after_failure, args=(process, output), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:
                 line = masked(line, secrets)
@@ -141,8 +149,13 @@ def holds_secret(name: str, value: str) -> bool:
 
 
 def secrets_here() -> list[str]:
-    """Values of this environment's variables that hold such."""
-    return [value for name, value in os.environ.items() if holds_secret(name, value)]
+    """Values of such variables in this environment, and in the files whose lines the launcher writes into its log."""
+    variables = [*os.environ.items()]
+    for folder in (Path.home(), Path()):
+        with contextlib.suppress(OSError):
+            lines = (folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")).read_text(encoding="utf-8").splitlines()
+            variables += [(name.strip(), value.strip()) for name, _, value in (line.partition("=") for line in lines)]
+    return [value for name, value in variables if holds_secret(name, value)]
 
 
 def masked(text: str, secrets: Sequence[str]) -> str:
@@ -158,20 +171,23 @@ def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     if not on_gpu:
         own["DS_ACCELERATOR"] = "cpu"
     # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **os.environ, **own}
+    # ssh, under pdsh, would wait for ever for a host that is cut off.
+    ssh = {"PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=15 -oServerAliveCountMax=3"}
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ssh, **os.environ, **own}
 
 
 @contextlib.contextmanager
-def _forward_signals(process: subprocess.Popen[str]) -> Iterator[None]:
+def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[None]:
     """The first signal asks the ranks to save and end; the second ends them at once."""
     asked = False
 
     def forward(number: int, _: object) -> None:
         nonlocal asked
         if asked:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process, output)
             return
         asked = True
+        _ask(output, SAVE)
         print("saving a checkpoint before ending (again: end at once)", file=sys.stderr, flush=True)
         assert process.stdin is not None
         with contextlib.suppress(OSError):
@@ -186,14 +202,35 @@ def _forward_signals(process: subprocess.Popen[str]) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            _end(process, output)
+
+
+def _ask(output: Path, what: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk: ranks of this host are asked through their pipes
+        (output / ASKED).write_text(what)
+
+
+def _end(process: subprocess.Popen[str], output: Path) -> None:
+    _ask(output, END)
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end_after_failure(process: subprocess.Popen[str], output: Path) -> None:
+    """Ends the job soon after a rank has failed: pdsh would wait for every host, and one that hangs never ends."""
+    while process.poll() is None:
+        if any((output / FAILURES).glob("*.json")):
+            try:
+                process.wait(_LAST_WORDS_S)
+            except subprocess.TimeoutExpired:
+                _end(process, output)
+        time.sleep(_ASKED_EVERY_S)
 
 
 def _explain(code: int, output: Path) -> tuple[int, str]:
     if code == 0:
         return 0, ""
     log = output / LOG
-    failures = [json.loads(file.read_text(encoding="utf-8")) for file in (output / FAILURES).glob("*.json")]
+    failures = _failures_of(output)
     # A rank that loses another one fails too; what it says is true but not the cause.
     causes = sorted((f for f in failures if not f["lost_peer"]), key=lambda failure: failure["time"])
     if causes:
@@ -201,14 +238,37 @@ def _explain(code: int, output: Path) -> tuple[int, str]:
         if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
             return first["code"], first["message"]
         at = "" if first["step"] is None else f" at step {first['step']}"
-        return EXIT_FAILURE, f"rank {first['rank']} failed{at}: {first['message']} (see {log})"
-    silent = sorted(set(_ranks_of(output)) - {failure["rank"] for failure in failures})
-    step = max((failure["step"] for failure in failures), default=None)
-    who = f"rank {', '.join(map(str, silent))}" if silent else "the launcher"
-    when = "" if step is None else f" after step {step}"
+        who = _named([first["rank"]], _ranks_of(output))
+        return EXIT_FAILURE, f"{who} failed{at}: {first['message']} (see {log})"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)
-    return EXIT_FAILURE, f"{who} died or hung without a word{when}: killed, or out of memory? End of {log}:\n{text}"
+    return EXIT_FAILURE, f"{_lost(output)} End of {log}:\n{text}"
+
+
+def _lost(output: Path) -> str:
+    """Which ranks ended or hang without a word, or that none did and yet they lost each other."""
+    failures, ranks = _failures_of(output), _ranks_of(output)
+    silent = sorted(set(ranks) - {failure["rank"] for failure in failures})
+    step = max((failure["step"] for failure in failures if failure["step"] is not None), default=None)
+    when = "" if step is None else f" after step {step}"
+    if failures and not silent:
+        who = _named([failure["rank"] for failure in failures], ranks)
+        return f"{who} lost the other ranks{when}: is the network between them down, or did one never start?"
+    who = _named(silent, ranks) if silent else "the launcher"
+    return f"{who} died or hung without a word{when}: killed, or out of memory?"
+
+
+def _named(numbers: Sequence[int], ranks: Mapping[int, dict[str, Any]]) -> str:
+    """`rank 2, 3 on worker-2`; without the host where there is only one."""
+    by_host: dict[str, list[str]] = {}
+    for number in sorted(numbers):
+        by_host.setdefault(ranks[number]["host"] if number in ranks else "?", []).append(str(number))
+    several = len({record["host"] for record in ranks.values()}) > 1
+    return "; ".join(f"rank {', '.join(of)}" + (f" on {host}" if several else "") for host, of in by_host.items())
+
+
+def _failures_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text(encoding="utf-8")) for file in (output / FAILURES).glob("*.json")]
 
 
 def _ranks_of(output: Path) -> dict[int, dict[str, Any]]:
@@ -239,23 +299,45 @@ def watch_parent(stop: Callable[[], None]) -> None:
     threading.Thread(target=listen, name="parent", daemon=True).start()
 
 
+def watch_asked(output: Path, stop: Callable[[], None]) -> None:
+    """The same on a host that the parent's pipes do not reach."""
+    if _SUPERVISED in os.environ or _MARKED not in os.environ:
+        return
+
+    def look() -> None:
+        while (asked := (output / ASKED).read_text()) != END:
+            if asked == SAVE:
+                stop()
+            time.sleep(_ASKED_EVERY_S)
+        os._exit(EXIT_FAILURE)
+
+    threading.Thread(target=look, name="parent", daemon=True).start()
+
+
 def present(output: Path, rank: int) -> None:
-    """Writes down where this rank runs."""
+    """Writes down where this rank runs, and forgets how it ended before."""
+    (output / FAILURES / f"rank-{rank}.json").unlink(missing_ok=True)
     _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
 
 
 def leave(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
-    """Records why this rank ends, for the parent; without one, says it on stderr. Returns `code`.
+    """Records why this rank ends, for the parent; without one, says it on stderr, and which ranks are silent.
+
+    Returns `code`.
 
     Args:
         step: None where a launcher tells of a rank that cannot speak any more.
         lost_peer: it ends because another rank is gone or does not answer.
     """
-    if _SUPERVISED not in os.environ:
-        print(f"pal: {message}", file=sys.stderr)
+    alone = _SUPERVISED not in os.environ and _MARKED not in os.environ
+    if alone:
+        print(f"pal: {message}", file=sys.stderr, flush=True)
     record = {"rank": rank, "step": step, "code": code, "message": message, "lost_peer": lost_peer, "time": time.time()}
     with contextlib.suppress(OSError):  # a full disk must not hide the reason, which is in the log as well
         _write(output / FAILURES / f"rank-{rank}.json", record)
+    if alone and lost_peer:
+        time.sleep(_OTHERS_S)
+        print(f"pal: {_lost(output)}", file=sys.stderr, flush=True)
     return code
 
 

@@ -235,6 +235,7 @@ def run_rank(
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: stop.set())
             launch.watch_parent(stop.set)
+            launch.watch_asked(config.output, stop.set)
             last = [*stages][-1]
             for name, stage in stages.items():
                 # Waits for rank 0, which writes what the stage before leaves behind.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from pipeline.errors import EXIT_FAILURE
 SECRET = "correct-horse-battery"
 
 
-def supervise(output: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> tuple[int, str]:
+def supervise(
+    output: Path, monkeypatch: pytest.MonkeyPatch, script: str, hostfile: Path | None = None
+) -> tuple[int, str]:
     """With a script in the place of the launcher."""
     real = subprocess.Popen
 
@@ -23,7 +26,7 @@ def supervise(output: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> tup
         return real([sys.executable, "-c", script], **settings)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    return launch.supervise(["config"], output, nproc=1, hostfile=None, on_gpu=False)
+    return launch.supervise(["config"], output, nproc=1, hostfile=hostfile, on_gpu=False)
 
 
 def test_no_secret_of_the_environment_is_logged(
@@ -36,6 +39,45 @@ def test_no_secret_of_the_environment_is_logged(
     assert code == EXIT_FAILURE and "HF_TOKEN" in message
     log = (tmp_path / launch.LOG).read_text()
     assert log.count("***") == 4 and SECRET not in log + message + capsys.readouterr().out
+
+
+def test_no_secret_that_the_launcher_reads_from_its_file_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text(f"NCCL_DEBUG=WARN\nMLFLOW_TRACKING_PASSWORD={SECRET}\n")
+    script = "from pathlib import Path; print(Path('~/.deepspeed_env').expanduser().read_text())"
+    assert supervise(tmp_path, monkeypatch, script) == (0, "")
+    assert "NCCL_DEBUG=WARN\nMLFLOW_TRACKING_PASSWORD=***" in (tmp_path / launch.LOG).read_text()
+
+
+def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
+    ended, stopped = threading.Event(), threading.Event()
+    monkeypatch.setattr(launch.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
+    launch._ask(tmp_path, "")
+    launch.watch_asked(tmp_path, stopped.set)
+    assert not stopped.wait(0.1)
+    launch._ask(tmp_path, launch.SAVE)
+    assert stopped.wait(10) and not ended.is_set()
+    launch._ask(tmp_path, launch.END)
+    assert ended.wait(10)
+
+
+def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another host hangs, and pdsh waits for it."""
+    monkeypatch.setattr(launch, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(launch, "_LAST_WORDS_S", 0.1)
+    script = (
+        "from pathlib import Path; from pipeline import launch; import time; "
+        f"launch.leave(Path({str(tmp_path)!r}), 1, 7, 1, 'no memory'); time.sleep(60)"
+    )
+    code, message = supervise(tmp_path, monkeypatch, script, hostfile=tmp_path / "hostfile")
+    assert code == EXIT_FAILURE and message.startswith("rank 1 failed at step 7: no memory")
+    assert (tmp_path / launch.ASKED).read_text() == launch.END
 
 
 def test_a_full_disk_costs_the_log_and_not_the_job(

@@ -198,6 +198,11 @@ Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another r
         ([(1, EXIT_USER_ERROR, "shard: is damaged; repair it", False)], EXIT_USER_ERROR, "shard: is damaged"),
         ([(0, EXIT_STOPPED, "stopped", False), (1, EXIT_STOPPED, "stopped", False)], EXIT_STOPPED, "stopped"),
         ([(0, EXIT_FAILURE, "gloo: closed", True)], EXIT_FAILURE, "rank 1 died or hung without a word after step 3"),
+        (
+            [(0, EXIT_FAILURE, "gloo: closed", True), (1, EXIT_FAILURE, "gloo: closed", True)],
+            EXIT_FAILURE,
+            "rank 0, 1 lost the other ranks after step 3",
+        ),
         ([], EXIT_FAILURE, "the last line"),
     ],
 )
@@ -213,6 +218,14 @@ def test_the_cause_of_an_end_is_told_and_not_its_consequences(
     found_code, found = launch._explain(1, tmp_path)
     assert found_code == code and message in found
     assert launch._explain(0, tmp_path) == (0, "")
+
+
+def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path) -> None:
+    for rank, host in enumerate(["worker-1", "worker-2", "worker-2"]):
+        launch._write(tmp_path / launch.RANKS / f"rank-{rank}.json", {"rank": rank, "host": host, "pid": 1})
+    lost = {"rank": 0, "step": 3, "code": 1, "message": "", "lost_peer": True, "time": 0.0}
+    launch._write(tmp_path / launch.FAILURES / "rank-0.json", lost)
+    assert launch._lost(tmp_path).startswith("rank 1, 2 on worker-2 died or hung without a word after step 3")
 
 
 def test_hostfile(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -21,15 +20,13 @@ import numpy as np
 
 from pipeline.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.options import add_encoder_option, require_positive
-from pipeline.scoring import CommonestAnswers, Prediction, bootstrap_ci95, score
+from pipeline.scoring import Prediction, bootstrap_ci95, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.benchmarks import Benchmark
     from pipeline.config import ExperimentConfig
-    from pipeline.data.shards import FeatureSet
-    from pipeline.inference.asking import Asker
+    from pipeline.inference.asking import Asker, Questions
 
-SWAP_SEED = 0
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 
 
@@ -39,25 +36,38 @@ def main(argv: Sequence[str]) -> int:
     require_positive(arguments, "limit", "batch_size", "nproc")
 
     from pipeline.inference.answering import load_config_of
-    from pipeline.inference.asking import open_asker
+    from pipeline.inference.asking import Share, open_asker
 
     config, _ = load_config_of(arguments.model)
     results, lines, official = {}, [], {}
     output = arguments.predictions or arguments.json
+    if arguments.share and not output:
+        raise UserError("--share", "leaves its answers nowhere", "give --predictions FILE in a folder that all share")
+    common = {
+        "cache": arguments.cache,
+        "weights": dict(arguments.encoder),
+        "limit": arguments.limit,
+        "swap_audio": arguments.swap_audio,
+    }
     with tempfile.TemporaryDirectory(prefix="pal-evaluate-") as scratch:
         journal = output.with_name(f"{output.name}.partial") if output else Path(scratch)
         try:
             with open_asker(
-                arguments.model, arguments.max_new_tokens, arguments.batch_size, journal, arguments.nproc
+                arguments.model,
+                arguments.max_new_tokens,
+                arguments.batch_size,
+                journal,
+                arguments.nproc,
+                Share(*arguments.share or (0, 1)),
             ) as asker:
                 for name, place in names.items():
+                    if arguments.share:
+                        answer_share(asker, place, **common)
+                        continue
                     results[name], predictions, official[name] = evaluate(
                         asker,
                         place,
-                        cache=arguments.cache,
-                        weights=dict(arguments.encoder),
-                        limit=arguments.limit,
-                        swap_audio=arguments.swap_audio,
+                        **common,
                         commonest_from=arguments.commonest_from,
                         answers_are_written=arguments.predictions is not None,
                     )
@@ -66,6 +76,11 @@ def main(argv: Sequence[str]) -> int:
         except BrokenProcessPool:
             print("pal: a process was killed (out of memory?); the same command goes on from here", file=sys.stderr)
             return EXIT_FAILURE
+    if arguments.share:
+        print(
+            f"pal: answers are in {journal}; after all shares the same command without --share scores", file=sys.stderr
+        )
+        return 0
     _log_to_run(config, results, lines)
     if arguments.predictions:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -101,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
+    parser.add_argument(
+        "--share",
+        type=_share,
+        metavar="I/N",
+        help="answer part I of N (from 0) and score nothing: one on each node, all with the same --predictions",
+    )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of far sets")
     add_encoder_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores here")
@@ -111,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write every answer here, as JSON lines; beside it what official scorers read",
     )
     return parser
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise UserError("--share", f"'{text}' is not I/N with I below N", "give 0/4, 1/4, 2/4 and 3/4 to four nodes")
+    return int(number), int(count)
 
 
 def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -186,6 +214,7 @@ def evaluate(
     """
     from pipeline.inference.asking import open_questions, open_set, predictions_of, spread
     from pipeline.inference.audio_clips import AudioClips
+    from pipeline.inference.controls import commonest_answers
 
     questions = open_questions(place, asker.model, cache, weights or {})
     clips = spread(len(questions), limit)
@@ -219,7 +248,7 @@ def evaluate(
         files = {} if official is None else dict([official])
     lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in own]
     if swap_audio:
-        swapped = ask(swap_within_domains({clip: questions.clip(clip).domain for clip in clips}))
+        swapped = ask(_swapped(questions, clips))
         scores["swapped_audio"] = _scores(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
     if commonest_from is not None:
@@ -227,6 +256,29 @@ def evaluate(
         guesses = [replace(p, prediction=guess(p.task, p.question)) for p in own]
         scores["commonest_answer"] = _scores(guesses if benchmark is None else judged(guesses, benchmark))
     return scores, lines, files
+
+
+def answer_share(
+    asker: Asker, place: str, *, cache: Path | None, weights: Mapping[str, str], limit: int | None, swap_audio: bool
+) -> None:
+    """Answers the asker's share of what `evaluate` would ask, and leaves it in the journal.
+
+    Raises:
+        UserError: as `evaluate`.
+    """
+    from pipeline.inference.asking import open_questions, spread
+
+    questions = open_questions(place, asker.model, cache, weights)
+    clips = spread(len(questions), limit)
+    asker(questions, place, {clip: clip for clip in clips}, cache, weights)
+    if swap_audio:
+        asker(questions, place, _swapped(questions, clips), cache, weights)
+
+
+def _swapped(questions: Questions, clips: Sequence[int]) -> dict[int, int]:
+    from pipeline.inference.controls import swap_within_domains
+
+    return swap_within_domains({clip: questions.clip(clip).domain for clip in clips})
 
 
 def _scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
@@ -242,43 +294,6 @@ def judged(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Pred
     """The predictions with the benchmark's own verdicts."""
     items = {item.question_id: item for item in benchmark.items}
     return [replace(p, verdict=benchmark.correct(items[p.question_id], p.prediction)) for p in predictions]
-
-
-def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
-    """Gives each clip another clip's audio, at random but always the same.
-
-    Within a domain, since that is the stricter control: audio of a foreign domain would make the questions absurd and
-    the score fall for that reason alone, while here the model hears something plausible and only the clip is wrong.
-    Clips that are alone in their domain swap among themselves.
-
-    Args:
-        domains: clip -> domain.
-
-    Returns:
-        clip -> the clip heard instead: never itself.
-
-    Raises:
-        UserError: fewer than two clips.
-    """
-    if len(domains) < 2:
-        raise UserError("--swap-audio", "needs at least two clips", "evaluate more clips")
-    groups: dict[str, list[int]] = defaultdict(list)
-    for clip in sorted(domains):
-        groups[domains[clip]].append(clip)
-    rng = np.random.default_rng(SWAP_SEED)
-    cycles = [rng.permutation(groups[domain]).tolist() for domain in sorted(groups) if len(groups[domain]) > 1]
-    alone = [clip for members in groups.values() if len(members) == 1 for clip in members]
-    if len(alone) == 1:
-        cycles[0] += alone
-    elif alone:
-        cycles.append(alone)
-    return {clip: cycle[place - 1] for cycle in cycles for place, clip in enumerate(cycle)}
-
-
-def commonest_answers(features: FeatureSet) -> CommonestAnswers:
-    """The answers of a training set, counted; see `scoring.CommonestAnswers`."""
-    questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
-    return CommonestAnswers((question.task, question.question, question.answer) for question in questions)
 
 
 def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:

@@ -26,14 +26,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("ask"), "pal_v3")
 
 
-def write_model(folder: Path, integration: str) -> Path:
+def write_model(folder: Path, integration: str, **sizes: int) -> Path:
     """A prepared clip of 70 s (three windows) at 44.1 kHz, and an untrained model that reads its features."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "num_heads": 2, **sizes}
     soundfile.write(folder / "clip.flac", tone(70.0, 44100), 44100)
     manifest = write_manifest(folder / "m.jsonl", [clip_row("clip", "clip.flac")])
     prepare_here(prepare_config(manifest, folder / "set"))
-    save_scratch_language_model(
-        folder / "lm", ["What is it? a dog"] * 5, hidden_size=32, intermediate_size=64, num_layers=3, num_heads=2
-    )
+    save_scratch_language_model(folder / "lm", ["What is it? a dog"] * 5, **sizes)
     values = {
         "output": str(folder / "run"),
         "model": {"language_model": str(folder / "lm"), "encoders": ["log_mel"], "integration": integration},

@@ -20,10 +20,11 @@ from pipeline.data.chat import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError
-from pipeline.evaluate import evaluate, main, swap_within_domains
+from pipeline.evaluate import evaluate, main
 from pipeline.features import CONTRACT_FILE, load_contract
 from pipeline.inference.answering import Answerer
 from pipeline.inference.asking import Asker, Share, ask, open_asker
+from pipeline.inference.controls import swap_within_domains
 from pipeline.model import PalForCausalLM
 from pipeline.model.scratch import save_scratch_language_model
 from pipeline.streams import Connector, preset_streams
@@ -224,6 +225,38 @@ def test_a_killed_evaluation_goes_on(
     assert not (tmp_path / "broken.jsonl.partial").exists()
 
 
+def test_nodes_answer_their_shares_and_one_scores(
+    exported: Path, features: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(name: str, *more: str) -> list[str]:
+        files = ["--predictions", str(tmp_path / f"{name}.jsonl"), "--batch-size", "4"]
+        return [str(exported), str(features.folder), "--swap-audio", *files, *more]
+
+    assert main(arguments("whole")) == 0
+    real = Answerer.answer
+    asked: list[int] = []
+
+    def counting_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+        asked.append(len(questions))
+        return real(self, prefix, questions, *rest)
+
+    monkeypatch.setattr(Answerer, "answer", counting_answer)
+    counts = []
+    for number in (2, 0, 1):
+        assert main(arguments("shared", f"--share={number}/3")) == 0
+        assert not (tmp_path / "shared.jsonl").exists(), "a share scores nothing"
+        counts.append(sum(asked))
+    assert 0 < counts[0] < counts[1] < counts[2] == 36
+    assert main(arguments("shared")) == 0
+    assert sum(asked) == 36, "nothing is asked again"
+    assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_shares_of_shares_are_all_of_it() -> None:
+    parts = [Share(node, 3).part(process, 2) for node in range(3) for process in range(2)]
+    assert parts == [Share(number, 6) for number in range(6)]
+
+
 @pytest.mark.slow
 def test_processes_change_nothing(exported: Path, features: FeatureSet, tmp_path: Path) -> None:
     for nproc in (1, 2):
@@ -255,6 +288,9 @@ def test_features_of_another_encoder_are_refused(asker: Asker, tmp_path: Path) -
         (["--batch-size=0"], "--batch-size"),
         (["--nproc=0"], "--nproc"),
         (["--limit=1", "--swap-audio"], "two clips"),
+        (["--share=2/2"], "'2/2' is not I/N"),
+        (["--share=half"], "'half' is not I/N"),
+        (["--share=0/2"], "leaves its answers nowhere"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(

@@ -40,6 +40,10 @@ class Share:
     number: int = 0
     count: int = 1
 
+    def part(self, number: int, count: int) -> Share:
+        """One of `count` parts of it."""
+        return Share(self.number * count + number, self.count * count)
+
 
 EVERYTHING = Share()
 
@@ -53,6 +57,7 @@ class Job:
         place, cache, weights: see `open_questions`.
         batch_size: questions at a time.
         journal: folder of the answers, one file for each process that ever worked on them.
+        nproc: processes that work on it on this machine.
         fingerprint: of all that decides the answers; those to another job are not taken from the journal.
     """
 
@@ -64,6 +69,7 @@ class Job:
     heard: Heard
     batch_size: int
     journal: Path
+    nproc: int
     fingerprint: str
 
 
@@ -131,19 +137,27 @@ class Asker:
     Args:
         model: exported folder, also an attribute.
         pool: processes to work in, `nproc` of them; None for this one.
+        share: of all the work that these processes do; others, elsewhere, write to the same journal.
     """
 
     def __init__(
-        self, model: Path, max_new_tokens: int, batch_size: int, journal: Path, pool: Executor | None, nproc: int
+        self,
+        model: Path,
+        max_new_tokens: int,
+        batch_size: int,
+        journal: Path,
+        pool: Executor | None,
+        nproc: int,
+        share: Share,
     ) -> None:
         self.model, self._max_new_tokens, self._batch_size = model, max_new_tokens, batch_size
-        self._journal, self._pool, self._nproc = journal, pool, nproc
+        self._journal, self._pool, self._nproc, self._share = journal, pool, nproc, share
         self._model_fingerprint = _fingerprint_of(model)
 
     def __call__(
         self, questions: Questions, place: str, heard: Heard, cache: Path | None, weights: Mapping[str, str]
     ) -> dict[int, str]:
-        """Number of the question -> answer, for all questions about these clips.
+        """Number of the question -> answer, for all questions about these clips, as far as the shares are done.
 
         Args:
             questions: those of `place`; see `open_questions`, also for `cache` and `weights`.
@@ -164,27 +178,29 @@ class Asker:
             heard,
             self._batch_size,
             self._journal,
+            self._nproc,
             fingerprint,
         )
         if self._pool is None:
-            _work(job, EVERYTHING)
+            _work(job, self._share)
         else:
-            shares = [self._pool.submit(_work, job, Share(number, self._nproc)) for number in range(self._nproc)]
-            for share in shares:
-                share.result()
+            for part in [self._pool.submit(_work, job, self._share.part(n, self._nproc)) for n in range(self._nproc)]:
+                part.result()
         return read_journal(job)
 
 
 @contextmanager
-def open_asker(model: Path, max_new_tokens: int, batch_size: int, journal: Path, nproc: int) -> Iterator[Asker]:
+def open_asker(
+    model: Path, max_new_tokens: int, batch_size: int, journal: Path, nproc: int, share: Share = EVERYTHING
+) -> Iterator[Asker]:
     """An asker with its processes, each of which keeps its copy of the model."""
     journal.mkdir(parents=True, exist_ok=True)
     if nproc == 1:
-        yield Asker(model, max_new_tokens, batch_size, journal, None, nproc)
+        yield Asker(model, max_new_tokens, batch_size, journal, None, nproc, share)
         return
     context = multiprocessing.get_context("spawn")  # CUDA and torch's threads do not survive a fork
     with ProcessPoolExecutor(nproc, mp_context=context) as pool:
-        yield Asker(model, max_new_tokens, batch_size, journal, pool, nproc)
+        yield Asker(model, max_new_tokens, batch_size, journal, pool, nproc, share)
 
 
 def ask(
@@ -249,8 +265,8 @@ def _groups(clips: Sequence[int], sizes: Sequence[int], batch_size: int) -> list
 def _work(job: Job, share: Share) -> None:
     """One process's share of a job."""
     parent = os.getppid()
-    if share.count > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // share.count))
+    if job.nproc > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.nproc))
     answerer = _answerer(job.model, job.max_new_tokens, share.number)
     features = open_questions(job.place, job.model, job.cache, job.weights)
     finished = read_journal(job)
@@ -258,7 +274,7 @@ def _work(job: Job, share: Share) -> None:
         for answers in ask(answerer, features, job.heard, job.batch_size, share=share, finished=finished):
             file.write("".join(json.dumps([job.fingerprint, *answer]) + "\n" for answer in answers.items()))
             file.flush()
-            if share.count > 1 and os.getppid() != parent:
+            if job.nproc > 1 and os.getppid() != parent:
                 os._exit(EXIT_FAILURE)  # the command that wanted these answers was killed
 
 

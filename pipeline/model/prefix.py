@@ -36,6 +36,8 @@ class Prefix:
 
         With h = kv_heads * head_dim * bytes of a number: 2 h for each audio token of a LAL stream and each of its
         audio layers; 2 h for each text and PLITS token and every layer; and flamingo's, whose heads are all of width d.
+        While LAL's audio is read its features and tokens come on top, and what one layer makes of them on the way: up
+        to 8 numbers of the language model's width for each token.
         """
         return self.context.audio.nbytes + sum(x.nbytes for n in self.cache.layers for x in (n.keys, n.values))
 

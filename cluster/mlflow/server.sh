@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An MLflow server for a team, with names and passwords. Needs `pip install "mlflow[auth]"`.
+# An MLflow server for a team, with names and passwords. Needs the extra `server`: pip install "pal-pipeline[server]".
 #   MLFLOW_AUTH_ADMIN_PASSWORD=... MLFLOW_FLASK_SERVER_SECRET_KEY=... cluster/mlflow/server.sh FOLDER
 # STORE=postgresql://host/mlflow (password in ~/.pgpass) instead of sqlite, ARTIFACTS=s3://bucket/mlflow instead of FOLDER.
 # HOST=127.0.0.1 unless told otherwise: put it behind a proxy with TLS before others reach it, passwords travel in clear.
@@ -16,5 +16,5 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 END
 export MLFLOW_AUTH_CONFIG_PATH=$folder/auth.ini
 : "${MLFLOW_FLASK_SERVER_SECRET_KEY:?set a long random text, the same at every start}"
-exec mlflow server --app-name basic-auth --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}" \
+exec mlflow server --app-name basic-auth --host "${HOST:-127.0.0.1}" --port "${PORT:-5000}" --workers "${WORKERS:-4}" \
   --backend-store-uri "${STORE:-sqlite:///$folder/mlflow.db}" --artifacts-destination "${ARTIFACTS:-$folder/artifacts}"

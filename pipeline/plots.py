@@ -125,6 +125,61 @@ def plot_accuracy_by(lines: Sequence[Line], x_label: str, title: str) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Row:
+    """One setting: mean accuracy with its 95 % interval, the accuracy of each seed (0 to 1), and a word about it."""
+
+    label: str
+    accuracy: tuple[float, float, float]
+    seeds: Sequence[float]
+    verdict: str
+
+
+def plot_rows(rows: Sequence[Row], title: str) -> Figure:
+    """Settings below each other: mean, 95 % interval and, small, each seed; a line through the first one's mean."""
+    figure = Figure(figsize=(7.5, 1.3 + 0.45 * len(rows)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(title=title, xlabel="accuracy (%), 95 % interval over seeds and clips; small: each seed")
+    axes.axvline(rows[0].accuracy[0], color="black", linewidth=0.8, linestyle="--", alpha=0.6)
+    for place, row in enumerate(rows):
+        mean, low, high = row.accuracy
+        colour = _colour(0 if place == 0 else 1)
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=7, capsize=4)
+        axes.plot(row.seeds, [place + 0.22] * len(row.seeds), "o", color=colour, markersize=3, alpha=0.6)
+    labels = [f"{row.label}\n{row.verdict}" if row.verdict else row.label for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.grid(True, axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_law(points: Sequence[tuple[float, float]], held_out: Mapping[str, Any], loss: str) -> Figure:
+    """Loss against parameters, log scales, and what the smaller sizes predict for the largest.
+
+    Args:
+        points: parameters and loss of each run.
+        held_out: `predicted` and `interval` for the largest size, which they were not fitted to.
+    """
+    figure, axes = _new_figure("Loss against parameters", "parameters (log scale)", f"{loss} (log scale)")
+    largest = max(size for size, _ in points)
+    for own, colour, label in ((False, 0, "fitted"), (True, 1, "held out")):
+        chosen = [point for point in points if (point[0] == largest) == own]
+        axes.plot(*zip(*chosen, strict=True), "o", color=_colour(colour), markersize=5, alpha=0.8, label=label)
+    low, high = held_out["interval"]
+    value = held_out["predicted"]
+    bar = [[value - low], [high - value]]
+    label = "predicted, 95 % interval of one run"
+    axes.errorbar(largest * 1.04, value, yerr=bar, fmt="D", color="black", capsize=5, markersize=5, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.legend(frameon=False)
+    return figure
+
+
 def plot_accuracy_by_domain(runs: Sequence[Bars], commonest_answer: Mapping[str, float], title: str) -> Figure:
     """Bars by domain: solid with the clip's own audio, hatched with another clip's; a line for the guess that never
     listens.

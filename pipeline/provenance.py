@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -51,6 +52,22 @@ def git_state() -> dict[str, str]:
         return {"git.commit": commit, "git.changed": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def machine() -> str:
+    """This machine in a few words: its GPUs or else its processor, its cores and its memory."""
+    import psutil
+    import torch
+
+    cpus = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    chips = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or cpus[:1]
+    names = ", ".join(f"{chips.count(chip)} x {chip}" if len(chips) > 1 else chip for chip in dict.fromkeys(chips))
+    gib = psutil.virtual_memory().total / 2**30
+    return f"{names or platform.machine()}, {psutil.cpu_count()} CPU cores, {gib:.0f} GiB of memory"
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
 
 
 def run_identity(config: ExperimentConfig, fingerprint: str, origin: str | None) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import run_command
 from pipeline.experiments import trends
-from pipeline.experiments.runs import TrainedRun, log_back, open_experiment, read_runs
+from pipeline.experiments.runs import TrainedRun, log_back, open_experiment, read_runs, read_sweep, read_verdicts
+from pipeline.tables import markdown
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import, which `--help` must not
     from matplotlib.figure import Figure
@@ -41,6 +42,19 @@ def main(argv: Sequence[str]) -> int:
     client, experiment = open_experiment(arguments.experiment, arguments.uri)
     runs = read_runs(client, experiment)
     table, fits, files = write_report(experiment.name, runs, out)
+    if arguments.answers:
+        from pipeline.experiments.page import write_page
+
+        sweep, tags = read_sweep(client, experiment)
+        files += write_page(
+            arguments.answers,
+            sweep,
+            tags,
+            runs,
+            lambda run, benchmark: read_verdicts(client, run, benchmark),
+            command=arguments.command,
+            appended=arguments.append,
+        )
     log_back(client, experiment, files)
     print_table(experiment.name, table)
     print(f"report: {out / 'report.md'}")
@@ -57,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("experiment", help="name of the MLflow experiment")
     parser.add_argument("--uri", help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite:///runs/mlflow.db)")
     parser.add_argument("--out", type=Path, help="folder to write (default: runs/EXPERIMENT/report)")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write what a sweep's questions are answered with")
+    parser.add_argument(
+        "--append", type=Path, nargs="*", default=[], metavar="FILE", help="Markdown to end --answers with"
+    )
+    parser.add_argument("--command", default="pal report", help="what reproduces --answers, told in it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
     return parser
 
@@ -227,17 +246,17 @@ def _markdown(
     fits: Mapping[str, Any],
     pictures: Sequence[Path],
 ) -> str:
-    parts = [f"# Experiment {experiment}", _markdown_table(*_cells(table)), NOTES]
+    parts = [f"# Experiment {experiment}", markdown(*_cells(table)), NOTES]
     if pooled:
-        parts += ["## By settings", POOLED_NOTES, _markdown_table(*_pooled_cells(pooled))]
+        parts += ["## By settings", POOLED_NOTES, markdown(*_pooled_cells(pooled))]
     if fits:
         parts += ["## Fitted laws", *trends.describe_fits(fits)]
     differing = _differing_parameters(runs)
     if differing:
         rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
-        parts += ["## What differs between the runs", _markdown_table(["run", *differing], rows)]
+        parts += ["## What differs between the runs", markdown(["run", *differing], rows)]
     for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
-        parts += [f"## Accuracy by task: {benchmark}", _markdown_table(*_task_cells(runs, benchmark))]
+        parts += [f"## Accuracy by task: {benchmark}", markdown(*_task_cells(runs, benchmark))]
     parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
 
@@ -265,15 +284,6 @@ def _task_cells(runs: Sequence[TrainedRun], benchmark: str) -> tuple[list[str], 
         for name in names
     ]
     return ["task", *(f"{label} %" for label in tasks)], rows
-
-
-def _markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 if __name__ == "__main__":

@@ -116,14 +116,15 @@ def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
 
 def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) -> list[Row]:
     """Results of all trials in their order; what is finished is not run again."""
-    from pipeline import tracking
+    from pipeline import provenance, tracking
     from pipeline.config import TrackingConfig, dump_config
     from pipeline.experiments.trials import run_trial
 
     sweep.output.mkdir(parents=True, exist_ok=True)
     recorded = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
     try:
-        parent = tracking.open_parent(recorded, sweep.output, {"sweep.yaml": dump_config(sweep)})
+        where = provenance.machine() if ray_address is None else f"the Ray cluster at {ray_address}"
+        parent = tracking.open_parent(recorded, sweep.output, dump_config(sweep), where)
     except Exception as error:  # of many libraries; trials then stand alone, and upload what they can
         print(f"pal: MLflow does not answer ({type(error).__name__}): no run above the trials", file=sys.stderr)
         parent = None

@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Tables for a terminal and for Markdown."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

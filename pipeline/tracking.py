@@ -26,6 +26,8 @@ METRICS = "metrics.jsonl"
 STATE = "tracking.json"
 PARENT = "parent_run"  # file of an output folder: the id of the run that `open_parent` made
 EVALUATIONS = "evaluation"  # artifacts of a run: one <benchmark>.json each, from `pal evaluate` to `pal report`
+MACHINE_TAG = "pal.machine"  # of a sweep's run
+SWEEP = "sweep.yaml"  # artifact of a sweep's run: its resolved config
 VERDICTS = "verdicts"  # likewise, which questions were answered right
 FOLDERS = "checkpoints"  # artifacts of a run: the folders of `Tracker.log_folders`
 SHIP_EVERY_S = 2.0
@@ -181,11 +183,16 @@ def reach(config: TrackingConfig) -> None:
         _Shipper(config, Path()).client.get_experiment("0")
 
 
-def open_parent(config: TrackingConfig, output: Path, artifacts: Mapping[str, str]) -> str:
-    """The run that MLflow shows others under; of one output folder always the same. May raise what MLflow raises."""
+def open_parent(config: TrackingConfig, output: Path, sweep: str, machine: str) -> str:
+    """The run that MLflow shows others under; of one output folder always the same. May raise what MLflow raises.
+
+    Args:
+        sweep: the resolved sweep file.
+        machine: that the trials run on, in words.
+    """
     shipper, file = _Shipper(config, output), output / PARENT
     known = file.read_text(encoding="utf-8") if file.is_file() else None
-    run_id = shipper.open_run(known, {}, {"pal.kind": "sweep"}, artifacts)
+    run_id = shipper.open_run(known, {}, {"pal.kind": "sweep", MACHINE_TAG: machine}, {SWEEP: sweep})
     file.write_text(run_id, encoding="utf-8")
     return run_id
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError, nearest
-from pipeline.tracking import EVALUATIONS
+from pipeline.tracking import EVALUATIONS, SWEEP, VERDICTS
 
 if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
+
+    from pipeline.experiments.trials import SweepConfig
 
 KIND_TAG = "pal.kind"
 NOT_TRAINED = ("sweep", "report")  # kinds of runs that hold others' results
@@ -24,9 +26,13 @@ LOSS = "train/loss"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`)."""
+    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`), `label` is its
+    name where that is unique, `started` in seconds since 1970."""
 
+    name: str
     label: str
+    started: float
+    tags: Mapping[str, str]
     run_id: str
     status: str
     params: Mapping[str, str]
@@ -80,6 +86,9 @@ def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
     names = [run.info.run_name for run in found]
     return [
         TrainedRun(
+            name=name,
+            started=run.info.start_time / 1000,
+            tags=run.data.tags,
             label=name if names.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
             run_id=run.info.run_id,
             status=run.info.status,
@@ -108,6 +117,31 @@ def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
                 file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
                 evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
     return evaluations
+
+
+def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[SweepConfig, Mapping[str, str]]:
+    """The sweep that an experiment's runs are trials of, and the tags of its run.
+
+    Raises:
+        UserError: they are none.
+    """
+    from pipeline.config import load_config
+    from pipeline.experiments.trials import SweepConfig
+
+    found = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'sweep'", max_results=1)
+    if not found:
+        raise UserError(f"experiment '{experiment.name}'", "holds no sweep", "run one with `pal sweep`")
+    with tempfile.TemporaryDirectory() as folder:
+        file = client.download_artifacts(found[0].info.run_id, SWEEP, folder)
+        return load_config(SweepConfig, Path(file)), found[0].data.tags
+
+
+def read_verdicts(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
+    """Which questions of a benchmark a run answered right: columns `question_id`, `clip_id`, `correct`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = client.download_artifacts(run.run_id, f"{VERDICTS}/{benchmark}.json", folder)
+        verdicts: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return verdicts
 
 
 def log_back(client: MlflowClient, experiment: Experiment, files: Sequence[Path]) -> None:

@@ -34,6 +34,25 @@ def pool(runs: Sequence[tuple[float, float, float]]) -> tuple[float, float, floa
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
+def paired_differences(comparisons: Sequence[tuple[Sequence[float], float]]) -> list[tuple[float, float, float]]:
+    """Mean differences of variants to their references, with intervals over seeds and clips.
+
+    A few seeds tell little of their own variance, so one is estimated from all comparisons together; where no
+    comparison has two seeds the interval is over clips alone.
+
+    Args:
+        comparisons: the difference of each seed, and the half width of the mean's 95 % interval over clips.
+    """
+    freedom = sum(len(differences) - 1 for differences, _ in comparisons)
+    squares = sum(float(np.var(differences)) * len(differences) for differences, _ in comparisons)
+    spread = float(stats.t.ppf(0.5 + CONFIDENCE / 2, freedom)) * math.sqrt(squares / freedom) if freedom else 0.0
+    found = []
+    for differences, over_clips in comparisons:
+        mean, half = float(np.mean(differences)), math.hypot(spread / math.sqrt(len(differences)), over_clips)
+        found.append((mean, mean - half, mean + half))
+    return found
+
+
 def pareto_front(costs: Sequence[float], accuracies: Sequence[float], *, less_is_better: bool) -> list[bool]:
     """Which points no other one beats in one of the two without losing in the other."""
     sign = 1 if less_is_better else -1

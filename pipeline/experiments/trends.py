@@ -20,9 +20,11 @@ NOT_VARIED = ("output", "tracking.", "resolved.", SEED)  # what differs without 
 COSTS = {"peak_memory_gib": True, "samples_per_s": False}  # metric -> whether less is better
 LOSSES = ("validation/loss", "final_loss")  # the first that all runs have is fitted
 LAW_FACTORS = ("parameters", "text_tokens", "audio_layers")
+SMALLEST_RANGE = 1.1  # largest over smallest: what varies by less, as tokens do with the seed, tells no exponent
 
 
-def _audio_layers(run: TrainedRun) -> list[int]:
+def audio_layers_of(run: TrainedRun) -> list[int]:
+    """The layers that any stream of a run enters beside the sequence."""
     return sorted({layer for own in json.loads(run.params.get("resolved.audio_layers", "[]")) for layer in own})
 
 
@@ -45,11 +47,11 @@ class Factor:
 
 FACTORS = {
     "audio_layers": Factor(
-        "audio layers", lambda run: len(_audio_layers(run)) or None, ("model.num_audio_layers", "model.audio_layers")
+        "audio layers", lambda run: len(audio_layers_of(run)) or None, ("model.num_audio_layers", "model.audio_layers")
     ),
     "first_audio_layer": Factor(
         "first audio layer",
-        lambda run: _audio_layers(run)[0] if _audio_layers(run) else None,
+        lambda run: audio_layers_of(run)[0] if audio_layers_of(run) else None,
         ("model.first_audio_layer", "model.audio_layers"),
     ),
     "layer_stride": Factor("layer stride", _parameter("model.layer_stride"), ("model.layer_stride",)),
@@ -148,10 +150,11 @@ def fit_laws(groups: Sequence[Group]) -> dict[str, Any]:
     for integration in sorted({run.params.get("model.integration", "-") for run in runs}):
         own = [run for run in runs if run.params.get("model.integration", "-") == integration]
         loss = next((name for name in LOSSES if all(name in run.metrics for run in own)), None)
-        known = [name for name in LAW_FACTORS if all(FACTORS[name].of(run) for run in own)]
+        found = {name: [float(FACTORS[name].of(run) or 0) for run in own] for name in LAW_FACTORS}
+        known = [name for name, each in found.items() if min(each) > 0 and max(each) >= SMALLEST_RANGE * min(each)]
         if loss is None or not known:
             continue
-        values = [{name: float(FACTORS[name].of(run) or 0) for name in known} for run in own]
+        values = [dict(zip(known, each, strict=True)) for each in zip(*(found[name] for name in known), strict=True)]
         losses = [run.metrics[loss] for run in own]
         law = fit_power_law(values, losses)
         if law is None:

@@ -28,6 +28,14 @@ SEED = "train.seed"
 STEPS = "train.steps"
 
 
+_KINDS = ("grid", "runs", "questions")  # the ways to say what trials differ in
+
+
+def _key(value: Any) -> str:
+    """Equal for equal values, also those that Python cannot hash."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
 class BudgetConfig(Strict):
     """What all trials get alike; give one. Tokens are those of text; operations are counted, not measured."""
 
@@ -42,6 +50,19 @@ class BudgetConfig(Strict):
         return self
 
 
+class QuestionConfig(Strict):
+    """What a sweep asks, and the trials that answer it.
+
+    Attributes:
+        question: in words; `note` says what the answer depends on.
+        runs: key -> value of each trial; the others are held against the first.
+    """
+
+    question: str
+    note: str = ""
+    runs: list[dict[str, Any]] = Field(min_length=2)
+
+
 class SweepConfig(Strict):
     """One scaling experiment: trials that differ from one config in a few keys.
 
@@ -52,6 +73,7 @@ class SweepConfig(Strict):
         overrides: keys of it that all trials change.
         grid: key -> values; every combination is a trial.
         runs: or a list of trials, each key -> value.
+        questions: or questions with their trials, for `pal report --answers`; what several ask for is run once.
         seeds: each trial is run with each.
         budget: None leaves the config's length of training.
         evaluate: feature sets that each model answers.
@@ -66,6 +88,7 @@ class SweepConfig(Strict):
     overrides: dict[str, Any] = {}
     grid: dict[str, list[Any]] | None = None
     runs: list[dict[str, Any]] | None = None
+    questions: list[QuestionConfig] | None = None
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     budget: BudgetConfig | None = None
     evaluate: list[Path] = []
@@ -75,18 +98,17 @@ class SweepConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        if (self.grid is None) == (self.runs is None):
-            raise InvalidConfig("grid", "needs exactly one of grid and runs", "give one")
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise InvalidConfig("grid", f"needs exactly one of {', '.join(_KINDS)}", "give one")
         lists: dict[str, Sequence[Any]] = {f"grid.{key}": values for key, values in (self.grid or {}).items()}
-        for where, values in {**lists, "seeds": self.seeds}.items():
+        lists |= {given[0]: getattr(self, given[0]), "seeds": self.seeds}
+        lists |= {f"questions.{i}.runs": asked.runs for i, asked in enumerate(self.questions or [])}
+        for where, values in lists.items():
             if not values:
-                raise InvalidConfig(where, "is empty", "list its values")
-            if len({json.dumps(value) for value in values}) < len(values):
+                raise InvalidConfig(where, "is empty", "say what the trials differ in")
+            if isinstance(values, list) and len({_key(value) for value in values}) < len(values):
                 raise InvalidConfig(where, f"repeats a value: {values}", "list each value once")
-        if not (self.grid or self.runs):
-            raise InvalidConfig("grid" if self.runs is None else "runs", "is empty", "say what the trials differ in")
-        if self.runs and len({json.dumps(run, sort_keys=True) for run in self.runs}) < len(self.runs):
-            raise InvalidConfig("runs", "repeats a run", "list each run once")
         for where, keys in (("overrides", self.overrides), *((w, k) for w, k in self._varied())):
             taken = {SEED: "seeds"} | ({STEPS: "budget"} if self.budget else {})
             for key in taken.keys() & keys.keys():
@@ -94,12 +116,19 @@ class SweepConfig(Strict):
         return self
 
     def _varied(self) -> list[tuple[str, dict[str, Any]]]:
-        return [("grid", self.grid or {}), *((f"runs.{i}", run) for i, run in enumerate(self.runs or []))]
+        lists = {"runs": self.runs or []}
+        lists |= {f"questions.{i}.runs": asked.runs for i, asked in enumerate(self.questions or [])}
+        return [
+            ("grid", self.grid or {}),
+            *((f"{name}.{i}", run) for name in lists for i, run in enumerate(lists[name])),
+        ]
 
     def combinations(self) -> list[dict[str, Any]]:
         """What each trial changes, without its seed."""
         if self.runs is not None:
             return self.runs
+        if self.questions is not None:
+            return list({_key(run): run for asked in self.questions for run in asked.runs}.values())
         grid = self.grid or {}
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 

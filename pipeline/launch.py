@@ -22,6 +22,7 @@ from typing import Any
 
 from pipeline.distributed import free_port
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.masking import masked, secrets_here
 
 CONSOLE = "pal> "
 LOG = "launcher.log"
@@ -35,9 +36,6 @@ _OTHERS_S = 5.0  # that other ranks get to find out that they lost one
 _SUPERVISED = "PAL_SUPERVISED"
 _MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
 _LOG_TAIL_LINES = 15
-_SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
-_PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
-_SHORTEST_SECRET = 8  # shorter values are words, and masking them would make a log unreadable
 
 
 def devices(nproc: int | None) -> tuple[bool, int]:
@@ -140,29 +138,6 @@ def supervise(
             code = process.wait()
     code, message = _explain(code, output)
     return code, masked(message, secrets)
-
-
-def holds_secret(name: str, value: str) -> bool:
-    """Whether a variable holds what nobody should read in a log."""
-    named_so = _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
-    return bool(named_so or _PASSWORD_IN_URL.search(value))
-
-
-def secrets_here() -> list[str]:
-    """Values of such variables in this environment, and in the files whose lines the launcher writes into its log."""
-    variables = [*os.environ.items()]
-    for folder in (Path.home(), Path()):
-        with contextlib.suppress(OSError):
-            lines = (folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")).read_text(encoding="utf-8").splitlines()
-            variables += [(name.strip(), value.strip()) for name, _, value in (line.partition("=") for line in lines)]
-    return [value for name, value in variables if holds_secret(name, value)]
-
-
-def masked(text: str, secrets: Sequence[str]) -> str:
-    """The text with stars in the place of secrets."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
 
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:

@@ -23,7 +23,7 @@ from ray.exceptions import AuthenticationError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline import launch
+from pipeline import launch, masking
 from pipeline.distributed import free_port
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
 
@@ -170,7 +170,7 @@ class _Job:
                         key=lambda pair: pair[0])  # fmt: skip
         self._places = [place for place, _ in placed]
         passed_on = {name: value for name, value in os.environ.items()
-                     if name.startswith(_PASSED_ON) and not launch.holds_secret(name, value)}  # fmt: skip
+                     if name.startswith(_PASSED_ON) and not masking.holds_secret(name, value)}  # fmt: skip
         for (_, actor), own in zip(placed, environments(self._places), strict=True):
             ray.get(actor.start.remote(self._command, str(Path.cwd()), {**passed_on, **own}))
             self._actors.append(actor)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from pipeline import launch
+from pipeline import masking
 from pipeline.config import load_config
 from pipeline.config.loading import Strict
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
@@ -108,7 +108,7 @@ def make_runtime_env(config: SubmitConfig, environment: Mapping[str, str]) -> di
     for name in config.environment:
         if name not in environment:
             raise UserError("environment", f"{name} is not set here", "set it, or take it off the list")
-        if launch.holds_secret(name, environment[name]):
+        if masking.holds_secret(name, environment[name]):
             remedy = "set it on the nodes instead, see cluster/README.md"
             raise UserError("environment", f"{name} is a secret, which Ray would write into its logs", remedy)
         variables[name] = environment[name]
@@ -154,9 +154,9 @@ def follow(client: JobSubmissionClient, job_id: str, *, stop_on_interrupt: bool)
 
 
 async def _show_log(client: JobSubmissionClient, job_id: str) -> None:
-    secrets = launch.secrets_here()
+    secrets = masking.secrets_here()
     async for text in client.tail_job_logs(job_id):
-        print(launch.masked(text, secrets), end="", flush=True)
+        print(masking.masked(text, secrets), end="", flush=True)
 
 
 def _wait(client: JobSubmissionClient, job_id: str) -> tuple[str, int]:

@@ -13,6 +13,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from hosts import hosts_named, needs_hosts
 from jobs import LIMIT_S, write_experiment
 
 from pipeline import doctor
@@ -179,3 +180,28 @@ def test_two_hosts_through_pdsh(experiment: Path, tmp_path: Path, second: str) -
     else:
         assert ("answer", "silent") in wrong, done.stdout + done.stderr
         assert done.returncode == 1
+
+
+@pytest.mark.slow
+@needs_hosts
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+def test_two_hosts_and_a_cut_cable_between_them(experiment: Path, tmp_path: Path) -> None:
+    names = ["worker-1", "worker-2"]
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{name} slots=1\n" for name in names))
+    with hosts_named(names, tmp_path / "hosts") as (_, second):
+        arguments = (experiment, "--hostfile", hostfile, "--timeout", 60)
+        path = f"{tmp_path / 'hosts'}:{os.environ['PATH']}"
+        healthy = _doctor(tmp_path, *arguments, PATH=path)
+        print(healthy.stdout, healthy.stderr)
+        found = json.loads((tmp_path / "doctor.json").read_text())
+        assert {problem["check"] for problem in found["problems"]} <= {"disk", "/dev/shm"}
+        assert set(found["nodes"]) == set(names) and all("all_reduce" in node for node in found["nodes"].values())
+
+        second.unplug()
+        cut = _doctor(tmp_path, *arguments, PATH=path)
+    print(cut.stdout, cut.stderr)
+    problems = json.loads((tmp_path / "doctor.json").read_text())["problems"]
+    wrong = {(problem["check"], problem["host"]) for problem in problems}
+    assert cut.returncode == 1 and ("all-reduce", "worker-2") in wrong
+    assert not [check for check, _ in wrong if check == "answer"]

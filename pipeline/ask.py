@@ -159,7 +159,9 @@ def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace
 
     live = keep_newest(answerer, ears, arguments.keep_s)
     given, kept, answers = [], 0, []
-    for heard_s in listen(live, ears, sys.stdin.buffer, arguments.every_s):
+    # Not sys.stdin's own buffer: Python aborts when it ends while a thread still reads from that.
+    source = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 (closing it would wait for the thread)
+    for heard_s in listen(live, ears, source, arguments.every_s):
         prefix = answerer.hear_live(live, arguments.hide)
         kept = max(kept, live.nbytes)
         for question in arguments.question:

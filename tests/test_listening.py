@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from pipeline.ask import main
 from pipeline.errors import run_command
 from pipeline.features import read_encoders
 from pipeline.inference.answering import load_answerer
-from pipeline.inference.hearing import Ears
+from pipeline.inference.hearing import Ears, read_ahead
 
 WINDOW_S, FRAME_HZ = 30, 25  # of the log-mel encoder
 
@@ -37,9 +37,8 @@ def wav(seconds: float, rate_hz: int = 16000, channels: int = 1) -> bytes:
 
 
 @pytest.fixture
-def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
     """Sends bytes to standard input through a real pipe, bit by bit."""
-    threads = []
 
     def send(data: bytes) -> None:
         reading, writing = os.pipe()
@@ -48,13 +47,10 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
             with os.fdopen(writing, "wb") as file:
                 file.write(data)
 
-        threads.append(threading.Thread(target=write))
-        threads[-1].start()
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=os.fdopen(reading, "rb")))
+        threading.Thread(target=write, daemon=True).start()  # nobody may want to read it
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: reading))
 
-    yield send
-    for thread in threads:
-        thread.join()
+    return send
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -84,6 +80,26 @@ def test_features_that_arrive_are_those_of_the_file(folder: Path, tmp_path: Path
             assert (np.concatenate(arrived) == expected).all()
         else:
             np.testing.assert_allclose(np.concatenate(arrived), expected, rtol=0, atol=5e-3)
+
+
+def test_reading_goes_on_while_nobody_takes() -> None:
+    read, full = [], threading.Event()
+
+    def source() -> Iterator[int]:
+        for number in range(5):
+            read.append(number)
+            if number == 3:
+                full.set()
+            yield number
+        raise ValueError("torn off")
+
+    taken = read_ahead(source(), most=2)
+    assert next(taken) == 0
+    assert full.wait(10), "one taken, two waiting, one in hand"
+    assert read == [0, 1, 2, 3], "and no more"
+    assert [next(taken) for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="torn off"):
+        next(taken)
 
 
 def test_no_more_is_kept_than_was_asked_for(folder: Path, tmp_path: Path, pipe) -> None:

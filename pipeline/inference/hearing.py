@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from queue import Queue
+from threading import Thread
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,10 @@ from data_prep.encoders.build import build_encoder, config_of, describe_encoder
 from pipeline.errors import UserError
 from pipeline.features import EncoderContract
 
+T = TypeVar("T")
+
 SPECTROGRAM_HIGHEST_HZ = 8000.0
+READ_AHEAD_S = 120
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ class Ears:
     def listen(self, source: BinaryIO) -> Iterator[dict[str, list[NDArray[np.float16]]]]:
         """Features of audio that still arrives, as a WAV: encoder -> windows that each further second completes.
 
-        They are those of `hear`, but for the last bits where the sample rate is not the encoder's.
+        A thread takes the samples as they come, up to READ_AHEAD_S before they are wanted: a microphone cannot wait
+        until a question is answered. The features are those of `hear`, but for the last bits where the sample rate is
+        not the encoder's.
 
         Raises:
             UserError: it is no WAV of 16-bit samples.
@@ -80,8 +87,28 @@ class Ears:
         except Reject as reject:
             fault = f"cannot be heard ({reject.detail})"
             raise UserError(place, fault, "pipe a WAV into it: ffmpeg -i SOURCE -c:a pcm_s16le -f wav -") from None
-        for windows in cut(stream.segments(), stream.sample_rate_hz, self._encoders):
+        segments = read_ahead(stream.segments(), READ_AHEAD_S)
+        for windows in cut(segments, stream.sample_rate_hz, self._encoders):
             yield _features(windows, self._encoders, place)
+
+
+def read_ahead(items: Iterator[T], most: int) -> Iterator[T]:
+    """The same items, taken by a thread as they come, up to `most` before they are wanted."""
+    waiting: Queue[tuple[T] | Exception | None] = Queue(most)
+
+    def take() -> None:
+        try:
+            for item in items:
+                waiting.put((item,))
+            waiting.put(None)
+        except Exception as error:
+            waiting.put(error)
+
+    Thread(target=take, daemon=True).start()  # a daemon: it may wait for a source that never ends
+    while (taken := waiting.get()) is not None:
+        if isinstance(taken, Exception):
+            raise taken
+        yield taken[0]
 
 
 def duration_s(file: Path) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,15 +32,14 @@ class RayCluster:
     """
 
     def __init__(self, num_cpus: int = 1, **environment: str) -> None:
-        from ray.util import get_node_ip_address
-
         # Short, because the sockets' paths in it may have 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         outer = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ("RANK", "WORLD_SIZE")}
+        outer["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `pal`
         on_cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
         self.environment = {**outer, **on_cpu, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **environment}
         port, dashboard = free_port(), free_port()
-        self.address = f"{get_node_ip_address()}:{port}"
+        self.address = f"{_own_address()}:{port}"
         self.job_server = f"http://127.0.0.1:{dashboard}"
         self.nodes: list[subprocess.Popen[bytes]] = []
         head = ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
@@ -50,15 +50,19 @@ class RayCluster:
 
     def lose(self, node: subprocess.Popen[bytes]) -> set[int]:
         """Kills everything on a node, and waits until the cluster knows it; the processes that it had."""
-        killed = self._kill(node)
-        self._wait(lambda: self.alive() == len(self.nodes), "the loss of a node is not seen")
+        killed = self.kill(node)
+        self.wait_until_known()
         return killed
 
     def close(self) -> None:
         for node in self.nodes[::-1]:
-            self._kill(node)
+            self.kill(node)
 
-    def _kill(self, node: subprocess.Popen[bytes]) -> set[int]:
+    def wait_until_known(self) -> None:
+        """Returns when the cluster sees the nodes that there are."""
+        self._wait(lambda: self.alive() == len(self.nodes), "the cluster has lost count")
+
+    def kill(self, node: subprocess.Popen[bytes]) -> set[int]:
         processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,6 +106,13 @@ class RayCluster:
         while not reached():
             assert time.monotonic() < deadline, f"{what}: {self.alive()} of {len(self.nodes)} nodes"
             time.sleep(0.5)
+
+
+def _own_address() -> str:
+    """Of this machine, as other machines know it; Ray's nodes must not be at 127.0.0.1, or drivers wait for ever."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def start_submit(address: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:

@@ -32,6 +32,37 @@ drill: $(STAMP) ## inject faults into a real run and print what became of it, un
 	rm -rf runs/drill
 	$(BIN)/pal drill --out runs/drill --json runs/drill.json
 
+SCALING := runs/scaling
+SIX_TASKS := sound.count sound.first music.highest music.tempo speech.count speech.speaker
+
+# Each part is left as it is once it is there; the sweep goes on with the trials that are not finished.
+$(SCALING)/corpus/synth.json: $(STAMP)
+	$(BIN)/pal synth $(@D) --clips 2400 --seed 1
+
+$(SCALING)/corpus/six_%.jsonl: $(SCALING)/corpus/synth.json
+	$(BIN)/python -c 'import json, sys; print(*(json.dumps({**row, "questions": [q for q in row["questions"] \
+		if q["task"] in sys.argv[1:]]}) for row in map(json.loads, sys.stdin)), sep="\n")' \
+		$(SIX_TASKS) < $(@D)/$*.jsonl > $@
+
+$(SCALING)/features/%/features.json: $(SCALING)/corpus/six_%.jsonl
+	$(BIN)/pal prepare demo_prepare manifest=$< output=$(@D)
+
+$(SCALING)/language_model_32/config.json: SIZE := --set hidden_size=32 intermediate_size=85
+$(SCALING)/language_model_96/config.json: SIZE := --set hidden_size=96 intermediate_size=256
+$(SCALING)/language_model_%/config.json: $(SCALING)/corpus/synth.json
+	$(BIN)/pal scratch scaling_language_model $(@D) $(<D)/train.jsonl $(SIZE)
+
+.PRECIOUS: $(SCALING)/corpus/six_%.jsonl
+
+.PHONY: scaling
+scaling: $(DEV) $(patsubst %,$(SCALING)/features/%/features.json,train test)
+scaling: $(patsubst %,$(SCALING)/language_model_%/config.json,32 64 96)
+scaling: ## the scaling experiments, from scratch to pipeline/scaling.md (about 50 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pal sweep scaling
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/test_plan_measured.py $(SCALING)/plan.md
+	$(BIN)/pal report scaling --uri sqlite:///$(SCALING)/trials/mlflow.db --out $(SCALING)/report \
+		--answers pipeline/scaling.md --append $(SCALING)/plan.md --command "make scaling"
+
 .PHONY: test
 test: $(DEV) ## the tests that CI runs
 	$(BIN)/python -m pytest
@@ -45,7 +76,7 @@ test-gpu: $(DEV) ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 .PHONY: test-slurm
-test-slurm: $(DEV) ## the scripts of cluster/slurm on a real Slurm (Debian: slurm-wlm munge; root), about 8 minutes
+test-slurm: $(DEV) ## the scripts of cluster/slurm on a real Slurm of two nodes (Debian: slurm-wlm munge; root)
 	$(BIN)/python -m pytest -m slurm
 
 T5 := .transformers-5

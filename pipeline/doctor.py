@@ -109,13 +109,14 @@ def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
     import torch
 
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+    memory = [torch.cuda.mem_get_info(n) for n in range(len(gpus))]
     existing = _existing(Path.cwd() if config is None else config.output.absolute())
     node: Node = {
         "ranks": ranks.local_world_size,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **provenance.package_versions()},
         "code": provenance.git_state().get("git.commit", "")[:12],
         "gpus": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
-        "busy_gpus": [n for n in range(len(gpus)) if _free_share(n) < 0.9],
+        "busy_gpus": [n for n, (free, total) in enumerate(memory) if free < 0.9 * total],
         "folder": str(existing),
         "disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
         "disk_fault": None if os.access(existing, os.W_OK) else f"{existing} cannot be written",
@@ -130,13 +131,6 @@ def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-
-
-def _free_share(gpu: int) -> float:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(gpu)
-    return free / total
 
 
 def _fault(check: Callable[[], None]) -> str | None:

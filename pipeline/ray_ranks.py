@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
 
 LAST_WORDS_S = 30.0  # that ranks get to end by themselves when one has failed
 POLL_S = 1.0
+CONNECT_S = 10.0
 # Of the job's parent, to every rank. As with other launchers everything else, and each secret, is the nodes' own.
 _PASSED_ON = ("PYTHON", "PAL_", "NCCL", "UCX", "MLFLOW", "OMP_", "TOKENIZERS_", "DS_ACCELERATOR")
 
@@ -38,16 +40,17 @@ def joined(address: str) -> Iterator[None]:
     """This process as a driver of the cluster at this address (`auto`: the one of this machine or Ray job).
 
     Raises:
-        UserError: there is none, or it asks for another token.
+        UserError: there is none, or it asks for another token (Ray does not tell which).
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    host, _, port = address.rpartition(":")
     try:
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, port), timeout=CONNECT_S).close()
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionError as error:
-        raise UserError("--ray", f"there is no cluster at '{address}'", "start one, or give its address") from error
-    except AuthenticationError as error:
-        remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        raise UserError("--ray", f"the cluster at '{address}' does not accept our token", remedy) from error
+    except (OSError, AuthenticationError) as error:
+        remedy = "start one, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        raise UserError("--ray", f"no cluster answers our token at '{address}'", remedy) from error
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ import psutil
 from pipeline.distributed import free_port
 
 TOKEN = "planted-token-of-the-cluster-31415926"
-LIMIT_S = 120
+LIMIT_S = 240
 
 
 class RayCluster:

@@ -15,6 +15,7 @@ import pytest
 from ray_clusters import RayCluster
 
 from pipeline import launch, ray_ranks
+from pipeline.distributed import free_port
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, UserError
 from pipeline.ray_ranks import Place
 
@@ -135,6 +136,8 @@ def test_a_lost_node_is_named_and_the_next_job_waits_for_another(
     assert job.run("end") == (0, "")
 
 
-def test_mistakes_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mistakes_are_told_before_anything_starts() -> None:
     with pytest.raises(UserError, match="--nproc: is 0"):
         ray_ranks.devices("auto", 0)
+    with pytest.raises(UserError, match="--ray: no cluster answers"):
+        ray_ranks.devices(f"127.0.0.1:{free_port()}", 1)

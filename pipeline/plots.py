@@ -126,28 +126,28 @@ def plot_accuracy_by(lines: Sequence[Line], x_label: str, title: str) -> Figure:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One setting: mean accuracy with its 95 % interval, the accuracy of each seed (0 to 1), and a word about it."""
+class Difference:
+    """Accuracy of one setting less that of the reference (-1 to 1): mean, ends of the 95 % interval, each seed's."""
 
     label: str
-    accuracy: tuple[float, float, float]
+    mean: float
+    low: float
+    high: float
     seeds: Sequence[float]
-    verdict: str
 
 
-def plot_rows(rows: Sequence[Row], title: str) -> Figure:
-    """Settings below each other: mean, 95 % interval and, small, each seed; a line through the first one's mean."""
-    figure = Figure(figsize=(7.5, 1.3 + 0.45 * len(rows)), dpi=DPI, layout="constrained")
+def plot_differences(rows: Sequence[Difference], reference: str, title: str) -> Figure:
+    """Settings below each other: mean difference with its 95 % interval and, small, each seed's."""
+    figure = Figure(figsize=(7.5, 1.5 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(title=title, xlabel="accuracy (%), 95 % interval over seeds and clips; small: each seed")
-    axes.axvline(rows[0].accuracy[0], color="black", linewidth=0.8, linestyle="--", alpha=0.6)
+    axes.set(title=title, xlabel=f"accuracy, points more than {reference} (95 % interval; small: each seed)")
+    axes.axvline(0, color="black", linewidth=1)
     for place, row in enumerate(rows):
-        mean, low, high = row.accuracy
-        colour = _colour(0 if place == 0 else 1)
-        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, markersize=7, capsize=4)
-        axes.plot(row.seeds, [place + 0.22] * len(row.seeds), "o", color=colour, markersize=3, alpha=0.6)
-    labels = [f"{row.label}\n{row.verdict}" if row.verdict else row.label for row in rows]
-    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+        ends = [[row.mean - row.low], [row.high - row.mean]]
+        colour = _colour(6 if row.low <= 0 <= row.high else 2 if row.low > 0 else 1)
+        axes.errorbar(row.mean, place, xerr=ends, fmt="o", color=colour, markersize=7, capsize=4)
+        axes.plot(row.seeds, [place + 0.25] * len(row.seeds), "o", color=colour, markersize=3, alpha=0.6)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.xaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     axes.grid(True, axis="x", alpha=0.3)

@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("config", help="YAML file, or a shipped one by its name (demo_language_model)")
     parser.add_argument("out", type=Path, help="folder to write, in the Hugging Face format")
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="JSON lines with questions")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes to the config")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     arguments = parser.parse_args(argv)
-    config = load_config(ScratchConfig, arguments.config)
+    config = load_config(ScratchConfig, arguments.config, arguments.set)
     texts = [DataConfig.model_fields["system_prompt"].default]
     for manifest in arguments.manifests:
         texts += _texts(manifest)

@@ -58,8 +58,12 @@ def write_job(
     )
 
 
-def measure(config: ExperimentConfig) -> dict[str, float]:
-    """Bytes of a rank by part, bytes at the peak of a step, and seconds of one. Runs on every rank."""
+def measure(config: ExperimentConfig, steps: int = STEPS) -> dict[str, float]:
+    """Bytes of a rank by part, bytes at the peak of a step, and seconds of one. Runs on every rank.
+
+    Args:
+        steps: that are timed, of which the fastest counts; 0 leaves the seconds out.
+    """
     ranks = read_ranks()
     zero.init_process_group(ranks, 120)
     torch.manual_seed(0)
@@ -84,7 +88,7 @@ def measure(config: ExperimentConfig) -> dict[str, float]:
         passes()
         engine.step(1.0)
     times = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         engine.barrier()
         start = time.perf_counter()
         passes()
@@ -95,7 +99,8 @@ def measure(config: ExperimentConfig) -> dict[str, float]:
         passes()
         held = _held(model, engine)
         engine.step(1.0)
-    return {**held, "total": before + _highest(profile), "step_s": min(times)}  # others at work only add
+    seconds = {"step_s": min(times)} if times else {}  # others at work only add
+    return {**held, "total": before + _highest(profile), **seconds}
 
 
 def make_batch(config: ExperimentConfig) -> dict[str, Any]:

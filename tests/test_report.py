@@ -180,6 +180,11 @@ def test_no_runs_is_the_users_mistake(uri: str, tmp_path: Path, experiment: str,
         main([experiment, "--uri", uri, "--out", str(tmp_path)])
 
 
+def test_answers_need_a_sweep(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no sweep"):
+        main(["demo", "--uri", uri, "--out", str(tmp_path), "--answers", str(tmp_path / "answers.md")])
+
+
 def test_missing_database_is_not_created(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with pytest.raises(UserError, match="no such MLflow database"):

@@ -74,7 +74,12 @@ def test_budgets_are_equal_in_what_they_name(experiment: Path, tmp_path: Path) -
         ({"seeds": [1, 1]}, "repeats a value"),
         ({"grid": {"train.seed": [0, 1]}}, "is set by seeds"),
         ({"grid": {"train.steps": [1, 2]}}, "is set by budget"),
-        ({"runs": [{}]}, "exactly one of grid and runs"),
+        ({"runs": [{}]}, "exactly one of grid, runs, questions"),
+        ({"grid": None}, "exactly one of grid, runs, questions"),
+        ({"grid": None, "runs": []}, "runs: is empty"),
+        ({"grid": None, "runs": [{}, {}]}, "runs: repeats a value"),
+        ({"grid": None, "questions": [{"question": "?", "runs": [{}]}]}, "questions.0.runs"),
+        ({"grid": None, "questions": [{"question": "?", "runs": [{}, {}]}]}, "questions.0.runs: repeats a value"),
         ({"budget": {"steps": 1, "tokens": 2}}, "exactly one of steps, tokens and flops"),
         ({"grid": {"train.micro_batch_size": [3]}}, "do not divide"),
         ({"grid": {"train.global_batch_size": [2**24], "train.micro_batch_size": [2**24]}}, "does not fit"),
@@ -89,9 +94,11 @@ def test_mistakes_are_told_before_anything_runs(
     assert "\n" not in str(told.value)
 
 
-def test_the_shipped_sweep_is_one() -> None:
+def test_the_shipped_sweeps_are_ones() -> None:
     sweep = load_config(SweepConfig, "demo_sweep")
     assert len(sweep.combinations()) == 3 and sweep.budget is not None
+    asked = load_config(SweepConfig, "scaling").questions
+    assert asked is not None and len(asked) == 10
 
 
 def test_a_dry_run_prints_the_trials_and_runs_none(

@@ -69,7 +69,9 @@ class Answer:
 
 def label_of(settings: Mapping[str, Any]) -> str:
     """What a trial changes, in a few words."""
-    return ", ".join(f"{key.rpartition('.')[2]} {short_value(v)}" for key, v in settings.items()) or "baseline"
+    pairs = [(key.rpartition(".")[2], short_value(value)) for key, value in settings.items()]
+    # language_model_96 says what it is
+    return ", ".join(value if value.startswith(name) else f"{name} {value}" for name, value in pairs) or "baseline"
 
 
 def answer(

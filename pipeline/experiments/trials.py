@@ -68,6 +68,7 @@ class SweepConfig(Strict):
 
     Attributes:
         name: of the MLflow experiment.
+        note: what its answers depend on, for the reader of `pal report --answers`.
         experiment: the config's YAML file, or the name of a shipped one.
         output: receives a folder for each trial.
         overrides: keys of it that all trials change.
@@ -83,6 +84,7 @@ class SweepConfig(Strict):
     """
 
     name: str
+    note: str = ""
     experiment: str
     output: Path
     overrides: dict[str, Any] = {}

@@ -1,9 +1,10 @@
 """The planner against what DeepSpeed holds and takes on CPU ranks: integration x stage x size x accumulation.
 
-`python tests/distributed/test_plan_measured.py` prints the table."""
+`python tests/distributed/test_plan_measured.py OUT` writes the table in Markdown, for `pal report --append`."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -14,16 +15,18 @@ import pytest
 if __name__ == "__main__":  # pytest finds the helpers by its own setting
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from planned_jobs import WORKLOAD, measure, write_job
+from planned_jobs import STEPS, WORKLOAD, measure, write_job
 from ranks import run_on_ranks
 
 from pipeline import planning
 from pipeline.config import load_config
 from pipeline.config.planning import ClusterConfig
+from pipeline.tables import markdown
 
 GIB, MIB = 2**30, 2**20
 # size, integration, ZeRO stage, ranks, accumulation, precision
-CASES = [
+Case = tuple[str, str, int, int, int, str]
+CASES: list[Case] = [
     ("wide", "plits", 0, 1, 1, "fp32"),
     ("wide", "lal", 0, 1, 2, "fp32"),
     ("wide", "pal_v3", 0, 1, 1, "bf16"),
@@ -37,25 +40,27 @@ CASES = [
     ("wide", "lal", 3, 2, 2, "fp32"),
     ("wide", "pal_v3", 3, 2, 1, "bf16"),
 ]
+INTRODUCTION = """What `pal plan` predicts and what DeepSpeed then holds on each of the CPU ranks, predicted / measured
+(error). *Total* is the highest point of a step."""
 STATES = ("parameters", "gradients", "optimizer")
 
 
-def compare(case: tuple[str, str, int, int, int, str]) -> dict[str, tuple[float, float]]:
-    """Prediction and measurement of each part (MiB) and of the step (s)."""
+def compare(case: Case, steps: int) -> dict[str, tuple[float, float]]:
+    """Prediction and measurement of each part (MiB), and of the step (s) if steps are timed."""
     size, integration, stage, ranks, accumulation, precision = case
     with tempfile.TemporaryDirectory() as folder:
         config = write_job(Path(folder), size, integration, stage, ranks, accumulation, precision=precision)
         cluster = load_config(ClusterConfig, "cpu", [f"gpus_per_node={ranks}"])
         prediction = planning.predict(config, cluster, WORKLOAD)
-        measured: dict[str, Any] = run_on_ranks(measure, ranks, config)[0]
+        measured: dict[str, Any] = run_on_ranks(measure, ranks, config, steps, limit_s=600)[0]
     parts = {p: (prediction.memory_gib[p] * GIB / MIB, measured[p] / MIB) for p in (*STATES, "total")}
-    return {**parts, "step_s": (prediction.step_s, measured["step_s"])}
+    return parts | ({"step_s": (prediction.step_s, measured["step_s"])} if steps else {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_predicted_bytes_are_those_that_deepspeed_holds(case: Any) -> None:
-    compared = compare(case)
+    compared = compare(case, 0)
     for part in STATES:
         predicted, measured = compared[part]
         assert predicted == pytest.approx(measured, rel=0.02), part
@@ -64,16 +69,24 @@ def test_predicted_bytes_are_those_that_deepspeed_holds(case: Any) -> None:
 
 
 def main() -> None:
-    wanted = [CASES[int(n)] for n in sys.argv[1:]] or CASES
-    first: tuple[float, float] | None = None
-    for case in wanted:
-        compared = compare(case)
-        first = first or compared["step_s"]
-        ratios = tuple(s / f for s, f in zip(compared["step_s"], first, strict=True))
-        cells = [f"{p} {a:.1f}/{b:.1f} ({a / b - 1:+.1%})" for p, (a, b) in compared.items() if p != "step_s"]
-        times = "/".join(f"{1000 * s:.1f}" for s in compared["step_s"])
-        cells += [f"ms {times}", f"ratio {ratios[0]:.2f}/{ratios[1]:.2f} ({ratios[0] / ratios[1] - 1:+.0%})"]
-        print(" ".join(map(str, case)), *cells, sep=" | ", flush=True)
+    parser = argparse.ArgumentParser(description="The planner's predictions beside what DeepSpeed holds and takes.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="Markdown file to write")
+    parser.add_argument("--steps", type=int, default=STEPS, help="timed steps (default: %(default)s); 0: bytes alone")
+    arguments = parser.parse_args()
+    compared = [compare(case, arguments.steps) for case in CASES]
+    parts = list(compared[0])
+    rows = []
+    for case, found in zip(CASES, compared, strict=True):
+        if arguments.steps:  # shares of the first case's: absolute speed is the machine's, the ratio the model's
+            (predicted, measured), (first_predicted, first_measured) = found["step_s"], compared[0]["step_s"]
+            found = {**found, "step_s": (predicted / first_predicted, measured / first_measured)}
+        rows.append([" ".join(map(str, case)), *(f"{p:.2f} / {m:.2f} ({p / m - 1:+.1%})" for p, m in found.values())])
+    headings = ["size, integration, ZeRO stage, ranks, accumulation, precision"]
+    headings += ["step, of the first" if part == "step_s" else f"{part}, MiB" for part in parts]
+    lines = ["## Plan against measurement", INTRODUCTION]
+    if "step_s" not in parts:
+        lines.append("Step times were not measured: the machine was shared, and ratios of times would say nothing.")
+    arguments.out.write_text("\n\n".join([*lines, markdown(headings, rows)]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ def attend(
     """
     if isinstance(mask, BlockMask):
         return _flex(query, _joined(query, blocks), mask, scaling, softcap)
-    if mask is not None and (softcap is not None or query.shape[2] == 1):
+    # One query: keys are read, not copied. A single block on a CPU needs no copy for the fused kernel either.
+    decoding = query.shape[2] == 1 and (len(blocks) > 1 or query.is_cuda)
+    if mask is not None and (softcap is not None or decoding):
         return _written_out(query, blocks, mask, scaling, dropout, softcap)
     if mask is None and softcap is not None:
         n = query.shape[2]
@@ -93,9 +95,10 @@ def _written_out(
     """Scores block by block: copies no key and no value (decoding), and can bound the scores (Gemma 2)."""
     n = query.shape[2]
     weights = _weights(query, blocks, mask, scaling, softcap).to(query.dtype)
-    weights = F.dropout(weights, dropout, training=dropout > 0).flatten(2, 3)
-    parts = weights.split([k.shape[2] for k, _ in blocks], dim=-1)
-    out = torch.stack([_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)]).sum(0)
+    if dropout:
+        weights = F.dropout(weights, dropout)
+    parts = weights.flatten(2, 3).split([k.shape[2] for k, _ in blocks], dim=-1)
+    out = reduce(torch.add, [_matmul(w, v) for w, (_, v) in zip(parts, blocks, strict=True)])
     return out.unflatten(2, (-1, n)).flatten(1, 2)
 
 

@@ -70,7 +70,7 @@ def test_three_hours_cost_three_times_one_hour(model: Path, tmp_path: Path, live
     print(f"two hours more: {growth_mib:.0f} MiB, of which cache {2 * CACHE_MIB_AN_HOUR * (not live):.0f}")
     if live:
         assert one.figures["audio_cache_mib"] == three.figures["audio_cache_mib"] == CACHE_MIB_AN_HOUR / 6
-        assert growth_mib < 20
+        assert growth_mib < 40
     else:
         text_mib = LAYERS * 2 * HEADS * HEAD_DIM * NUMBER * 100 / MIB  # the prompt has fewer tokens
         assert three.figures["audio_cache_mib"] == pytest.approx(3 * CACHE_MIB_AN_HOUR, abs=text_mib)

@@ -295,6 +295,14 @@ def present(output: Path, rank: int) -> None:
     _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
 
 
+def forget_ranks(output: Path, world_size: int) -> None:
+    """Removes what an earlier job with more ranks left of those that this one does not have."""
+    for folder in (RANKS, FAILURES):
+        for file in (output / folder).glob("rank-*.json"):
+            if int(file.stem.removeprefix("rank-")) >= world_size:
+                file.unlink()
+
+
 def leave(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
     """Records why this rank ends, for the parent; without one, says it on stderr, and which ranks are silent.
 

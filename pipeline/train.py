@@ -226,6 +226,7 @@ def run_rank(
             if ranks.is_main:
                 for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
                     resources.enter_context(checkpoint.lock(folder))
+                launch.forget_ranks(config.output, ranks.world_size)
             launch.present(config.output, ranks.rank)
             from pipeline.trainer import Stopped, Trainer
 

@@ -226,6 +226,8 @@ def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path)
     lost = {"rank": 0, "step": 3, "code": 1, "message": "", "lost_peer": True, "time": 0.0}
     launch._write(tmp_path / launch.FAILURES / "rank-0.json", lost)
     assert launch._lost(tmp_path).startswith("rank 1, 2 on worker-2 died or hung without a word after step 3")
+    launch.forget_ranks(tmp_path, 2)
+    assert launch._lost(tmp_path).startswith("rank 1 on worker-2 died or hung")
 
 
 def test_hostfile(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,6 +58,7 @@ class RayCluster:
     def close(self) -> None:
         for node in self.nodes[::-1]:
             self.kill(node)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_known(self) -> None:
         """Returns when the cluster sees the nodes that there are."""

@@ -163,7 +163,7 @@ def _draw(
     plots.plot_attention_by_head(heads, f"Audio in the attention of {name}").savefig(out / "attention_by_head.png")
     bars = [
         plots.Bars(
-            label if label == NOTHING else f"{label} hidden",
+            f"{'nothing' if label == NOTHING else label.upper()} hidden",
             {domain: (group["accuracy"], *group["ci95"]) for domain, group in row["by_domain"].items()},
             {},
         )

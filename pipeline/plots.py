@@ -138,9 +138,10 @@ class Difference:
 
 def plot_differences(rows: Sequence[Difference], reference: str, title: str) -> Figure:
     """Settings below each other: mean difference with its 95 % interval and, small, each seed's."""
-    figure = Figure(figsize=(7.5, 1.5 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7.5, 1.6 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set(title=title, xlabel=f"accuracy, points more than {reference} (95 % interval; small: each seed)")
+    axes.set_title(f"{title}\nagainst {reference}", fontsize=10)
+    axes.set_xlabel("difference in accuracy, points (95 % interval; small: each seed)")
     axes.axvline(0, color="black", linewidth=1)
     for place, row in enumerate(rows):
         ends = [[row.mean - row.low], [row.high - row.mean]]

@@ -22,7 +22,8 @@ interval of the mean difference ({CONFIDENCE:.0%}) is over seeds (Student's t; t
 be the same for all variants and estimated from all of them, as if they were independent) and over clips (bootstrap by
 clip). *Better* and *worse*: the interval does not hold zero. *No difference seen*: it does, which is not to say that
 there is none. *The same*: every answer and the validation loss are equal to the last digit. Nothing corrects for the
-number of comparisons: of twenty without any difference, one is expected to be called better or worse."""
+number of comparisons: of twenty without any difference, one is expected to be called better or worse. The interval of
+an accuracy is over its own seeds and clips; of a variant with one seed over clips alone, and says little."""
 
 Verdicts = Mapping[str, Sequence[Any]]  # columns question_id, clip_id, correct
 Interval = tuple[float, float, float]  # value, low, high

@@ -50,7 +50,7 @@ def write_page(
         answers = answer(sweep, runs, benchmark, lambda run, name=benchmark: verdicts_of(run, name))  # type: ignore[misc]
         parts += [f"## Answers on the set `{benchmark}`", _summary(answers)]
         for number, each in enumerate(answers, start=1):
-            parts += [f"### {number}. {each.question.question}", *_answer(each)]
+            parts += [f"### {number}. {each.question.question}", *_answer(each, len(sweep.seeds))]
             picture = folder / f"{benchmark}_{number:02}.png"
             if _draw(each, picture):
                 parts.append(f"![{each.question.question}]({folder.name}/{picture.name})")
@@ -100,11 +100,11 @@ def _summary(answers: Sequence[Answer]) -> str:
     return markdown(["question", "verdict"], [[each.question.question, each.verdict] for each in answers])
 
 
-def _answer(answered: Answer) -> list[str]:
+def _answer(answered: Answer, seeds: int) -> list[str]:
     keys = list(dict.fromkeys(key for settings in answered.question.runs for key in settings))
     columns: dict[str, Callable[[Variant], str]] = {
         "variant": lambda v: v.label,
-        "seeds": lambda v: str(len(v.runs)),
+        "seeds": lambda v: str(seeds) if len(v.runs) == seeds else f"{len(v.runs)} of {seeds}",
         "audio layers": _layers,
         "parameters": lambda v: "-" if not v.runs else f"{int(_any_run(v).params['resolved.total_parameters']):,}",
         "accuracy % (95 %)": lambda v: _percent(v.accuracy),

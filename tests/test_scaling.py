@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
+from pipeline.experiments.scaling import fit_power_law, held_out_prediction, paired_differences, pareto_front, pool
 
 SIZES = (1e6, 2e6, 4e6, 8e6)
 TOKENS = (1e5, 3e5)
@@ -67,3 +67,19 @@ def test_the_largest_size_is_not_seen_by_its_own_prediction() -> None:
 def test_too_few_runs_give_no_law(runs: list[dict[str, float]]) -> None:
     assert fit_power_law(runs, [1.0] * len(runs)) is None
     assert held_out_prediction(runs, [1.0] * len(runs), "parameters") == []
+
+
+def test_differences_share_the_variance_of_seeds() -> None:
+    steady, shaken, lone = paired_differences([([0.1] * 3, 0.0), ([0.0, 0.1, 0.2], 0.0), ([0.3], 0.0)])
+    assert steady[2] - steady[1] == pytest.approx(shaken[2] - shaken[1]) and steady[0] == pytest.approx(0.1)
+    assert lone[2] - lone[1] == pytest.approx(math.sqrt(3) * (steady[2] - steady[1]))  # a third of the seeds
+    ((mean, low, high),) = paired_differences([([0.1], 0.05)])
+    assert (mean, low, high) == pytest.approx((0.1, 0.05, 0.15)), "one seed tells nothing of seeds"
+
+
+def test_intervals_of_differences_cover_the_truth() -> None:
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        found = paired_differences([(list(draw.normal(0.0, 0.05, 3)), 0.0) for _ in range(5)])
+        covered += sum(low <= 0 <= high for _, low, high in found)
+    assert 0.93 < covered / 2000 < 0.97

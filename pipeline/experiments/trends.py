@@ -191,6 +191,7 @@ def describe_fits(fits: Mapping[str, Any]) -> list[str]:
             measured = ", ".join(f"{each['measured']:.4f}" for each in tested)
             lines.append(
                 f"Fitted without the largest size it predicts {tested[0]['predicted']:.4f} ({low:.4f} to {high:.4f}) "
-                f"for that; measured {measured}: {inside} of {len(tested)} inside."
+                f"for that; measured {measured}: {inside} of {len(tested)} inside, so the law "
+                f"{'holds' if inside == len(tested) else 'does not hold for every run'} there."
             )
     return lines

@@ -23,12 +23,12 @@ from pipeline.tracking import METRICS, read_metrics
 LIMIT_S = 240
 
 
-def write_experiment(folder: Path, **train: Any) -> Path:
+def write_experiment(folder: Path, *, hidden_size: int = 32, **train: Any) -> Path:
     """Features, a language model and a config of 12 steps in `folder`; returns the config file."""
     write_feature_set(folder / "features", [3] * 16)
     write_feature_set(folder / "held_out", [2] * 4)
     texts = [f"Question {n} about clip {c}? answer {c}.{n}" for c in range(16) for n in range(3)]
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 4}
+    sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_layers": 2, "num_heads": 4}
     save_scratch_language_model(folder / "language_model", texts, **sizes, vocab_size=300)
     config = {
         "output": str(folder / "run"),

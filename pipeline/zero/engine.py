@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.zero.rendering import zero_stage
-from pipeline.zero.state import STATE, Snapshot, checksum, collecting
+from pipeline.zero.state import STATE, Snapshot, checksum, collecting, local_part, restore_swapped_optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +74,7 @@ class Engine:
         self.device: torch.device = self._engine.device
         # Counts travel between hosts on CPU tensors: agreeing on them never waits for the accelerator.
         self._control: Any = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
-        self._swaps_parameters = rendered["zero_optimization"].get("offload_param", {}).get("device") == "nvme"
+        self._swaps_states = rendered["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
         self._frozen_checksum = ""
         self.gradient_norm = math.nan
         self.skipped_steps = 0
@@ -215,17 +216,17 @@ class Engine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
+        if self._swaps_states:
+            restore_swapped_optimizer(self._engine, folder)
         if self.stage == 3:  # a universal checkpoint gives all groups one step counter, which each would then advance
             for state in self._engine.optimizer.optimizer.state.values():
-                state["step"] = self._torch.as_tensor(state["step"]).clone()
+                state["step"] = copy.deepcopy(state["step"])
 
     def checksums(self) -> dict[str, str]:
         """A hash of all `trained` and one of all `frozen` parameters, the same for every stage and number of ranks.
 
-        Empty where parameters are swapped to NVMe. Called by all ranks.
+        Called by all ranks.
         """
-        if self._swaps_parameters:
-            return {}
         trained = self._checksum(trained=True)
         self._frozen_checksum = self._frozen_checksum or self._checksum(trained=False)
         return {"trained": trained, "frozen": self._frozen_checksum}
@@ -236,9 +237,10 @@ class Engine:
             if parameter.requires_grad != trained:
                 continue
             if self.stage == 3:
-                part = parameter.ds_tensor
-                first = self._torch.distributed.get_rank() * len(part)
-                sums[name] = checksum(part[: max(0, parameter.ds_numel - first)], first)  # the last part is padded
+                with local_part(parameter) as part:
+                    first = self._torch.distributed.get_rank() * len(part)
+                    kept = part[: max(0, parameter.ds_numel - first)]  # the last part is padded
+                    sums[name] = checksum(kept, first)
             else:
                 sums[name] = checksum(parameter, 0)
         values = self._torch.tensor(list(sums.values()), dtype=self._torch.int64)

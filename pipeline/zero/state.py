@@ -87,6 +87,45 @@ def _copy_to_host(content: Any) -> Any:
     return copied(content)
 
 
+@contextmanager
+def local_part(parameter: Any) -> Iterator[torch.Tensor]:
+    """This rank's part of a parameter under ZeRO-3, read from NVMe for as long as it is needed."""
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+
+    swapped = parameter.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE
+    if swapped:
+        parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    try:
+        yield parameter.ds_tensor
+    finally:
+        if swapped:
+            parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+
+
+def restore_swapped_optimizer(engine: Any, folder: Path) -> None:
+    """Restores what DeepSpeed 0.19 forgets of a checkpoint under NVMe offload, where it copies the swap files back and
+    nothing else: Adam's states, and whole groups of parameters that are too small to be swapped."""
+    import torch
+
+    optimizer, rank = engine.optimizer, torch.distributed.get_rank()
+    optimizer.checkpoint_event_prologue()  # drops the whole copies that every rank keeps of the smallest parameters
+    saved = engine._get_all_zero_checkpoints(str(folder), STATE)[rank]
+    states, masters = saved["optimizer_state_dict"]["state"], saved["fp32_flat_groups"]
+    for group, master in enumerate(optimizer.fp32_partitioned_groups_flat):
+        state = _copy_to_host(states[group])
+        optimizer.optimizer.state[master] = state
+        if optimizer._swappable_optimizer_subgroup(group):
+            size = optimizer.fp16_partitioned_groups_flat_numel[group]
+            state.update({name: torch.zeros(size) for name, value in state.items() if torch.is_tensor(value)})
+            # Swapped in for the first time, the states become known to the swapper and are read from their files.
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+            optimizer._optimizer_states_and_gradient_swap_out(group)
+        else:
+            master.data.copy_(masters[group])
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    optimizer.checkpoint_event_epilogue()  # and makes them again
+
+
 def checksum(tensor: torch.Tensor, offset: int) -> int:
     """A sum over the bits of a tensor and their places, so that parts of a tensor add up to the whole, modulo 2^64.
 

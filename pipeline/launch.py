@@ -146,9 +146,10 @@ def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     if not on_gpu:
         own["DS_ACCELERATOR"] = "cpu"
     # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
+    bound = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     # ssh, under pdsh, would wait for ever for a host that is cut off.
     ssh = {"PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=15 -oServerAliveCountMax=3"}
-    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", **ssh, **os.environ, **own}
+    return {**bound, **ssh, **os.environ, **own}
 
 
 @contextlib.contextmanager

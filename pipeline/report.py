@@ -31,6 +31,7 @@ NOTES = """Accuracy is the share of exact matches on held-out clips, in brackets
 
 POOLED_NOTES = """Runs that differ in their seed alone, together; the interval is over seeds and clips. *Front*: no
 other setting is as accurate at less memory, or at more speed."""
+MOST_CURVES = 12  # that a person can tell apart in one picture
 FRONTS = {"peak_memory_gib": "memory", "samples_per_s": "speed"}
 
 Row = dict[str, Any]
@@ -129,7 +130,7 @@ def write_report(
     if any(row["seeds"] > 1 for row in pooled):
         files.append(_write_csv(out / "pooled.csv", pooled))
     pictures = []
-    for name, figure in (_pictures(experiment, runs) | trends.trend_figures(experiment, groups)).items():
+    for name, figure in (_pictures(experiment, runs, pooled) | trends.trend_figures(experiment, groups)).items():
         pictures.append(out / f"{name}.png")
         figure.savefig(pictures[-1])
     files[0].write_text(_markdown(experiment, runs, table, pooled, fits, pictures), encoding="utf-8")
@@ -144,12 +145,14 @@ def _write_csv(file: Path, rows: Sequence[Row]) -> Path:
     return file
 
 
-def _pictures(experiment: str, runs: Sequence[TrainedRun]) -> dict[str, Figure]:
-    from pipeline.plots import Curve, plot_accuracy_against, plot_accuracy_by_domain, plot_loss_curves
+def _pictures(experiment: str, runs: Sequence[TrainedRun], pooled: Sequence[Row]) -> dict[str, Figure]:
+    """What the runs' figures allow: of settings with several seeds one point, of more than a few runs no curves."""
+    from pipeline.plots import Curve, Point, plot_accuracy_against, plot_accuracy_by_domain, plot_loss_curves
 
     figures = {}
+    readable = len(runs) <= MOST_CURVES
     curves = [Curve(run.label, *zip(*run.losses, strict=True)) for run in runs if run.losses]
-    if curves:
+    if curves and readable:
         figures["loss"] = plot_loss_curves(curves, f"Training loss: {experiment}")
     for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
         evaluated = [run for run in runs if benchmark in run.evaluations]
@@ -158,12 +161,19 @@ def _pictures(experiment: str, runs: Sequence[TrainedRun]) -> dict[str, Figure]:
             ("peak_memory_gib", "peak training memory per rank (GiB)"),
             ("samples_per_s", "training throughput (questions/s)"),
         ):
-            points = [_point(run, benchmark, cost) for run in evaluated if cost in run.metrics]
+            if any(row["seeds"] > 1 for row in pooled):
+                rows = [row for row in pooled if row["benchmark"] == benchmark and row[cost] is not None]
+                ends = "accuracy", "ci95_low", "ci95_high"
+                points = [Point(row["settings"], row[cost], *(row[end] for end in ends)) for row in rows]
+            else:
+                points = [_point(run, benchmark, cost) for run in evaluated if cost in run.metrics]
             if points:
                 name = x_label.partition(" (")[0]
                 figures[f"accuracy_{cost}_{benchmark}"] = plot_accuracy_against(
                     points, x_label, f"Accuracy against {name}: {of}"
                 )
+        if not readable:
+            continue
         bars = [_bars(run.label, run.evaluations[benchmark]) for run in evaluated]
         guess = evaluated[0].evaluations[benchmark].get("commonest_answer", {"by_domain": {}})["by_domain"]
         figures[f"accuracy_by_domain_{benchmark}"] = plot_accuracy_by_domain(

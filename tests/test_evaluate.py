@@ -2,7 +2,7 @@
 refused; scores reach the run that trained the model."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -193,32 +193,48 @@ def test_shares_are_all_of_it_and_finished_groups_are_not_asked(answerer: Answer
     assert left == alone[1:], "a group without all of its answers is asked again"
 
 
-def test_a_killed_evaluation_goes_on(
-    exported: Path, features: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def arguments(name: str, *more: str) -> list[str]:
+@pytest.fixture
+def arguments(exported: Path, features: FeatureSet, tmp_path: Path) -> Callable[..., list[str]]:
+    """Of an evaluation whose predictions have this name."""
+
+    def of(name: str, *more: str) -> list[str]:
         files = ["--predictions", str(tmp_path / f"{name}.jsonl"), "--batch-size", "4"]
         return [str(exported), str(features.folder), "--swap-audio", *files, *more]
 
-    assert main(arguments("whole")) == 0
-    real = Answerer.answer
-    asked: list[int] = []
+    return of
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the number of questions of each call of the model."""
+    real, counts = Answerer.answer, []
 
     def counting_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
-        asked.append(len(questions))
+        counts.append(len(questions))
         return real(self, prefix, questions, *rest)
+
+    monkeypatch.setattr(Answerer, "answer", counting_answer)
+    return counts
+
+
+def test_a_killed_evaluation_goes_on(
+    arguments: Callable[..., list[str]], asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(arguments("whole")) == 0
+    asked.clear()
+    counting = Answerer.answer
 
     def dying_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
         if len(asked) == 6:
             raise KeyboardInterrupt
-        return counting_answer(self, prefix, questions, *rest)
+        return counting(self, prefix, questions, *rest)
 
-    monkeypatch.setattr(Answerer, "answer", dying_answer)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments("broken"))
+    with monkeypatch.context() as dying:
+        dying.setattr(Answerer, "answer", dying_answer)
+        with pytest.raises(KeyboardInterrupt):
+            main(arguments("broken"))
     with next((tmp_path / "broken.jsonl.partial").iterdir()).open("a") as file:
         file.write('["half a li')
-    monkeypatch.setattr(Answerer, "answer", counting_answer)
     assert main(arguments("broken")) == 0
     assert sum(asked) == 36, "no finished question is asked again"
     assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -226,21 +242,10 @@ def test_a_killed_evaluation_goes_on(
 
 
 def test_nodes_answer_their_shares_and_one_scores(
-    exported: Path, features: FeatureSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: Callable[..., list[str]], asked: list[int], tmp_path: Path
 ) -> None:
-    def arguments(name: str, *more: str) -> list[str]:
-        files = ["--predictions", str(tmp_path / f"{name}.jsonl"), "--batch-size", "4"]
-        return [str(exported), str(features.folder), "--swap-audio", *files, *more]
-
     assert main(arguments("whole")) == 0
-    real = Answerer.answer
-    asked: list[int] = []
-
-    def counting_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
-        asked.append(len(questions))
-        return real(self, prefix, questions, *rest)
-
-    monkeypatch.setattr(Answerer, "answer", counting_answer)
+    asked.clear()
     counts = []
     for number in (2, 0, 1):
         assert main(arguments("shared", f"--share={number}/3")) == 0

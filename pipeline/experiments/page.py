@@ -79,7 +79,8 @@ def _origin(sweep: SweepConfig, sweep_tags: Mapping[str, str], runs: Sequence[Tr
         ["date", ", ".join(days)],
         [
             "trials",
-            f"{len(finished)} finished of {wanted}, {len(sweep.seeds)} seeds each, {sweep.nproc} rank(s) a trial",
+            f"{len({run.name for run in finished})} finished of {wanted}, {len(sweep.seeds)} seeds each, "
+            f"{sweep.nproc} rank(s) a trial",
         ],
         ["config", f"`{sweep.experiment}`, changed by the keys in each table"],
         ["machine", sweep_tags.get(MACHINE_TAG, "unknown")],

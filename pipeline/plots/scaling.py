@@ -59,7 +59,7 @@ def plot_differences(rows: Sequence[Difference], reference: str, title: str) -> 
     figure = Figure(figsize=(7.5, 1.6 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(f"{title}\nagainst {reference}", fontsize=10)
-    axes.set_xlabel("difference in accuracy, points (95 % interval; small: each seed)")
+    figure.supxlabel("difference in accuracy, points (95 % interval; small: each seed)", fontsize=10)
     axes.axvline(0, color="black", linewidth=1)
     for place, row in enumerate(rows):
         ends = [[row.mean - row.low], [row.high - row.mean]]

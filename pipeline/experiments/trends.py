@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.experiments.runs import TrainedRun
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # takes seconds to import
 SEED = "train.seed"
 NOT_VARIED = ("output", "tracking.", "resolved.", SEED)  # what differs without being a question
 COSTS = {"peak_memory_gib": True, "samples_per_s": False}  # metric -> whether less is better
+MOST_NAMED = 3  # settings in a label
 LOSSES = ("validation/loss", "final_loss")  # the first that all runs have is fitted
 LAW_FACTORS = ("parameters", "text_tokens", "audio_layers")
 SMALLEST_RANGE = 1.1  # largest over smallest: what varies by less, as tokens do with the seed, tells no exponent
@@ -63,14 +64,19 @@ FACTORS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `settings` are the keys in which groups differ."""
+    """Runs that differ in their seed alone; `settings` are the keys in which groups differ, `usual` their commonest
+    values where there are too many keys to name all."""
 
     settings: Mapping[str, str]
     runs: Sequence[TrainedRun]
+    usual: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        values = [f"{key.rpartition('.')[2]} {short_value(value)}" for key, value in self.settings.items()]
+        told = {key: value for key, value in self.settings.items() if value != self.usual.get(key)}
+        if self.settings and not told:
+            return "usual settings"
+        values = [f"{key.rpartition('.')[2]} {short_value(value)}" for key, value in told.items()]
         return ", ".join(values) or self.runs[0].params.get("model.integration", self.runs[0].label)
 
     def accuracy(self, benchmark: str) -> tuple[float, float, float] | None:
@@ -91,7 +97,10 @@ def group_runs(runs: Sequence[TrainedRun]) -> list[Group]:
     members: dict[tuple[str, ...], list[TrainedRun]] = {}
     for run in finished:
         members.setdefault(tuple(run.params.get(key, "-") for key in varied), []).append(run)
-    return [Group(dict(zip(varied, values, strict=True)), own) for values, own in members.items()]
+    usual = {}
+    if len(varied) > MOST_NAMED:
+        usual = {key: statistics.mode(values) for key, values in zip(varied, zip(*members, strict=True), strict=True)}
+    return [Group(dict(zip(varied, values, strict=True)), own, usual) for values, own in members.items()]
 
 
 def pooled_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:

@@ -33,7 +33,9 @@ class Position:
         self.visits = state["visits"]
 
 
-def keeper_of(output: Path, engine: zero.Engine, said: list[str], **changes: Any) -> tuple[Keeper, Any]:
+def keeper_of(
+    output: Path, engine: zero.Engine, said: list[str], *, reshard: bool = False, **changes: Any
+) -> tuple[Keeper, Any]:
     config = ExperimentConfig.model_validate(
         {
             "output": output,
@@ -44,7 +46,8 @@ def keeper_of(output: Path, engine: zero.Engine, said: list[str], **changes: Any
     )
     position: Any = Position()
     ranks = read_ranks()
-    return Keeper(config, ranks, engine, position, said.append if ranks.is_main else lambda _: None), position
+    say = said.append if ranks.is_main else lambda _: None
+    return Keeper(config, ranks, engine, position, say, reshard=reshard), position
 
 
 def steps_in(output: Path) -> list[int]:
@@ -200,3 +203,36 @@ def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
     (message,) = run_on_ranks(resume_in_vain, 2, tmp_path)[0]
     assert "model.language_model" in message and "other weights" in message
     assert all("--reshard" in message for message in run_on_ranks(resume_in_vain, 1, tmp_path)[0])
+
+
+def save_trained(output: Path) -> str:
+    engine = build(settings("zero2", 2), LANGUAGE_MODEL)
+    train_steps(engine, range(1), 2)
+    keeper, _ = keeper_of(output, engine, [])
+    keeper.save(1, 96, Work(), RUN)
+    keeper.require_saved()
+    return engine.checksums()["trained"]
+
+
+def resume_resharded(output: Path) -> tuple[int, str, list[str]]:
+    engine, said = build(settings("zero2", 2), LANGUAGE_MODEL), list[str]()
+    keeper, _ = keeper_of(output, engine, said, reshard=True)
+    step, *_ = keeper.resume()
+    return step, engine.checksums()["trained"], said
+
+
+def load_nothing(output: Path) -> str:
+    engine: Any = build(settings("zero2", 2), LANGUAGE_MODEL)
+    engine.load = lambda *_, **__: None  # as a library that finds nothing to load, and says nothing
+    keeper, _ = keeper_of(output, engine, [])
+    with pytest.raises(RuntimeError) as error:
+        keeper.resume()
+    return str(error.value)
+
+
+def test_what_is_loaded_is_what_was_saved_at_any_number_of_ranks(tmp_path: Path) -> None:
+    trained = run_on_ranks(save_trained, 2, tmp_path)[0]
+    assert "are not those that were saved" in run_on_ranks(load_nothing, 2, tmp_path)[0]
+    step, resumed, said = run_on_ranks(resume_resharded, 1, tmp_path)[0]
+    assert (step, resumed) == (1, trained)
+    assert "from 2 to 1 ranks" in said[0]

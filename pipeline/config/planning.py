@@ -6,10 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import Strict
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -20,7 +19,7 @@ class GpuConfig(Strict):
     Attributes:
         device: where the run computes; on `cpu` a "GPU" is one rank's share of a machine.
         peak_tflops: of dense matrix products, by precision.
-        memory_gb_s: read and written by the optimizer.
+        memory_gb_s: read and written.
     """
 
     name: str

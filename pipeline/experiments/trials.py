@@ -26,8 +26,6 @@ PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under anothe
 RESULT = "trial.json"  # of a finished trial, in its output folder
 SEED = "train.seed"
 STEPS = "train.steps"
-
-
 _KINDS = ("grid", "runs", "questions")  # the ways to say what trials differ in
 
 
@@ -181,7 +179,6 @@ def make_trial(sweep: SweepConfig, params: dict[str, Any], steps: int | None) ->
 
 def trial_name(params: dict[str, Any]) -> str:
     """Keys without their path, and values, as the name of a folder."""
-
     parts = (f"{key.rpartition('.')[2]}={short_value(value)}" for key, value in params.items())
     return re.sub(r"[^\w.=,-]+", "-", ",".join(parts))
 

@@ -23,9 +23,8 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Read and written for each trained element in an optimizer step: gradient, master copy and two states in fp32; the
 # plain Adam of a CPU goes over them operation by operation.
 ADAM_TRAFFIC = {True: 28, False: 80}
-# Of each byte that is kept: operations run one by one, each reads and writes, forward and for the gradient. A CPU also
-# pays for fresh pages; its number is fitted.
-PASS_TRAFFIC = {True: 8, False: 21}
+# Of each byte that is kept: operations run one by one, each reads and writes, forward and for the gradient.
+PASS_TRAFFIC = 8
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _seconds(
     b, on_gpu, passes = ELEMENT_BYTES[train.precision], gpu.device == "cuda", rendered["gradient_accumulation_steps"]
     flops, counted = training_flops(size.config, row, train.trainable), count_operations(size.config, row)
     kept = activation_bytes(size.config, row, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
-    touched = PASS_TRAFFIC[on_gpu] * (kept.kept + kept.loss)
+    touched = PASS_TRAFFIC * (kept.kept + kept.loss)
     launches = passes * size.config.language_model.num_hidden_layers * cluster.layer_launch_s
     if train.gradient_checkpointing:
         launches *= 4 / 3  # a second forward pass

@@ -12,6 +12,7 @@ from jobs import end_of, start_job, wait_for_step, write_experiment
 
 from pipeline import checkpoint, tracking
 from pipeline.config import TrackingConfig
+from pipeline.distributed import free_port
 from pipeline.errors import EXIT_STOPPED
 
 KEYS = {
@@ -99,6 +100,18 @@ def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: P
     run = mlflow_run(output)
     assert run.info.status == "FINISHED"
     assert run.data.metrics["train/loss"] == curve(straight)[12][0]
+
+
+def test_a_rank_that_slurm_or_torchrun_started_saves_when_it_is_signalled(folder: Path) -> None:
+    output = folder / "signalled"
+    group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+    job = start_job(folder / "config.yaml", f"output={output}", **group, MASTER_PORT=free_port())
+    wait_for_step(job, output, 2)
+    job.send_signal(signal.SIGUSR1)
+    code, out, err = end_of(job, output)
+    assert code == EXIT_STOPPED, out + err
+    last = max(curve(output))
+    assert 2 <= last < 12 and checkpoint.list_checkpoints(output)[0].name == f"step-{last:06d}"
 
 
 @pytest.mark.slow

@@ -42,15 +42,10 @@ def cut_off_the_audio() -> None:
     modeling.audio_tokens = cut
 
 
-def shared_memory() -> set[Path]:
-    """Of DeepSpeed, which a killed rank leaves to the machine."""
-    return set(Path("/dev/shm").glob("deepspeed_*"))
-
-
 def meet_faults(config: Path, folder: Path) -> dict[str, Any]:
     ranks = read_ranks()
     zero.init_process_group(ranks, 120)
-    found: dict[str, Any] = {"shared memory": shared_memory()}
+    found: dict[str, Any] = {}
     try:
         zero.require_same_everywhere({"train.seed": 1, "torch": "2", "only here": ranks.rank or None})
         zero.require_same_everywhere({"train.seed": ranks.rank})
@@ -72,11 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    before = shared_memory()
-    found = run_on_ranks(meet_faults, 2, write_experiment(folder), folder)
-    for rank in found:
-        assert rank["shared memory"] <= before, "what a killed rank would leave behind"
-    return found
+    return run_on_ranks(meet_faults, 2, write_experiment(folder), folder)
 
 
 def test_ranks_that_were_started_differently_are_refused(found: list[dict[str, Any]]) -> None:

@@ -78,6 +78,7 @@ def test_a_run_learns_and_leaves_what_it_promises(folder: Path, straight: Path) 
 def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: Path) -> None:
     output = folder / "disturbed"
     command = (folder / "config.yaml", f"output={output}", "--nproc", 2)
+    shared_memory = set(Path("/dev/shm").glob("deepspeed_*"))
 
     job = start_job(*command)
     wait_for_step(job, output, 2)
@@ -90,6 +91,7 @@ def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: P
     wait_for_step(job, output, 7)
     job.kill()  # the parent alone: its ranks notice, and give the folder free
     end_of(job, output)
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared_memory, "a killed rank cannot remove it"
 
     code, out, err = end_of(start_job(*command), output)
     assert code == 0, err

@@ -39,12 +39,12 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set as `openaqa_prepare` makes it, but small: three encoders, two tasks."""
+    """A set as `openaqa_prepare` makes it, but small: three encoders, three tasks, of which a clip has two."""
     folder = tmp_path_factory.mktemp("features")
     questions = [
         {"question_id": f"{c}/{task}", "question": f"What is {c}?", "answer": f"clip {c}", "task": task}
         for c in range(8)
-        for task in ("classification", "open-ended")
+        for task in (("cla_label", "cla_label_des")[c % 2], "open-ended question")
     ]
     rows = [
         {

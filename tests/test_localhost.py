@@ -6,9 +6,12 @@ import ipaddress
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
+
+from pipeline.distributed import free_port
 
 LIMIT_S = 120
 LOCAL_RAY = """
@@ -45,6 +48,27 @@ def test_the_ray_of_a_preparation_is_on_localhost() -> None:
     assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found
 
 
-def test_the_demo_shows_its_runs_on_localhost() -> None:
-    recipe = (Path(__file__).parents[1] / "Makefile").read_text()
-    assert " ui --backend-store-uri sqlite:///runs/demo/mlflow.db --host 127.0.0.1 " in recipe
+def test_the_demo_shows_its_runs_on_localhost(tmp_path: Path) -> None:
+    """The command of `make ui`, with another port and database."""
+    dry = ["make", "--dry-run", "--silent", "--old-file=.venv/.installed", "ui"]
+    recipe = subprocess.run(dry, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True).stdout
+    port = free_port()
+    changes = {
+        ".venv/bin/mlflow": str(Path(sys.executable).with_name("mlflow")),
+        "sqlite:///runs/demo/mlflow.db": f"sqlite:///{tmp_path}/mlflow.db",
+        "5000": str(port),
+    }
+    command = [changes.get(word, word) for word in recipe.splitlines()[-1].split()]
+    assert set(changes.values()) <= set(command), recipe
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + LIMIT_S
+        while not (found := listeners(process.pid)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(3)  # for whatever else it opens
+        found = listeners(process.pid)
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+    assert ("127.0.0.1", port) in found
+    assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found

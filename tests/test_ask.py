@@ -5,67 +5,34 @@ import json
 from pathlib import Path
 
 import pytest
-import soundfile
-import torch
-from corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
-from pipeline import assembly
 from pipeline.ask import main
-from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.shards import FeatureSet
 from pipeline.errors import UserError, run_command
 from pipeline.features import ENCODERS_FILE, read_encoders
 from pipeline.inference.answering import load_answerer
 from pipeline.inference.hearing import Ears, spectrogram
 from pipeline.model import PalForCausalLM
-from pipeline.model.scratch import save_scratch_language_model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("ask"), "pal_v3")
-
-
-def write_model(folder: Path, integration: str, **sizes: int) -> Path:
-    """A prepared clip of 70 s (three windows) at 44.1 kHz, and an untrained model that reads its features."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "num_heads": 2, **sizes}
-    soundfile.write(folder / "clip.flac", tone(70.0, 44100), 44100)
-    manifest = write_manifest(folder / "m.jsonl", [clip_row("clip", "clip.flac")])
-    prepare_here(prepare_config(manifest, folder / "set"))
-    save_scratch_language_model(folder / "lm", ["What is it? a dog"] * 5, **sizes)
-    values = {
-        "output": str(folder / "run"),
-        "model": {"language_model": str(folder / "lm"), "encoders": ["log_mel"], "integration": integration},
-        "data": {"train": str(folder / "set"), "system_prompt": "Listen."},
-        "train": {"steps": 1, "precision": "fp32"},
-    }
-    config = validate_config(ExperimentConfig, values, "test")
-    tokenizer, chat = assembly.build_chat(config)
-    torch.manual_seed(0)
-    contract = FeatureSet(folder / "set", ["log_mel"]).contract
-    model = assembly.build_model(config, contract, chat.audio_token_id)
-    assembly.save_model(model, tokenizer, config, folder / "model")
-    return folder
-
-
-def test_a_file_is_heard_as_preparation_hears_it(folder: Path) -> None:
-    features = FeatureSet(folder / "set", ["log_mel"])
+def test_a_file_is_heard_as_preparation_hears_it(exported: Path) -> None:
+    features = FeatureSet(exported / "set", ["log_mel"])
     stored = features.features(0, "clip")["log_mel"]
     fingerprints = {"log_mel": features.contract.encoders["log_mel"].fingerprint}
-    sound = Ears(read_encoders(folder / "model", fingerprints, "nowhere"), {}, "cpu").hear(folder / "clip.flac")
+    sound = Ears(read_encoders(exported / "model", fingerprints, "nowhere"), {}, "cpu").hear(exported / "clip.flac")
     assert sound.duration_s == 70.0
     assert (sound.features["log_mel"] == stored).all()
-    assert spectrogram(folder / "clip.flac").shape == (7000, 64)
+    assert spectrogram(exported / "clip.flac").shape == (7000, 64)
 
 
 def test_questions_share_one_hearing(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
     audio_tokens = PalForCausalLM.audio_tokens
     monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: encoded.append(1) or audio_tokens(*a))
     questions = [f"What is it? {n}" for n in range(10)]
-    arguments = [str(folder / "model"), str(folder / "clip.flac"), "--max-new-tokens=4", "--json"]
+    arguments = [str(exported / "model"), str(exported / "clip.flac"), "--max-new-tokens=4", "--json"]
     assert main([*arguments, str(tmp_path / "a.json"), *questions]) == 0
     assert len(encoded) == 1, "audio is computed once"
     figures = json.loads((tmp_path / "a.json").read_text())
@@ -73,8 +40,8 @@ def test_questions_share_one_hearing(
     assert capsys.readouterr().out == "".join(f"{answer['answer']}\n" for answer in figures["answers"])
     assert min(figures[key] for key in ("audio_cache_mib", "audio_encode_s", "audio_prefill_s", "first_token_s")) > 0
 
-    answerer = load_answerer(folder / "model", 4)
-    stored = FeatureSet(folder / "set", ["log_mel"]).features(0, "clip")
+    answerer = load_answerer(exported / "model", 4)
+    stored = FeatureSet(exported / "set", ["log_mel"]).features(0, "clip")
     together = answerer.answer(answerer.hear([stored]), questions, [0] * 10)
     assert [answer["answer"] for answer in figures["answers"]] == together, "as an evaluation answers"
 
@@ -84,9 +51,9 @@ def test_questions_share_one_hearing(
     assert [answer["answer"] for answer in typed] == together[:2]
 
 
-def test_what_cannot_be_asked_is_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_asked_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "noise.wav").write_bytes(b"no audio")
-    model, clip = folder / "model", folder / "clip.flac"
+    model, clip = exported / "model", exported / "clip.flac"
     foreign = json.loads((model / ENCODERS_FILE).read_text())
     foreign["log_mel"]["options"]["num_mels"] = 32
     other = tmp_path / "other"
@@ -108,8 +75,8 @@ def test_what_cannot_be_asked_is_one_line(folder: Path, tmp_path: Path, capsys: 
         assert error.startswith("pal: ") and said in error
 
 
-def test_an_encoder_that_would_hear_otherwise_is_refused(folder: Path) -> None:
-    features = FeatureSet(folder / "set", ["log_mel"])
+def test_an_encoder_that_would_hear_otherwise_is_refused(exported: Path) -> None:
+    features = FeatureSet(exported / "set", ["log_mel"])
     contract = features.contract.encoders["log_mel"]
     with pytest.raises(UserError, match="makes features with fingerprint"):
         Ears({"log_mel": contract.model_copy(update={"revision": "0"})}, {}, "cpu")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from corpora import tone
-from test_ask import write_model
+from exported_models import write_model
 
 from pipeline.ask import main
 from pipeline.errors import run_command

@@ -5,17 +5,16 @@ from pathlib import Path
 
 import pytest
 from corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
-from test_ask import folder  # noqa: F401 (a fixture)
 
 from pipeline.ask import main as ask
 from pipeline.errors import UserError
 from pipeline.probe import main
 
 
-def test_the_command_writes_shares_scores_and_pictures(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_writes_shares_scores_and_pictures(exported: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "pictures", tmp_path / "probe.json"
     arguments = ["--out", str(out), "--json", str(file), "--max-new-tokens=2", "--questions=2"]
-    assert main([str(folder / "model"), str(folder / "set"), *arguments]) == 0
+    assert main([str(exported / "model"), str(exported / "set"), *arguments]) == 0
     figures = json.loads(file.read_text())
     assert [row["layer"] for row in figures["attention_mass"]] == [0, 1, 2]
     for row in figures["attention_mass"]:
@@ -29,10 +28,10 @@ def test_the_command_writes_shares_scores_and_pictures(folder: Path, tmp_path: P
     assert any(name.startswith("listening_") for name in names)
 
 
-def test_a_foreign_set_and_impossible_settings_are_refused(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    model = str(folder / "model")
+def test_a_foreign_set_and_impossible_settings_are_refused(exported: Path, tmp_path: Path) -> None:
+    model = str(exported / "model")
     with pytest.raises(UserError, match="--questions"):
-        main([model, str(folder / "set"), "--questions=0"])
+        main([model, str(exported / "set"), "--questions=0"])
     import soundfile
 
     soundfile.write(tmp_path / "a.wav", tone(0.5, 16000), 16000)
@@ -42,7 +41,7 @@ def test_a_foreign_set_and_impossible_settings_are_refused(folder: Path, tmp_pat
         main([model, str(tmp_path / "set")])
 
 
-def test_a_question_is_drawn(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    arguments = [str(folder / "model"), str(folder / "clip.flac"), "What?", "Why?", "--max-new-tokens=2"]
+def test_a_question_is_drawn(exported: Path, tmp_path: Path) -> None:
+    arguments = [str(exported / "model"), str(exported / "clip.flac"), "What?", "Why?", "--max-new-tokens=2"]
     assert ask([*arguments, "--picture", str(tmp_path / "look.png")]) == 0
     assert {file.name for file in tmp_path.iterdir()} == {"look-1.png", "look-2.png"}

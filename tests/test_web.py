@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
-from test_ask import folder  # noqa: F401 (a fixture)
 
 from pipeline.ask import main
 from pipeline.errors import run_command
@@ -26,10 +25,10 @@ BOTH = ["lal", "plits"]
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+def model(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model whose answers depend on what it hears: its audio tokens are loud."""
     loud = tmp_path_factory.mktemp("web") / "model"
-    shutil.copytree(folder / "model", loud)
+    shutil.copytree(exported / "model", loud)
     (file,) = loud.glob("*.safetensors")
     weights = load_file(file)
     for name in weights:
@@ -50,14 +49,14 @@ def ears(model: Path, answerer: Answerer) -> Ears:
 
 
 def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
-    folder: Path,  # noqa: F811
+    exported: Path,
     answerer: Answerer,
     ears: Ears,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pipeline.web import Page
 
-    features = ears.hear(folder / "clip.flac").features
+    features = ears.hear(exported / "clip.flac").features
     expected = {
         hidden: answerer.answer(answerer.hear([features], hidden), ["What?"], [0])[0]
         for hidden in ((), ("lal",), ("lal", "plits"))
@@ -69,7 +68,7 @@ def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
     monkeypatch.setattr(Ears, "hear", lambda *a: encoded.append(1) or hear(*a))
     monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: read.append(1) or audio_tokens(*a))
     page = Page(answerer, ears, "model")
-    heard, picture, line, *nothing = page.hear(str(folder / "clip.flac"))
+    heard, picture, line, *nothing = page.hear(str(exported / "clip.flac"))
     assert heard is not None and picture is not None and "70.0 s" in line and nothing == ["", "", []]
     asked = list(page.ask(heard, "What?", BOTH))
     assert [len(text) for _, text, _ in asked] == sorted(len(text) for _, text, _ in asked), "it only grows"
@@ -92,7 +91,7 @@ def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
 
 
 def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
-    folder: Path,  # noqa: F811
+    exported: Path,
     tmp_path: Path,
     answerer: Answerer,
     ears: Ears,
@@ -106,7 +105,7 @@ def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
     assert "**noise.wav** is undecodable" in line and str(tmp_path) not in line
     assert page.hear(None)[:3] == (None, None, "")
     assert "first" in next(page.ask(None, "What?", BOTH))[0]
-    heard = page.hear(str(folder / "clip.flac"))[0]
+    heard = page.hear(str(exported / "clip.flac"))[0]
     assert "Type a question" in next(page.ask(heard, " ", BOTH))[0]
     assert "holds <audio>" in list(page.ask(heard, "What <audio>?", BOTH))[-1][0]
     assert heard is not None and heard.rows == [] and list(page.ask_again(heard, [])) == []
@@ -121,13 +120,13 @@ def test_the_page_offers_the_pathways_that_the_model_has(answerer: Answerer, ear
     assert not page.analytics_enabled and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
-def test_the_command_serves_this_machine_alone_unless_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_the_command_serves_this_machine_alone_unless_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline import web
 
     served: list[tuple[str, int]] = []
     monkeypatch.setattr(web, "serve", lambda answerer, ears, name, host, port: served.append((host, port)))
-    assert main([str(folder / "model"), "--web"]) == 0
-    assert main([str(folder / "model"), "--web", "--address=0.0.0.0:80"]) == 0
+    assert main([str(exported / "model"), "--web"]) == 0
+    assert main([str(exported / "model"), "--web", "--address=0.0.0.0:80"]) == 0
     assert served == [("127.0.0.1", 7860), ("0.0.0.0", 80)]
 
 
@@ -192,14 +191,14 @@ def url(model: Path, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
     url: str,
-    folder: Path,  # noqa: F811
+    exported: Path,
     tmp_path: Path,
     answerer: Answerer,
     ears: Ears,
 ) -> None:
     from playwright.sync_api import expect, sync_playwright
 
-    clip, question = folder / "clip.flac", "What?"
+    clip, question = exported / "clip.flac", "What?"
     features = ears.hear(clip).features
     all_heard, lal_hidden, both_hidden = (
         answerer.answer(answerer.hear([features], hidden), [question], [0])[0]

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from corpora import tone
-from test_ask import write_model
+from exported_models import write_model
 from transformers import AutoModelForCausalLM
 
 from pipeline.features import read_encoders

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_ask import write_model
+from exported_models import write_model
 
 MIB = 2**20
 LAYERS, HEADS, HEAD_DIM, NUMBER = 4, 4, 32, 4  # of the model; float32

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import durable
 from pipeline.distributed import free_port
 from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from pipeline.masking import masked, secrets_here
@@ -327,4 +328,4 @@ def leave(output: Path, rank: int, step: int | None, code: int, message: str, *,
 
 def _write(file: Path, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record), encoding="utf-8")
+    durable.write(file, json.dumps(record).encode())  # whole: it is read while its rank may be killed

@@ -107,11 +107,16 @@ def test_losses_are_the_same_though_a_node_was_lost_and_the_job_stopped(
     train = ("train", experiment, f"output={there}", "--ray", "auto", "--nproc", 2, "--max-restarts", 1)
     job = submitted(cluster, folder, *train, options=("--stop-on-interrupt",))
     wait_until(lambda: len(curve(there)) > 4, job)
-    places = {path.name: json.loads(path.read_text())["pid"] for path in (there / launch.RANKS).glob("*.json")}
+
+    def ranks() -> dict[str, int]:
+        files = (there / launch.RANKS).glob("*.json")
+        return {path.stem.replace("-", " "): json.loads(path.read_text())["pid"] for path in files}
+
+    places = ranks()
     killed = cluster.lose(cluster.nodes[-1])
-    (lost,) = [name.removesuffix(".json").replace("-", " ") for name, pid in places.items() if pid in killed]
+    (lost,) = [rank for rank, pid in places.items() if pid in killed]
     cluster.add_node()
-    wait_until(lambda: len(curve(there)) > 8, job)
+    wait_until(lambda: ranks().keys() == places.keys() and not set(ranks().values()) & set(places.values()), job)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == EXIT_STOPPED, err + out

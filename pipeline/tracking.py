@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline import durable
 from pipeline.config import TrackingConfig, default_tracking_uri
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def open_parent(config: TrackingConfig, output: Path, sweep: str, machine: str) 
     shipper, file = _Shipper(config, output), output / PARENT
     known = file.read_text(encoding="utf-8") if file.is_file() else None
     run_id = shipper.open_run(known, {}, {"pal.kind": "sweep", MACHINE_TAG: machine}, {SWEEP: sweep})
-    file.write_text(run_id, encoding="utf-8")
+    durable.write(file, run_id.encode())
     return run_id
 
 
@@ -310,6 +311,4 @@ class _Shipper:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sent_bytes": 0, "sent_folders": []}
 
     def _write_state(self, **changes: Any) -> None:
-        temporary = self._output / f".{STATE}.tmp"
-        temporary.write_text(json.dumps({**self._read_state(), **changes}), encoding="utf-8")
-        temporary.rename(self._output / STATE)
+        durable.write(self._output / STATE, json.dumps({**self._read_state(), **changes}).encode())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -35,12 +36,14 @@ def test_ray_accepts_its_clusters(cloud: str) -> None:
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 
 
-def test_pods_are_not_root_and_their_mounts_exist() -> None:
+def test_kubernetes_takes_the_pods_which_are_not_root_and_have_what_they_mount() -> None:
     cluster: dict[str, Any] = yaml.safe_load((CLUSTER / "ray" / "kuberay_cluster.yaml").read_text())
     spec = cluster["spec"]
     assert spec["authOptions"] == {"mode": "token"} and spec["rayVersion"] == version("ray")
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
+        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pal"}, **group["template"]}
+        kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
         assert pod["securityContext"]["runAsNonRoot"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:

@@ -138,11 +138,9 @@ def follow(client: JobSubmissionClient, job_id: str, *, stop_on_interrupt: bool)
     Returns:
         the job's status and our exit code.
     """
+    log = _Log(client, job_id)
     try:
-        try:
-            asyncio.run(_show_log(client, job_id))
-        except RuntimeError as error:
-            print(f"pal: the log is cut off ({error}); the job goes on", file=sys.stderr)
+        log.show()
         return _wait(client, job_id)
     except KeyboardInterrupt:
         if not stop_on_interrupt:
@@ -150,13 +148,32 @@ def follow(client: JobSubmissionClient, job_id: str, *, stop_on_interrupt: bool)
             raise
         print(f"pal: stopping job {job_id} (again: leave it)", file=sys.stderr, flush=True)
         client.stop_job(job_id)
+        log.show()  # where it saves, and why it ends
         return _wait(client, job_id)
 
 
-async def _show_log(client: JobSubmissionClient, job_id: str) -> None:
-    secrets = masking.secrets_here()
-    async for text in client.tail_job_logs(job_id):
-        print(masking.masked(text, secrets), end="", flush=True)
+class _Log:
+    """A job's log, of which every line is shown once though the server sends it from the beginning each time."""
+
+    def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
+        self._client, self._job_id = client, job_id
+        self._secrets = masking.secrets_here()
+        self._shown = 0
+
+    def show(self) -> None:
+        """Shows what is not shown yet, until the job ends."""
+        try:
+            asyncio.run(self._show())
+        except RuntimeError as error:
+            print(f"pal: the log is cut off ({error}); the job goes on", file=sys.stderr)
+
+    async def _show(self) -> None:
+        sent = 0
+        async for text in self._client.tail_job_logs(self._job_id):
+            new = text[max(0, self._shown - sent) :]
+            sent += len(text)
+            print(masking.masked(new, self._secrets), end="", flush=True)
+            self._shown = max(self._shown, sent)
 
 
 def _wait(client: JobSubmissionClient, job_id: str) -> tuple[str, int]:

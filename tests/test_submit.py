@@ -99,16 +99,16 @@ def test_the_log_and_the_exit_code_come_back_and_no_secret_does(cluster: str, tm
 def test_ctrl_c_stops_a_job_and_lets_it_save(cluster: str, tmp_path: Path) -> None:
     folder, saved = make_folder(tmp_path / "sent"), tmp_path / "saved"
     # Ray's own patience is 3 s.
-    script = f"trap 'sleep 6; touch {saved}; exit 75' TERM; echo started; while true; do sleep 0.2; done"
+    script = f"trap 'sleep 6; touch {saved}; echo saved; exit 75' TERM; echo started; while true; do sleep 0.2; done"
     job = start_submit(cluster, f"working_dir={folder}", "--stop-on-interrupt", "--", "sh", "-c", script)
     assert job.stdout is not None
     for line in job.stdout:
         if line == "started\n":
             break
     job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=LIMIT_S)
+    out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == EXIT_STOPPED, err
-    assert saved.exists()
+    assert saved.exists() and "saved\n" in out and "started\n" not in out, "each line once, to the last"
 
 
 @pytest.mark.slow

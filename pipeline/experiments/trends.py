@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.experiments.runs import TrainedRun
 from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
+from pipeline.experiments.trials import SEED
 from pipeline.provenance import short_value
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure
 
-SEED = "train.seed"
 NOT_VARIED = ("output", "tracking.", "resolved.", SEED)  # what differs without being a question
 COSTS = {"peak_memory_gib": True, "samples_per_s": False}  # metric -> whether less is better
 MOST_NAMED = 3  # settings in a label

@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -124,6 +125,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="MODULE ARGUMENTS")
     arguments = parser.parse_args(argv)
     with joined(arguments.address):
+        # A Ray job that is stopped has SIGTERM sent to all its processes. The parent asks for the same through the pipe,
+        # and this process, as Ray's handler has it, would end and take the ranks along before they have saved.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         job = _Job(arguments.command, arguments.output)
         threading.Thread(target=job.listen, name="parent", daemon=True).start()
         group = placement_group([{"CPU": 1, **({"GPU": 1} if arguments.gpu else {})}] * arguments.ranks)

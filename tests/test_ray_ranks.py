@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray_clusters import RayCluster
 
@@ -118,7 +119,16 @@ def test_a_signal_reaches_ranks_as_under_the_launcher(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(cluster, tmp_path, monkeypatch)
-    job.when_begun(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+    def stop() -> None:
+        """As Ray stops a job: every process of it has the signal, the one that started the ranks first."""
+        for process in psutil.Process().children():
+            if "pipeline.ray_ranks" in process.cmdline():
+                process.terminate()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    job.when_begun(stop)
     assert job.run("wait") == (EXIT_STOPPED, "stopped at step 7")
 
 

@@ -1,7 +1,7 @@
 """`pal report EXPERIMENT`: the runs of one experiment as a table, Markdown, CSV and pictures.
 
-Reads MLflow and nothing else, so it reports runs of any machine; what it writes is logged back to the sweep's run, or as
-a run of its own.
+Reads MLflow and nothing else, so it reports runs of any machine; what it writes is logged back to the sweep's run, or
+as a run of its own.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pipeline.config import validate_config
-from pipeline.experiments.answers import Answer, answer, label_of
+from pipeline.experiments.answers import Answer, answer
 from pipeline.experiments.page import write_page
 from pipeline.experiments.runs import TrainedRun
-from pipeline.experiments.trials import SEED, SweepConfig, trial_name
+from pipeline.experiments.trials import SEED, SweepConfig, label_of, trial_name
 from pipeline.scoring import bootstrap_ci95
 
 CLIPS, SEEDS = 200, (0, 1, 2)
@@ -123,7 +123,7 @@ def test_questions_share_their_trials() -> None:
 
 
 def test_labels_are_short() -> None:
-    assert label_of({}) == "baseline"
+    assert label_of({}) == ""
     assert label_of({SIZE: "runs/language_model_96", DEPTH: "1/2"}) == "language_model_96, num_audio_layers 1/2"
 
 

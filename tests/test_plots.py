@@ -67,6 +67,14 @@ def test_point_labels_cover_neither_each_other_nor_leave_the_frame(xs: list[floa
     assert not any(box.contains(x, y) for box in boxes for x, y in markers)
 
 
+def test_many_points_have_their_names_in_a_legend() -> None:
+    points = [Point(f"variant-{i}", 1.0, 0.5, 0.4, 0.6) for i in range(21)]
+    figure = plot_accuracy_against(points, "peak memory (GiB)", "Accuracy against memory")
+    assert legend_of(figure) == [point.label for point in points] and not figure.axes[0].texts
+    looks = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
+    assert len(looks - {("_", colour) for _, colour in looks}) == 21, "no two look alike"
+
+
 def test_bars_show_control_and_guess_for_every_domain(tmp_path: Path) -> None:
     heard = dict.fromkeys(("sound", "music", "speech"), (0.9, 0.85, 0.93))
     swapped = dict.fromkeys(("sound", "music", "speech"), (0.3, 0.2, 0.35))

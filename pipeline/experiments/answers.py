@@ -13,8 +13,7 @@ import numpy as np
 
 from pipeline.experiments.runs import TrainedRun
 from pipeline.experiments.scaling import CONFIDENCE, paired_differences, pool
-from pipeline.experiments.trials import SEED, QuestionConfig, SweepConfig, trial_name
-from pipeline.provenance import short_value
+from pipeline.experiments.trials import SEED, QuestionConfig, SweepConfig, label_of, trial_name
 from pipeline.scoring import bootstrap_ci95
 
 RULE = f"""Each variant is held against the first row of its table, seed by seed and question by question. The
@@ -68,13 +67,6 @@ class Answer:
         return f"Against *{self.variants[0].label}*, " + ". ".join(parts) + "."
 
 
-def label_of(settings: Mapping[str, Any]) -> str:
-    """What a trial changes, in a few words."""
-    pairs = [(key.rpartition(".")[2], short_value(value)) for key, value in settings.items()]
-    # language_model_96 says what it is
-    return ", ".join(value if value.startswith(name) else f"{name} {value}" for name, value in pairs) or "baseline"
-
-
 def answer(
     sweep: SweepConfig, runs: Sequence[TrainedRun], benchmark: str, verdicts_of: Callable[[TrainedRun], Verdicts]
 ) -> list[Answer]:
@@ -106,7 +98,7 @@ def _variants(
         scores = {seed: run.evaluations[benchmark] for seed, run in own.items()}
         pooled = pool([(score["accuracy"], *score["ci95"]) for score in scores.values()]) if scores else None
         by_seed = {seed: score["accuracy"] for seed, score in scores.items()}
-        variants.append(Variant(label_of(settings), own, by_seed, pooled))
+        variants.append(Variant(label_of(settings) or "baseline", own, by_seed, pooled))
     return variants
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.experiments.runs import TrainedRun
 from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
-from pipeline.experiments.trials import SEED
-from pipeline.provenance import short_value
+from pipeline.experiments.trials import SEED, label_of
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure
@@ -76,8 +75,7 @@ class Group:
         told = {key: value for key, value in self.settings.items() if value != self.usual.get(key)}
         if self.settings and not told:
             return "usual settings"
-        values = [f"{key.rpartition('.')[2]} {short_value(value)}" for key, value in told.items()]
-        return ", ".join(values) or self.runs[0].params.get("model.integration", self.runs[0].label)
+        return label_of(told) or self.runs[0].params.get("model.integration", self.runs[0].label)
 
     def accuracy(self, benchmark: str) -> tuple[float, float, float] | None:
         """Pooled; None if no run was asked."""
@@ -146,7 +144,10 @@ def trend_figures(experiment: str, groups: Sequence[Group]) -> dict[str, Figure]
                     lines.setdefault(others, []).append((x, *pooled))
             drawn = {others: sorted(points) for others, points in lines.items() if len({p[0] for p in points}) > 1}
             if drawn:
-                labelled = [Line(Group(dict(others), groups[0].runs).label, points) for others, points in drawn.items()]
+                labelled = [
+                    Line(Group(dict(others), groups[0].runs, groups[0].usual).label, points)
+                    for others, points in drawn.items()
+                ]
                 title = f"Accuracy against {factor.label}: {experiment}, {benchmark}"
                 figures[f"trend_{name}_{benchmark}"] = plot_accuracy_by(labelled, factor.label, title)
     return figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,6 +181,12 @@ def trial_name(params: dict[str, Any]) -> str:
     """Keys without their path, and values, as the name of a folder."""
     parts = (f"{key.rpartition('.')[2]}={short_value(value)}" for key, value in params.items())
     return re.sub(r"[^\w.=,-]+", "-", ",".join(parts))
+
+
+def label_of(settings: Mapping[str, Any]) -> str:
+    """The same, in words; empty for none."""
+    pairs = [(key.rpartition(".")[2], short_value(value)) for key, value in settings.items()]
+    return ", ".join(value if value.startswith(name) else f"{name} {value}" for name, value in pairs)
 
 
 def is_finished(trial: Trial) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from pipeline.plots.style import COLOURS, DPI, LINE_STYLES, MARKERS, colour_of, new_figure
 
@@ -38,6 +38,8 @@ def plot_accuracy_by(lines: Sequence[Line], x_label: str, title: str) -> Figure:
     values = [point[0] for line in lines for point in line.points]
     if min(values) > 0 and max(values) / min(values) > 20:
         axes.set_xscale("log")
+    elif all(float(value).is_integer() for value in values):  # there is no layer 0.5
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
     axes.legend(frameon=False)
     return figure

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,8 +31,10 @@ with ray_cluster():
 
 def listeners(process: int) -> set[tuple[str, int]]:
     """Addresses and ports on which a process and its descendants listen."""
-    family = [psutil.Process(process), *psutil.Process(process).children(recursive=True)]
-    sockets = [socket for member in family for socket in member.net_connections("tcp")]
+    sockets = []
+    for member in [psutil.Process(process), *psutil.Process(process).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            sockets += member.net_connections("tcp")
     return {
         (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port) for socket in sockets if socket.status == "LISTEN"
     }
@@ -60,15 +64,17 @@ def test_the_demo_shows_its_runs_on_localhost(tmp_path: Path) -> None:
     }
     command = [changes.get(word, word) for word in recipe.splitlines()[-1].split()]
     assert set(changes.values()) <= set(command), recipe
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + LIMIT_S
-        while not (found := listeners(process.pid)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        time.sleep(3)  # for whatever else it opens
-        found = listeners(process.pid)
-        for child in psutil.Process(process.pid).children(recursive=True):
-            child.kill()
-        process.kill()
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not (found := listeners(process.pid)):
+                assert process.poll() is None and time.monotonic() < deadline, "it does not start"
+                time.sleep(0.2)
+            time.sleep(3)  # for whatever else it opens
+            found = listeners(process.pid)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
     assert ("127.0.0.1", port) in found
     assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found

@@ -125,9 +125,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="MODULE ARGUMENTS")
     arguments = parser.parse_args(argv)
     with joined(arguments.address):
-        # When a Ray job is stopped, all its processes are sent SIGTERM. The parent asks for the same through the pipe,
+        # When a Ray job is stopped, all its processes are signalled. The parent asks for the same through the pipe,
         # and this process, as Ray's handler has it, would end and take the ranks along before they have saved.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):  # RAY_JOB_STOP_SIGNAL may be either
             signal.signal(number, signal.SIG_IGN)
         job = _Job(arguments.command, arguments.output)
         threading.Thread(target=job.listen, name="parent", daemon=True).start()

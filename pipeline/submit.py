@@ -165,7 +165,7 @@ class _Log:
         try:
             asyncio.run(self._show())
         except RuntimeError as error:
-            print(f"pal: the log is cut off ({error}); the job goes on", file=sys.stderr)
+            print(f"pal: the log is cut off ({error}); waiting for the job's end", file=sys.stderr)
 
     async def _show(self) -> None:
         sent = 0

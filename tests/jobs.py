@@ -71,8 +71,12 @@ def start_job(*arguments: object, **variables: object) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.train", *map(str, arguments)],
-        env={**environment, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        | {k: str(v) for k, v in variables.items()},
+        env={
+            **environment,
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            **{k: str(v) for k, v in variables.items()},
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -19,7 +19,7 @@ class GpuConfig(Strict):
     Attributes:
         device: where the run computes; on `cpu` a "GPU" is one rank's share of a machine.
         peak_tflops: of dense matrix products, by precision.
-        memory_gb_s: read and written.
+        memory_gb_s: that the memory is read and written at, together.
     """
 
     name: str

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 
 from pipeline.plots.style import COLOURS, DPI, LINE_STYLES, MARKERS, colour_of, new_figure
 
-MOST_NAMED = 8  # points of a picture that have room for their names
+MOST_LABELLED = 8  # points of a picture that have room for their names
 SMOOTHING_SHARE = 0.04  # of a run's points make up the running mean of its loss curve
 
 
@@ -71,7 +71,7 @@ def plot_loss_curves(curves: Sequence[Curve], title: str) -> Figure:
 def plot_accuracy_against(points: Sequence[Point], x_label: str, title: str) -> Figure:
     """Accuracy with its 95 % interval against what it costs or how fast it goes; every point carries its name;
     of many, names are in a legend."""
-    many = len(points) > MOST_NAMED
+    many = len(points) > MOST_LABELLED
     figure, axes = new_figure(title, x_label, "accuracy (%), 95 % interval", width=11.0 if many else 7.0)
     for index, point in enumerate(points):
         axes.errorbar(
@@ -85,14 +85,14 @@ def plot_accuracy_against(points: Sequence[Point], x_label: str, title: str) -> 
             label=point.label,
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    highest = max(point.x for point in points)
-    axes.set_xlim(0, 1.15 * highest if highest > 0 else 1)
+    lowest, highest = min(point.x for point in points), max(point.x for point in points)
+    if many and lowest > highest / 2:  # from 0 on they would lie on top of each other
+        margin = 0.15 * (highest - lowest) or 0.05 * highest
+        axes.set_xlim(lowest - margin, highest + margin)
+    else:
+        axes.set_xlim(0, 1.15 * highest if highest > 0 else 1)
     _pad_accuracy_axis(axes, points)
     if many:
-        lowest = min(point.x for point in points)
-        if lowest > highest / 2:  # from 0 on they would lie on top of each other
-            margin = 0.15 * (highest - lowest) or 0.05 * highest
-            axes.set_xlim(lowest - margin, highest + margin)
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     else:
         _label_points(FigureCanvasAgg(figure), axes, points)

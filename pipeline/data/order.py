@@ -86,10 +86,6 @@ class VisitOrder:
     def visits_per_epoch(self) -> int:
         return len(self._rank_of_visit)
 
-    @property
-    def questions_per_epoch(self) -> int:
-        return len(self._selected)
-
     def visits(self, start: int, stop: int) -> list[Visit]:
         """The visits at positions [start, stop) of the endless sequence."""
         return [self._visit(*divmod(position, self.visits_per_epoch)) for position in range(start, stop)]

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from scipy import stats
 
 CONFIDENCE = 0.95
-_NORMAL = float(stats.norm.ppf(0.5 + CONFIDENCE / 2))
 Interval = tuple[float, float]
 
 

@@ -57,11 +57,11 @@ $(SCALING)/language_model_%/config.json: $(SCALING)/corpus/synth.json
 .PHONY: scaling
 scaling: $(DEV) $(patsubst %,$(SCALING)/features/%/features.json,train test)
 scaling: $(patsubst %,$(SCALING)/language_model_%/config.json,32 64 96)
-scaling: ## the scaling experiments, from scratch to pipeline/scaling.md (about 50 minutes)
+scaling: ## the scaling experiments, from scratch to pipeline/results/scaling.md (about 50 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pal sweep scaling
-	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed/test_plan_measured.py $(SCALING)/plan.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/cost/test_predictions_measured.py $(SCALING)/plan.md
 	$(BIN)/pal report scaling --uri sqlite:///$(SCALING)/trials/mlflow.db --out $(SCALING)/report \
-		--answers pipeline/scaling.md --append $(SCALING)/plan.md --command "make scaling"
+		--answers pipeline/results/scaling.md --append $(SCALING)/plan.md --command "make scaling"
 
 .PHONY: test
 test: $(DEV) ## the tests that CI runs
@@ -80,7 +80,7 @@ test-slurm: $(DEV) ## the scripts of cluster/slurm on a real Slurm of two nodes 
 	$(BIN)/python -m pytest -m slurm
 
 T5 := .transformers-5
-MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_model.py tests/test_model_*.py
+MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_model.py tests/model
 
 # Beside the environment and not in it: mosaicml-streaming declares transformers<5, so pip would not have both.
 # Named one by one, or pip would put newer copies of what the environment has in front of it.

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import PrepareConfig, WhisperConfig
-from data_prep.extract import prepare
+from data_prep.prepare import prepare
 from pipeline.config.loading import validate_config
-from pipeline.errors import run_command
+from pipeline.core.errors import run_command
 
 RATE_HZ, CHANNELS = 44100, 2
 

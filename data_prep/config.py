@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config.fields import PositiveInt
 from pipeline.config.loading import InvalidConfig, Strict
-from pipeline.features import CLIPS
+from pipeline.core.feature_contract import CLIPS
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 ColumnName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 _TAR_MEMBER = re.compile(r"(?P<file>.+\.tar)#(?P<offset>\d+):(?P<size>\d+)$")
 _PARQUET_ROW = re.compile(r"(?P<file>.+\.parquet)#(?P<group>\d+)/(?P<row>\d+)$")

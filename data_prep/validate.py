@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,26 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.commits import COMMITS, INDEX, REJECTS, Commit, column_names, merged_index, read_record
-from data_prep.storage import Store, open_store
-from pipeline.errors import EXIT_FAILURE, run_command
-from pipeline.features import CLIPS, FeatureContract, load_contract
-
-
-@dataclass
-class Statistics:
-    """What a set holds, for its picture.
-
-    Attributes:
-        norms: by encoder, the root mean square of each clip's features.
-    """
-
-    durations_s: list[float] = field(default_factory=list)
-    questions: list[int] = field(default_factory=list)
-    domains: Counter[str] = field(default_factory=Counter)
-    tasks: Counter[str] = field(default_factory=Counter)
-    rejects: Counter[str] = field(default_factory=Counter)
-    norms: dict[str, list[float]] = field(default_factory=dict)
+from data_prep.job.commits import COMMITS, INDEX, REJECTS, Commit, column_names, merged_index, read_record
+from data_prep.job.store import Store, open_store
+from data_prep.statistics import Statistics
+from pipeline.core.errors import EXIT_FAILURE, run_command
+from pipeline.core.feature_contract import CLIPS, FeatureContract, load_contract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{problem}\n")
     sys.stdout.write(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems\n")
     if args.picture is not None:
-        from data_prep.pictures import draw
+        from data_prep.plots import draw
 
         title = f"{args.shards}: {contract.clips} clips, {contract.audio_hours:.2f} hours"
         draw(statistics, title).savefig(args.picture, dpi=150)
@@ -117,7 +101,7 @@ def _commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]
 
 
 def _damages(commit: Commit, folders: dict[str, Path]) -> Iterator[str]:
-    from data_prep.shards import hash_file
+    from data_prep.job.mds_writer import hash_file
 
     for column, committed in commit.columns.items():
         for file in committed.files:
@@ -149,7 +133,7 @@ def _index_problems(store: Store, column: str, commits: list[Commit], any_damage
 def _content_problems(
     commit: Commit, folders: dict[str, Path], contract: FeatureContract, totals: _Totals
 ) -> Iterator[str]:
-    from data_prep.shards import read_partition
+    from data_prep.job.mds_writer import read_partition
 
     def folder(column: str) -> str:
         return f"{column}/{commit.columns[column].folder}"

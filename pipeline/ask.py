@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipeline.errors import UserError, run_command
-from pipeline.features import read_encoders
-from pipeline.options import add_encoder_option, require_positive
-from pipeline.streams import IntegrationKind
+from pipeline.core.arguments import add_encoder_option, require_positive
+from pipeline.core.errors import UserError, run_command
+from pipeline.core.feature_contract import read_encoders
+from pipeline.core.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.inference.answering import Answer, Answerer, Features
-    from pipeline.inference.hearing import Ears
+    from pipeline.inference.encode_audio import Ears
+    from pipeline.inference.responder import Answer, Answerer, Features
 
 STANDARD_INPUT = "-"
 
@@ -28,14 +28,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)  # questions before, between or after options
     _check(arguments)
     if arguments.web:
-        from pipeline.web import serve  # first of all: it tells when its library is not installed
+        from pipeline.inference.web import serve  # first of all: it tells when its library is not installed
 
-    from pipeline.inference.answering import load_answerer, load_config_of
+    from pipeline.inference.responder import load_answerer, load_config_of
 
     config, model = load_config_of(arguments.model)
     contracts = read_encoders(arguments.model, model.feature_fingerprints, config.data.train)
 
-    from pipeline.inference.hearing import Ears
+    from pipeline.inference.encode_audio import Ears
 
     answerer = load_answerer(arguments.model, arguments.max_new_tokens)
     ears = Ears(contracts, dict(arguments.encoder), answerer.model.device.type)
@@ -155,7 +155,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> None:
     """Asks all questions again and again about the newest part of the audio on standard input."""
-    from pipeline.inference.listening import keep_newest, listen
+    from pipeline.inference.streaming import keep_newest, listen
 
     live = keep_newest(answerer, ears, arguments.keep_s)
     given, kept, answers = [], 0, []
@@ -190,7 +190,7 @@ def _write_figures(file: Path, figures: dict[str, Any], answers: Sequence[Answer
 def _draw(
     answerer: Answerer, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
 ) -> None:
-    from pipeline.inference.hearing import SPECTROGRAM_HIGHEST_HZ, spectrogram
+    from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, spectrogram
     from pipeline.plots import plot_listening
 
     background = spectrogram(clip)

@@ -6,12 +6,12 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pipeline.errors import EXIT_USER_ERROR, UserError, nearest, run_command
+from pipeline.core.errors import EXIT_USER_ERROR, UserError, nearest, run_command
 
 # name -> (module whose main(argv) returns the exit code, help line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("data_prep.synth", "write a synthetic audio corpus with ground truth"),
-    "prepare": ("data_prep.extract", "manifest -> features -> MDS shards, with Ray"),
+    "prepare": ("data_prep.prepare", "manifest -> features -> MDS shards, with Ray"),
     "validate": ("data_prep.validate", "check every shard, hash, shape and count of a finished set"),
     "scratch": ("pipeline.scratch", "write a small language model with random weights"),
     "train": ("pipeline.train", "train one model with DeepSpeed"),
@@ -24,8 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "ask": ("pipeline.ask", "answer questions about an audio file"),
     "probe": ("pipeline.probe", "what a model listens to: attention, and scores with a pathway hidden"),
     "report": ("pipeline.report", "tables and pictures of an experiment, from MLflow"),
-    "bench integration": ("pipeline.bench", "speed and memory of the integrations, measured and counted"),
-    "bench train": ("pipeline.bench_train", "the training loop against the bare DeepSpeed engine"),
+    "bench integration": ("pipeline.bench.integration", "speed and memory of the integrations, measured and counted"),
+    "bench train": ("pipeline.bench.train", "the training loop against the bare DeepSpeed engine"),
     "bench prepare": ("data_prep.bench", "preparation against a bare loop of the encoder"),
     "drill": ("pipeline.drill", "inject faults into a real run, and tell what became of it"),
     "demo": ("pipeline.demo", "from audio files to compared models, on this machine"),

@@ -20,10 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline import durable
-from pipeline.commands import CommandFailed, run_logged
 from pipeline.config.loading import shipped_config
-from pipeline.errors import UserError, run_command
+from pipeline.core.errors import UserError, run_command
+from pipeline.core.files import write
+from pipeline.launch.subprocesses import CommandFailed, run_logged
 
 VARIANTS = ("plits", "lal", "pal_v3")
 EXPERIMENT = "demo"
@@ -102,7 +102,7 @@ def plan_stages(out: Path, clips: int, nproc: int, overrides: Sequence[str] = ()
     for part in ("train", "test"):
         paths = (f"manifest={corpus / part}.jsonl", f"output={features / part}")
         stages.append(
-            Stage(f"features {part}", ("data_prep.extract", "demo_prepare", *paths), ("clips", "clips_per_s"))
+            Stage(f"features {part}", ("data_prep.prepare", "demo_prepare", *paths), ("clips", "clips_per_s"))
         )
     stages.append(
         Stage(
@@ -180,7 +180,7 @@ def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
     }
     path = out / SETTINGS
     if not path.exists():
-        durable.write(path, json.dumps(settings, indent=2).encode())
+        write(path, json.dumps(settings, indent=2).encode())
     elif json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(out, "holds a demo with other settings", "remove it, or give another --out")
 
@@ -211,9 +211,7 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
             alive=partial(_say, label, started),
         )
         wall_s = round(time.monotonic() - started, 1)
-        durable.write(
-            done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode()
-        )
+        write(done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode())
         _say(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
 
 

@@ -17,12 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import launch, provenance, tracking
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.distributed import Ranks, read_ranks
-from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.features import load_contract, require_encoders
-from pipeline.tables import aligned
+from pipeline.core import provenance
+from pipeline.core.console import aligned
+from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.core.feature_contract import load_contract, require_encoders
+from pipeline.core.ranks import Ranks, read_ranks
+from pipeline.launch import supervisor
+from pipeline.tracking import writer
 
 MIN_DISK_GIB = 20.0
 MIN_SHARED_MEMORY_GIB = 1.0  # Docker's default of 64 MiB holds neither NCCL's buffers nor a loader's batches
@@ -39,12 +41,14 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(ExperimentConfig, arguments.config, arguments.overrides) if arguments.config else None
     if "RANK" in os.environ:
         return run_rank(config, read_ranks(), arguments.timeout)
-    on_gpu, nproc = launch.devices(arguments.nproc)
-    hosts = launch.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
+    on_gpu, nproc = supervisor.devices(arguments.nproc)
+    hosts = (
+        supervisor.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
+    )
     given = [arguments.config, *arguments.overrides] if arguments.config else []
     records: list[Node] = []
     with tempfile.TemporaryDirectory() as folder:
-        code, message = launch.supervise(
+        code, message = supervisor.supervise(
             [*given, f"--timeout={arguments.timeout}"],
             Path(folder),
             nproc=arguments.nproc if arguments.hostfile else nproc,
@@ -101,7 +105,7 @@ def run_rank(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) ->
 
 
 def _tell(ranks: Ranks, values: Mapping[str, Any]) -> None:
-    launch.say(json.dumps({"rank": ranks.rank, **values}))
+    supervisor.say(json.dumps({"rank": ranks.rank, **values}))
 
 
 def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
@@ -124,7 +128,7 @@ def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
     }
     if config is not None:
         node["features_fault"] = _fault(lambda: _read_features(config))
-        node["tracker_fault"] = _fault(lambda: tracking.reach(config.tracking))
+        node["tracker_fault"] = _fault(lambda: writer.reach(config.tracking))
     return node
 
 
@@ -150,10 +154,10 @@ def _meet(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> No
     """The clock at a moment that all nodes share, whether they share the output folder, and the all-reduce."""
     import torch
 
-    from pipeline import zero
+    from pipeline.engine import init_process_group, leave_process_group, on_gpu
 
-    zero.init_process_group(ranks, timeout_s)
-    kind = "cuda" if zero.on_gpu() else "cpu"
+    init_process_group(ranks, timeout_s)
+    kind = "cuda" if on_gpu() else "cpu"
     device = torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
     torch.distributed.barrier()
     torch.distributed.barrier()  # the first one also opens connections, and ranks leave it at different times
@@ -173,7 +177,7 @@ def _meet(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> No
             raise RuntimeError(f"the sum over {ranks.world_size} ranks is wrong")
     sent = 2 * (ranks.world_size - 1) / ranks.world_size * length * 4  # bytes, by a ring
     met["all_reduce"] = {"mib": ALL_REDUCE_MIB[kind], "s": min(seconds), "gb_s": round(sent / min(seconds) / 1e9, 2)}
-    zero.leave_process_group()
+    leave_process_group()
     return met
 
 
@@ -181,10 +185,10 @@ def _shares(output: Path, ranks: Ranks) -> bool:
     """Whether this rank sees what rank 0 makes where the output will be."""
     import torch
 
-    from pipeline import zero
+    from pipeline.engine import from_main_rank
 
     folder = _existing(output)
-    written = zero.from_main_rank(tempfile.mkdtemp(prefix=".pal-doctor-", dir=folder) if ranks.is_main else None)
+    written = from_main_rank(tempfile.mkdtemp(prefix=".pal-doctor-", dir=folder) if ranks.is_main else None)
     seen = Path(written).is_dir()
     torch.distributed.barrier()
     if ranks.is_main:

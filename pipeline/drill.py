@@ -21,11 +21,13 @@ from pathlib import Path
 
 import psutil
 
-from pipeline import checkpoint, launch, tracking
-from pipeline.commands import CommandFailed, make_small_experiment
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
-from pipeline.tables import aligned
+from pipeline.core.console import aligned
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
+from pipeline.launch import supervisor
+from pipeline.launch.subprocesses import CommandFailed, make_small_experiment
+from pipeline.tracking import writer
+from pipeline.training import checkpoint_dir
 
 CLIPS = 60
 PATIENCE_S = 240.0
@@ -133,7 +135,7 @@ class Job:
         self.wait_until("more steps", lambda: _steps(self.output) >= step + RUNNING_STEPS)
 
     def rank(self, rank: int) -> psutil.Process:
-        record = json.loads((self.output / launch.RANKS / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        record = json.loads((self.output / supervisor.RANKS / f"rank-{rank}.json").read_text(encoding="utf-8"))
         return psutil.Process(record["pid"])
 
     def end(self) -> int:
@@ -143,13 +145,13 @@ class Job:
 
 def _steps(output: Path) -> int:
     """The last step that is recorded, be it done again later."""
-    file = output / tracking.METRICS
+    file = output / writer.METRICS
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
 def _newest(output: Path) -> int:
-    return next((checkpoint.read_record(path).step for path in checkpoint.list_checkpoints(output)), 0)
+    return next((checkpoint_dir.read_record(path).step for path in checkpoint_dir.list_checkpoints(output)), 0)
 
 
 class Drill:
@@ -175,7 +177,7 @@ class Drill:
             if undisturbed.end():
                 raise DrillFailed(f"the undisturbed run failed: see {undisturbed.log}")
         with self._job("run", NO_SERVER) as job:
-            job.wait_until("rank 0", (job.output / launch.RANKS / "rank-0.json").is_file)
+            job.wait_until("rank 0", (job.output / supervisor.RANKS / "rank-0.json").is_file)
             self._second_job()  # while this one builds its engine
             job.wait_until("checkpoint", lambda: _newest(self.run_folder) > 0)
             job.run_on()
@@ -222,9 +224,9 @@ class Drill:
         self._note("SIGUSR1", f"saved and ended with code {code} in {took_s:.1f} s", lost, code == EXIT_STOPPED)
 
     def _damage_newest(self) -> int:
-        newest = checkpoint.list_checkpoints(self.run_folder)[0]
+        newest = checkpoint_dir.list_checkpoints(self.run_folder)[0]
         file = max(
-            (newest / name for name in checkpoint.read_record(newest).files), key=lambda path: path.stat().st_size
+            (newest / name for name in checkpoint_dir.read_record(newest).files), key=lambda path: path.stat().st_size
         )
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
@@ -261,7 +263,9 @@ class Drill:
         for rank in (0, 1):
             resource.prlimit(job.rank(rank).pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         job.wait_for_words("is not saved")
-        kept = _newest(self.run_folder) == before and checkpoint.verify(checkpoint.list_checkpoints(self.run_folder)[0])
+        kept = _newest(self.run_folder) == before and checkpoint_dir.verify(
+            checkpoint_dir.list_checkpoints(self.run_folder)[0]
+        )
         for rank in (0, 1):
             resource.prlimit(job.rank(rank).pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         job.wait_until("checkpoint", lambda: _newest(self.run_folder) > before)
@@ -304,7 +308,7 @@ class Drill:
 
     def _compare(self, shared_memory: set[Path]) -> None:
         undisturbed, run = (
-            {step: metrics["train/loss"] for step, metrics in tracking.read_metrics(folder) if "train/loss" in metrics}
+            {step: metrics["train/loss"] for step, metrics in writer.read_metrics(folder) if "train/loss" in metrics}
             for folder in (self.out / "undisturbed", self.run_folder)
         )
         differences = {step: abs(run.get(step, math.inf) - loss) for step, loss in undisturbed.items()}
@@ -320,9 +324,9 @@ class Drill:
         self._note("a secret in the environment", f"in {len(leaks)} of the files written", 0, not leaks)
 
     def _uploaded(self) -> tuple[str, int, bool]:
-        run = checkpoint.read_run(self.run_folder)
-        state = json.loads((self.run_folder / tracking.STATE).read_text(encoding="utf-8"))
-        size = (self.run_folder / tracking.METRICS).stat().st_size
+        run = checkpoint_dir.read_run(self.run_folder)
+        state = json.loads((self.run_folder / writer.STATE).read_text(encoding="utf-8"))
+        size = (self.run_folder / writer.METRICS).stat().st_size
         complete = run is not None and run.run_id is not None and state["sent_bytes"] == size
         return f"{state['sent_bytes']} of {size} bytes of metrics uploaded then", 0, complete
 

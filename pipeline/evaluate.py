@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.options import add_encoder_option, require_positive
-from pipeline.scoring import Prediction, bootstrap_ci95, score
+from pipeline.core.arguments import add_encoder_option, require_positive
+from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.evaluation.scoring import Prediction, bootstrap_ci95, score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
-    from pipeline.benchmarks import Benchmark
     from pipeline.config import ExperimentConfig
-    from pipeline.inference.asking import Asker, Questions
+    from pipeline.evaluation.benchmarks import Benchmark
+    from pipeline.evaluation.generate_answers import Asker, Questions
 
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 
@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     names = _benchmark_names(arguments.benchmarks)
     require_positive(arguments, "limit", "batch_size", "nproc")
 
-    from pipeline.inference.answering import load_config_of
-    from pipeline.inference.asking import Share, open_asker
+    from pipeline.evaluation.generate_answers import Share, open_asker
+    from pipeline.inference.responder import load_config_of
 
     config, _ = load_config_of(arguments.model)
     results, lines, official = {}, [], {}
@@ -144,9 +144,10 @@ def _share(text: str) -> tuple[int, int]:
 def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
     """Adds the scores to the MLflow run that trained the model, if that is still known here, and which questions were
     answered right, so that runs can be compared question by question."""
-    from pipeline import checkpoint, tracking
+    from pipeline.tracking import writer
+    from pipeline.training import checkpoint_dir
 
-    run = checkpoint.read_run(config.output)
+    run = checkpoint_dir.read_run(config.output)
     if run is None or run.run_id is None:
         print(
             f"pal: not logged to MLflow: {config.output} does not name the run that trained this model", file=sys.stderr
@@ -155,10 +156,10 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Seq
     scores: dict[str, float] = {}
     artifacts = {}
     for name, result in results.items():
-        artifacts[f"{tracking.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
+        artifacts[f"{writer.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
         own = [line for line in lines if line["benchmark"] == name and line["audio"] == OWN_AUDIO]
         verdicts = {key: [line[key] for line in own] for key in ("question_id", "clip_id", "correct")}
-        artifacts[f"{tracking.VERDICTS}/{name}.json"] = json.dumps(verdicts)
+        artifacts[f"{writer.VERDICTS}/{name}.json"] = json.dumps(verdicts)
         scores |= {f"eval/{name}/{metric}": value for metric, value in _own_metrics(result).items()}
         for domain, group in result.get("by_domain", {}).items():
             scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]
@@ -166,7 +167,7 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Seq
             if control in result:
                 scores[f"eval/{name}/{control}_accuracy"] = result[control]["accuracy"]
     try:
-        tracking.log_evaluation(config.tracking, config.output, run.run_id, scores, artifacts)
+        writer.log_evaluation(config.tracking, config.output, run.run_id, scores, artifacts)
     except Exception as error:  # of many libraries; the scores are printed and in --json
         print(f"pal: not logged to MLflow ({type(error).__name__}: {error})", file=sys.stderr)
 
@@ -212,9 +213,9 @@ def evaluate(
         UserError: no benchmark, features of another encoder, audio that cannot be read, a swap of one clip, or
             questions without answers where answers are needed.
     """
-    from pipeline.inference.asking import open_questions, open_set, predictions_of, spread
-    from pipeline.inference.audio_clips import AudioClips
-    from pipeline.inference.controls import commonest_answers
+    from pipeline.evaluation.baselines import commonest_answers
+    from pipeline.evaluation.benchmark_clips import AudioClips
+    from pipeline.evaluation.generate_answers import open_questions, open_set, predictions_of, spread
 
     questions = open_questions(place, asker.model, cache, weights or {})
     clips = spread(len(questions), limit)
@@ -266,7 +267,7 @@ def answer_share(
     Raises:
         UserError: as `evaluate`.
     """
-    from pipeline.inference.asking import open_questions, spread
+    from pipeline.evaluation.generate_answers import open_questions, spread
 
     questions = open_questions(place, asker.model, cache, weights)
     clips = spread(len(questions), limit)
@@ -276,7 +277,7 @@ def answer_share(
 
 
 def _swapped(questions: Questions, clips: Sequence[int]) -> dict[int, int]:
-    from pipeline.inference.controls import swap_within_domains
+    from pipeline.evaluation.baselines import swap_within_domains
 
     return swap_within_domains({clip: questions.clip(clip).domain for clip in clips})
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import checkpoint
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.features import load_contract
+from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
+from pipeline.core.feature_contract import load_contract
+from pipeline.training import checkpoint_dir
 
 if TYPE_CHECKING:  # imports torch, which `--help` must not
     from pipeline.model import PalForCausalLM
@@ -47,12 +47,12 @@ def find_checkpoint(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(path, "does not exist", "give a step-* folder or a run's output folder")
-    if (path / checkpoint.RECORD).is_file():
-        checkpoint.verify(path)
+    if (path / checkpoint_dir.RECORD).is_file():
+        checkpoint_dir.verify(path)
         return path
-    from pipeline import assembly
+    from pipeline.training.build import newest_checkpoint
 
-    return assembly.newest_checkpoint(path)
+    return newest_checkpoint(path)
 
 
 def require_free(out: Path) -> None:
@@ -74,15 +74,15 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     Returns:
         parameters, and max_abs_difference between what was meant and what was read.
     """
-    from pipeline import assembly
     from pipeline.model import PalForCausalLM, count_parameters
+    from pipeline.training.build import build_chat, build_model, load_trained, save_model
 
-    config = load_config(ExperimentConfig, source / checkpoint.CONFIG)
+    config = load_config(ExperimentConfig, source / checkpoint_dir.CONFIG)
     contract = load_contract(config.data.train)
-    tokenizer, chat = assembly.build_chat(config)
-    model = assembly.build_model(config, contract, chat.audio_token_id)
-    assembly.load_trained(model, source)
-    assembly.save_model(model, tokenizer, config, out)
+    tokenizer, chat = build_chat(config)
+    model = build_model(config, contract, chat.audio_token_id)
+    load_trained(model, source)
+    save_model(model, tokenizer, config, out)
     difference = _largest_difference(model, PalForCausalLM.from_pretrained(out, dtype=model.dtype))
     return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
 

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import UserError, run_command
-from pipeline.tables import aligned
+from pipeline.core.console import aligned
+from pipeline.core.errors import UserError, run_command
 
 if TYPE_CHECKING:  # the planner imports torch, which `--help` must not
     from pipeline.config import ExperimentConfig
-    from pipeline.config.planning import ClusterConfig, WorkloadConfig
-    from pipeline.planning import Prediction
+    from pipeline.config.cluster import ClusterConfig, WorkloadConfig
+    from pipeline.cost.predict import Prediction
 
 OPENAQA = "openaqa_workload"
 TABLE_MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
@@ -33,9 +33,9 @@ carry loss)."""
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
-    from pipeline import planning
     from pipeline.config import ExperimentConfig, choose_stages, load_config
-    from pipeline.config.planning import ClusterConfig, WorkloadConfig
+    from pipeline.config.cluster import ClusterConfig, WorkloadConfig
+    from pipeline.cost.workload import measure_workload
 
     if arguments.table:
         if arguments.config is not None:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
         given = load_config(WorkloadConfig, arguments.workload) if arguments.workload else None
         stages = {}
         for name, stage in choose_stages(config, arguments.stage).items():
-            stages[name] = plan(stage, cluster, given or planning.measure_workload(stage))
+            stages[name] = plan(stage, cluster, given or measure_workload(stage))
             _print_plan(name, stages[name], stage, cluster)
         results = _whole(stages)
     if arguments.json:
@@ -83,19 +83,22 @@ def _parser() -> argparse.ArgumentParser:
 
 def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> dict[str, Any]:
     """The figures of `pal plan`: of the config as it is written, of the cheapest way to run it, and why not others."""
-    from pipeline import planning
+    from pipeline.cost.extraction import extraction
+    from pipeline.cost.predict import predict
+    from pipeline.cost.search import cheapest, search, verdicts
+    from pipeline.cost.workload import model_size, total_steps
 
-    written = planning.predict(config, cluster, workload)
-    predictions = planning.search(config, cluster, workload)
-    best = planning.cheapest(predictions)
-    steps, size = planning.total_steps(config, workload), planning.model_size(config, workload)
+    written = predict(config, cluster, workload)
+    predictions = search(config, cluster, workload)
+    best = cheapest(predictions)
+    steps, size = total_steps(config, workload), model_size(config, workload)
     return {
         **_figures(written, steps, cluster),
         "parameters_total": size.total,
         "parameters_trained": size.trained,
         "cheapest": None if best is None else _figures(best, steps, cluster),
-        "alternatives": planning.verdicts(predictions),
-        "extraction": planning.extraction(cluster, workload, config.model.encoders),
+        "alternatives": verdicts(predictions),
+        "extraction": extraction(cluster, workload, config.model.encoders),
         "workload": workload.model_dump(mode="json"),
     }
 
@@ -149,17 +152,19 @@ def _print_plan(stage: str, results: dict[str, Any], config: ExperimentConfig, c
 
 def openaqa_epoch() -> list[dict[str, Any]]:
     """One epoch of OpenAQA with Llama-3.2-1B on a node of 8 A100: by operations alone, and by the whole model."""
-    from pipeline import planning
     from pipeline.config import load_config
-    from pipeline.config.planning import ClusterConfig, WorkloadConfig
+    from pipeline.config.cluster import ClusterConfig, WorkloadConfig
+    from pipeline.cost.extraction import extraction
+    from pipeline.cost.search import cheapest, search
+    from pipeline.cost.workload import total_steps
 
     workload, cluster = load_config(WorkloadConfig, OPENAQA), load_config(ClusterConfig, "a100_80")
     rows = []
     for integration, packed in VARIANTS:
         config = _table_config(TABLE_MODELS[0], integration, packed)
-        best = planning.cheapest(planning.search(config, cluster, workload, TABLE_POLICIES))
+        best = cheapest(search(config, cluster, workload, TABLE_POLICIES))
         assert best is not None  # one billion parameters fit into 80 GiB
-        hours = planning.total_steps(config, workload) * best.step_s / 3600
+        hours = total_steps(config, workload) * best.step_s / 3600
         by_operations = hours * best.mfu / cluster.efficiency
         rows.append(
             {
@@ -174,16 +179,17 @@ def openaqa_epoch() -> list[dict[str, Any]]:
                 "cost": hours * cluster.gpus * cluster.price_per_gpu_hour,
             }
         )
-    made = planning.extraction(cluster, workload, ["sslam"])
+    made = extraction(cluster, workload, ["sslam"])
     print(f"OpenAQA on {cluster.gpus} x {cluster.gpu.name}: {_prepared(made)}; an epoch with {TABLE_MODELS[0]}:")
     return rows
 
 
 def size_table() -> list[dict[str, Any]]:
     """An epoch of OpenAQA for each model, cluster and integration, run in the cheapest way that fits."""
-    from pipeline import planning
     from pipeline.config import load_config
-    from pipeline.config.planning import ClusterConfig, WorkloadConfig
+    from pipeline.config.cluster import ClusterConfig, WorkloadConfig
+    from pipeline.cost.search import cheapest, search
+    from pipeline.cost.workload import total_steps
 
     workload, rows = load_config(WorkloadConfig, OPENAQA), []
     for model in TABLE_MODELS:
@@ -192,11 +198,11 @@ def size_table() -> list[dict[str, Any]]:
             for cluster_name in TABLE_CLUSTERS:
                 for gpus in TABLE_GPUS:
                     cluster = load_config(ClusterConfig, cluster_name, [f"nodes={gpus // 8}"])
-                    best = planning.cheapest(planning.search(config, cluster, workload, TABLE_POLICIES))
+                    best = cheapest(search(config, cluster, workload, TABLE_POLICIES))
                     row: dict[str, Any] = {"model": model, "integration": _name(integration, packed),
                                            "GPU": cluster.gpu.name, "GPUs": gpus}  # fmt: skip
                     if best is not None:
-                        hours = planning.total_steps(config, workload) * best.step_s / 3600
+                        hours = total_steps(config, workload) * best.step_s / 3600
                         how = f"{best.zero}{'+ckpt' if best.gradient_checkpointing else ''} x{best.micro_batch_size}"
                         row |= {"how": how, "GiB": best.memory_gib["total"], "step s": best.step_s, "mfu": best.mfu,
                                 "h": hours, "cost": hours * gpus * cluster.price_per_gpu_hour}  # fmt: skip

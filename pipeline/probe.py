@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import run_command
-from pipeline.features import require_same_features
-from pipeline.options import require_positive
-from pipeline.scoring import score
-from pipeline.tables import aligned
+from pipeline.core.arguments import require_positive
+from pipeline.core.console import aligned
+from pipeline.core.errors import run_command
+from pipeline.core.feature_contract import require_same_features
+from pipeline.evaluation.scoring import score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
-    from pipeline.data.shards import Clip, FeatureSet
-    from pipeline.inference.answering import Answerer
+    from pipeline.data.feature_set import Clip, FeatureSet
+    from pipeline.inference.responder import Answerer
     from pipeline.model import Look
 
 NOTHING = "none"
@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     require_positive(arguments, "limit", "questions", "batch_size")
 
-    from pipeline.inference.answering import load_answerer
-    from pipeline.inference.asking import open_set, spread
+    from pipeline.evaluation.generate_answers import open_set, spread
+    from pipeline.inference.responder import load_answerer
 
     answerer = load_answerer(arguments.model, arguments.max_new_tokens)
     features = open_set(arguments.shards, list(answerer.feature_fingerprints), arguments.cache)
@@ -80,7 +80,7 @@ def attention_mass(
     Raises:
         UserError: a model with flamingo streams.
     """
-    from pipeline.inference.asking import spread
+    from pipeline.evaluation.generate_answers import spread
     from pipeline.model import KINDS
 
     wanted = np.flatnonzero(np.isin(features.table.clip, np.asarray(clips)))
@@ -112,7 +112,7 @@ def masking(answerer: Answerer, features: FeatureSet, clips: Sequence[int], batc
     Returns:
         hidden pathways (`none`, `lal`, `plits`, `lal+plits`, ...) -> as `scoring.score`.
     """
-    from pipeline.inference.asking import ask, predictions_of
+    from pipeline.evaluation.generate_answers import ask, predictions_of
 
     kinds = sorted({spec.integration for spec in answerer.model.specs})
     heard = {clip: clip for clip in clips}
@@ -153,7 +153,7 @@ def _draw(
     arguments: argparse.Namespace,
 ) -> None:
     from pipeline import plots
-    from pipeline.inference.asking import open_set
+    from pipeline.evaluation.generate_answers import open_set
 
     name, out = arguments.model.resolve().parent.name, arguments.out
     mass = figures["attention_mass"]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import run_command
+from pipeline.core.console import markdown
+from pipeline.core.errors import run_command
 from pipeline.experiments import trends
-from pipeline.experiments.runs import TrainedRun, log_back, open_experiment, read_runs, read_sweep, read_verdicts
-from pipeline.tables import markdown
+from pipeline.tracking.reader import TrainedRun, log_back, open_experiment, read_runs, read_sweep, read_verdicts
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import, which `--help` must not
     from matplotlib.figure import Figure

@@ -14,13 +14,13 @@ from typing import Annotated
 from pydantic import Field
 
 from pipeline.config import DataConfig, Strict, load_config
-from pipeline.errors import UserError, run_command
+from pipeline.core.errors import UserError, run_command
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ScratchConfig(Strict):
-    """Arguments of `pipeline.model.scratch.save_scratch_language_model`."""
+    """Arguments of `pipeline.model.random_lm.save_scratch_language_model`."""
 
     model_type: str = "llama"
     hidden_size: PositiveInt
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     for manifest in arguments.manifests:
         texts += _texts(manifest)
 
-    from pipeline.model.scratch import save_scratch_language_model
+    from pipeline.model.random_lm import save_scratch_language_model
 
     save_scratch_language_model(arguments.out, texts, **config.model_dump())
     parameters = _count_parameters(arguments.out / "model.safetensors")

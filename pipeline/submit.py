@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from pipeline import masking
 from pipeline.config import load_config
 from pipeline.config.loading import Strict
-from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
+from pipeline.core import redact
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -108,7 +108,7 @@ def make_runtime_env(config: SubmitConfig, environment: Mapping[str, str]) -> di
     for name in config.environment:
         if name not in environment:
             raise UserError("environment", f"{name} is not set here", "set it, or take it off the list")
-        if masking.holds_secret(name, environment[name]):
+        if redact.holds_secret(name, environment[name]):
             remedy = "set it on the nodes instead, see cluster/README.md"
             raise UserError("environment", f"{name} is a secret, which Ray would write into its logs", remedy)
         variables[name] = environment[name]
@@ -157,7 +157,7 @@ class _Log:
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._client, self._job_id = client, job_id
-        self._secrets = masking.secrets_here()
+        self._secrets = redact.secrets_here()
         self._shown = 0
 
     def show(self) -> None:
@@ -172,7 +172,7 @@ class _Log:
         async for text in self._client.tail_job_logs(self._job_id):
             new = text[max(0, self._shown - sent) :]
             sent += len(text)
-            print(masking.masked(new, self._secrets), end="", flush=True)
+            print(redact.masked(new, self._secrets), end="", flush=True)
             self._shown = max(self._shown, sent)
 
 

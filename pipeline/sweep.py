@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import EXIT_FAILURE, UserError, run_command
-from pipeline.tables import aligned
+from pipeline.core.console import aligned
+from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.config.planning import WorkloadConfig
+    from pipeline.config.cluster import WorkloadConfig
     from pipeline.experiments.trials import BudgetConfig, SweepConfig, Trial
 
 Row = dict[str, Any]
@@ -59,9 +59,10 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
     Raises:
         UserError: a key that does not exist, trials that are the same, or one that cannot fit.
     """
-    from pipeline import planning
     from pipeline.config import load_config
-    from pipeline.config.planning import ClusterConfig
+    from pipeline.config.cluster import ClusterConfig
+    from pipeline.cost.predict import predict
+    from pipeline.cost.workload import measure_workload, model_size, run_flops, total_steps
     from pipeline.experiments.trials import SEED, make_trial
 
     cluster = load_config(ClusterConfig, sweep.cluster, [f"gpus_per_node={sweep.nproc}", "nodes=1"])
@@ -75,15 +76,15 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
         model = trial.config.model
         reads = repr((trial.config.data, model.encoders, model.language_model))
         if reads not in workloads:
-            workloads[reads] = planning.measure_workload(trial.config)
+            workloads[reads] = measure_workload(trial.config)
         workload = workloads[reads]
         if sweep.budget:
             trial = make_trial(sweep, params, _steps(sweep.budget, trial, workload))
-        prediction = planning.predict(trial.config, cluster, workload)
+        prediction = predict(trial.config, cluster, workload)
         if prediction.does_not_fit:
             fault = f"does not fit on {cluster.gpu.name}: it {prediction.does_not_fit}"
             raise UserError(f"trial {trial.name}", fault, "change the trial or `cluster`")
-        size, steps = planning.model_size(trial.config, workload), planning.total_steps(trial.config, workload)
+        size, steps = model_size(trial.config, workload), total_steps(trial.config, workload)
         trials.append(trial)
         rows.append(
             {
@@ -91,7 +92,7 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
                 "audio_layers": [list(stream.audio_layers) for stream in size.config.stream_specs()],
                 "parameters": size.total,
                 "steps": steps,
-                "flops": planning.run_flops(trial.config, workload),
+                "flops": run_flops(trial.config, workload),
                 "memory_gib": prediction.memory_gib["total"],
                 "hours": steps * prediction.step_s / 3600,
             }
@@ -105,26 +106,27 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
 
 def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
     """Steps that spend the budget on a trial, which has one; at least one."""
-    from pipeline import planning
+    from pipeline.cost.workload import run_flops, step_tokens
 
     if budget.steps is not None:
         return budget.steps
     if budget.tokens is not None:
-        return max(1, round(budget.tokens / planning.step_tokens(trial.config, workload)))
-    return max(1, round((budget.flops or 0) / planning.run_flops(trial.config, workload)))
+        return max(1, round(budget.tokens / step_tokens(trial.config, workload)))
+    return max(1, round((budget.flops or 0) / run_flops(trial.config, workload)))
 
 
 def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) -> list[Row]:
     """Results of all trials in their order; what is finished is not run again."""
-    from pipeline import provenance, tracking
     from pipeline.config import TrackingConfig, dump_config
+    from pipeline.core import provenance
     from pipeline.experiments.trials import run_trial
+    from pipeline.tracking import writer
 
     sweep.output.mkdir(parents=True, exist_ok=True)
     recorded = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
     try:
         where = provenance.machine() if ray_address is None else f"the Ray cluster at {ray_address}"
-        parent = tracking.open_parent(recorded, sweep.output, dump_config(sweep), where)
+        parent = writer.open_parent(recorded, sweep.output, dump_config(sweep), where)
     except Exception as error:  # of many libraries; trials then stand alone, and upload what they can
         print(f"pal: MLflow does not answer ({type(error).__name__}): no run above the trials", file=sys.stderr)
         parent = None
@@ -140,7 +142,7 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
             say(trial.name, results[-1])
     if parent is not None:
         failed = any(result["status"] == "FAILED" for result in results)
-        tracking.close_parent(recorded, sweep.output, parent, "FAILED" if failed else "FINISHED")
+        writer.close_parent(recorded, sweep.output, parent, "FAILED" if failed else "FINISHED")
     return results
 
 

@@ -20,15 +20,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline import checkpoint, launch, provenance, zero
 from pipeline.config import ExperimentConfig, choose_stages, dump_config, load_config
-from pipeline.distributed import Ranks, read_ranks
-from pipeline.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
-from pipeline.features import FeatureContract, load_contract, require_encoders, require_same_features
-from pipeline.streams import Stream
+from pipeline.core import provenance
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
+from pipeline.core.feature_contract import FeatureContract, load_contract, require_encoders, require_same_features
+from pipeline.core.ranks import Ranks, read_ranks
+from pipeline.core.streams import Stream
+from pipeline.engine import (
+    from_main_rank,
+    init_process_group,
+    is_lost_peer,
+    leave_process_group,
+    on_gpu,
+    render,
+    require_same_everywhere,
+)
+from pipeline.launch import supervisor
+from pipeline.training import checkpoint_dir
 
 if TYPE_CHECKING:  # imports torch, which `--help` must not
-    from pipeline.trainer import Trainer
+    from pipeline.training.trainer import Trainer
 
 _SAMPLED_ROWS = 256  # for the estimate of tokens per step
 
@@ -40,7 +51,9 @@ def main(argv: Sequence[str]) -> int:
     if "RANK" in os.environ:
         return run_rank(config, stages, read_ranks(), arguments.json, reshard=arguments.reshard)
     on_gpu, nproc = _devices(arguments.ray, arguments.nproc)
-    hosts = launch.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
+    hosts = (
+        supervisor.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
+    )
     world_size = sum(hosts.values())
     outputs = [stage.output for stage in stages.values()]
     checked = [
@@ -54,14 +67,14 @@ def main(argv: Sequence[str]) -> int:
                 print(f"stage {name}, in {stage.output}")
             print(describe(stage, contract, streams, world_size))
         return 0
-    with checkpoint.lock(config.output):
+    with checkpoint_dir.lock(config.output):
         pass  # refuse here, in one line, before any process is started; rank 0 then holds it
     passed_on = [arguments.config, *arguments.overrides, *(["--reshard"] if arguments.reshard else [])]
     passed_on += [f"--stage={arguments.stage}"] if arguments.stage else []
     started = time.time()
     per_node = arguments.nproc if arguments.hostfile else nproc
     for restart in range(arguments.max_restarts + 1):
-        code, message = launch.supervise(
+        code, message = supervisor.supervise(
             passed_on,
             config.output,
             nproc=per_node,
@@ -72,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         if code != EXIT_FAILURE or restart == arguments.max_restarts:
             break
         print(f"pal: {message}\npal: restart {restart + 1} of {arguments.max_restarts}", file=sys.stderr, flush=True)
-    results = outputs[-1] / checkpoint.RESULTS
+    results = outputs[-1] / checkpoint_dir.RESULTS
     if code == 0 and (not results.is_file() or results.stat().st_mtime < started):
         code, message = EXIT_FAILURE, f"the launcher ended without an error and without {results}"
     if code:
@@ -85,10 +98,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _devices(ray_address: str | None, nproc: int | None) -> tuple[bool, int]:
     if ray_address is None:
-        return launch.devices(nproc)
-    from pipeline import ray_ranks  # imports ray, which takes seconds
+        return supervisor.devices(nproc)
+    from pipeline.launch import ray_launcher  # imports ray, which takes seconds
 
-    return ray_ranks.devices(ray_address, nproc)
+    return ray_launcher.devices(ray_address, nproc)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,19 +151,19 @@ def check(
         UserError: the first fault found.
     """
     accumulation = config.gradient_accumulation_steps(world_size)
-    zero.render(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
+    render(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
     contract = load_contract(config.data.train)
     require_encoders(contract, config.model.encoders, config.data.train)
     if config.data.validation is not None:
         expected = {name: contract.encoders[name].fingerprint for name in config.model.encoders}
         require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
-    from pipeline.model.shapes import language_model_config
+    from pipeline.model.language_models import language_model_config
 
     streams = config.model.resolve_streams(language_model_config(config.model.language_model).num_hidden_layers)
     origin = _check_origin(config, planned)
-    checkpoint.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint, origin))
+    checkpoint_dir.require_same_run(config.output, provenance.run_identity(config, contract.fingerprint, origin))
     if not reshard:
-        checkpoint.require_world_size(config.output, world_size)
+        checkpoint_dir.require_world_size(config.output, world_size)
     return contract, streams
 
 
@@ -159,38 +172,38 @@ def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | 
     folder = config.starts_from
     if folder is None:
         return None
-    if folder not in planned and not checkpoint.is_finished(folder):
+    if folder not in planned and not checkpoint_dir.is_finished(folder):
         raise UserError(config.output, f"starts from {folder}, which is not finished", "run that first")
-    if checkpoint.is_finished(folder):
-        model = load_config(ExperimentConfig, folder / checkpoint.CONFIG).model
+    if checkpoint_dir.is_finished(folder):
+        model = load_config(ExperimentConfig, folder / checkpoint_dir.CONFIG).model
         here, there = (provenance.flatten(m.model_dump(mode="json")) for m in (config.model, model))
         for key in here.keys() | there.keys():
             if here.get(key) != there.get(key):
                 fault = f"{folder} was trained with model.{key} = {there.get(key)!r}, here it is {here.get(key)!r}"
                 raise UserError("starts_from", fault, "start from a run of the same model")
-    return checkpoint.identity_of(folder)
+    return checkpoint_dir.identity_of(folder)
 
 
 def describe(config: ExperimentConfig, contract: FeatureContract, streams: Sequence[Stream], world_size: int) -> str:
     """What `--dry-run` prints of a run: layers, parameters, what is selected, steps, tokens."""
     import numpy as np
 
-    from pipeline import assembly
-    from pipeline.data.shards import open_feature_set
+    from pipeline.data.feature_set import open_feature_set
     from pipeline.model import count_parameters
+    from pipeline.training.build import audio_positions, build_chat, build_empty_model, build_loader, total_steps
 
-    _, chat = assembly.build_chat(config)
-    parameters = count_parameters(assembly.build_empty_model(config, contract, chat.audio_token_id))
+    _, chat = build_chat(config)
+    parameters = count_parameters(build_empty_model(config, contract, chat.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    positions = assembly.audio_positions(config, contract)
-    loader = assembly.build_loader(config, features, chat, Ranks(0, world_size, 0, 1), positions)
+    positions = audio_positions(config, contract)
+    loader = build_loader(config, features, chat, Ranks(0, world_size, 0, 1), positions)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
     rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]
     sequences = config.train.global_batch_size // config.data.questions_per_sequence
     text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
     seconds = sequences * float(np.mean(features.table.duration_s[clips]))
-    steps = assembly.total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
+    steps = total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
     lines = []
     for stream in streams:
@@ -225,69 +238,69 @@ def run_rank(
         with ExitStack() as resources:
             if ranks.is_main:
                 for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
-                    resources.enter_context(checkpoint.lock(folder))
-                launch.forget_ranks(config.output, ranks.world_size)
-            launch.present(config.output, ranks.rank)
-            from pipeline.trainer import Stopped, Trainer
+                    resources.enter_context(checkpoint_dir.lock(folder))
+                supervisor.forget_ranks(config.output, ranks.world_size)
+            supervisor.present(config.output, ranks.rank)
+            from pipeline.training.trainer import Stopped, Trainer
 
-            zero.init_process_group(ranks, config.train.collective_timeout_s)
+            init_process_group(ranks, config.train.collective_timeout_s)
             settings = provenance.flatten(config.model_dump(mode="json"))
-            zero.require_same_everywhere({**settings, **provenance.package_versions()})
+            require_same_everywhere({**settings, **provenance.package_versions()})
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: stop.set())
-            launch.watch_parent(stop.set)
-            launch.watch_asked(config.output, stop.set)
+            supervisor.watch_parent(stop.set)
+            supervisor.watch_asked(config.output, stop.set)
             last = [*stages][-1]
             for name, stage in stages.items():
                 # Waits for rank 0, which writes what the stage before leaves behind.
-                finished = zero.from_main_rank(checkpoint.is_finished(stage.output))
+                finished = from_main_rank(checkpoint_dir.is_finished(stage.output))
                 if finished and name != last:  # the last stage's trainer only says so
                     continue
-                check(stage, ranks.world_size, on_gpu=zero.on_gpu(), reshard=reshard)
+                check(stage, ranks.world_size, on_gpu=on_gpu(), reshard=reshard)
                 if name and ranks.is_main:
-                    launch.say(f"stage {name}, in {stage.output}")
-                trainer = Trainer(stage, ranks, launch.say, stop, reshard=reshard)
+                    supervisor.say(f"stage {name}, in {stage.output}")
+                trainer = Trainer(stage, ranks, supervisor.say, stop, reshard=reshard)
                 try:
                     trainer.fit()
                 except Stopped as stopped:
-                    return launch.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
+                    return supervisor.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
                 trainer.engine.close()
                 trainer = None
                 gc.collect()  # DeepSpeed's parts refer to each other; the next stage needs their memory
-            zero.leave_process_group()
+            leave_process_group()
             if ranks.is_main and results_file is not None:
                 _write_figures(stages, results_file)
             return 0
     except UserError as error:
         step = trainer.step if trainer else 0
-        return launch.leave(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
+        return supervisor.leave(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
     except Exception as error:  # the last place where a rank can say what happened to it
         traceback.print_exc()
         step = trainer.step if trainer else 0
         message = f"{type(error).__name__}: {error}"
-        lost_peer = zero.is_lost_peer(error)
-        return launch.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
+        lost_peer = is_lost_peer(error)
+        return supervisor.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
 
 
 def _write_figures(stages: Mapping[str, ExperimentConfig], file: Path) -> None:
     """The figures of the last stage; of a curriculum also those of each stage, by name."""
-    figures = {name: json.loads((s.output / checkpoint.RESULTS).read_text("utf-8")) for name, s in stages.items()}
+    figures = {name: json.loads((s.output / checkpoint_dir.RESULTS).read_text("utf-8")) for name, s in stages.items()}
     results = {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
     file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 def _mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:
     """Tells MLflow of an end that rank 0 could not tell of itself."""
-    begun = [(stage, run) for stage in stages.values() if (run := checkpoint.read_run(stage.output)) is not None]
+    begun = [(stage, run) for stage in stages.values() if (run := checkpoint_dir.read_run(stage.output)) is not None]
     if not begun or code in (EXIT_STOPPED, EXIT_USER_ERROR):
         return
     config, run = begun[-1]
     if run.run_id is None:
         return
-    from pipeline import tracking
+    from pipeline.tracking import writer
 
     try:
-        tracking.end_run(config.tracking, config.output, run.run_id, "FAILED")
+        writer.end_run(config.tracking, config.output, run.run_id, "FAILED")
     except Exception as error:  # MLflow raises errors of many libraries; the message about the job matters more
         print(f"pal: MLflow does not answer ({type(error).__name__}): the run is not marked as failed", file=sys.stderr)
 

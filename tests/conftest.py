@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from exported_models import write_model
+
+from tests.helpers.exported_models import write_model
 
 
 @pytest.fixture(scope="session")

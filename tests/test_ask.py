@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.ask import main
-from pipeline.data.shards import FeatureSet
-from pipeline.errors import UserError, run_command
-from pipeline.features import ENCODERS_FILE, read_encoders
-from pipeline.inference.answering import load_answerer
-from pipeline.inference.hearing import Ears, spectrogram
+from pipeline.core.errors import UserError, run_command
+from pipeline.core.feature_contract import ENCODERS_FILE, read_encoders
+from pipeline.data.feature_set import FeatureSet
+from pipeline.inference.encode_audio import Ears, spectrogram
+from pipeline.inference.responder import load_answerer
 from pipeline.model import PalForCausalLM
 
 

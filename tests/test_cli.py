@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipeline import cli
-from pipeline.errors import UserError, run_command
+from pipeline.core.errors import UserError, run_command
 
 HEAVY = ("torch", "ray", "mlflow", "deepspeed", "streaming", "transformers", "matplotlib")
 

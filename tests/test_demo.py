@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.commands import CommandFailed
+from pipeline.core.errors import UserError
 from pipeline.demo import FOLDER_VARIABLE, STAGES, Stage, keep_settings, main, only_demo_in, run_stages
-from pipeline.errors import UserError
+from pipeline.launch.subprocesses import CommandFailed
 
 # Appends its name to a list of what ran, then ends as it is told to.
 FAKE_COMMAND = """

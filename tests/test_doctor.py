@@ -13,12 +13,12 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from hosts import hosts_named, needs_hosts
-from jobs import LIMIT_S, write_experiment
 
 from pipeline import doctor
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.distributed import Ranks
+from pipeline.core.ranks import Ranks
+from tests.helpers.hosts import hosts_named, needs_hosts
+from tests.helpers.jobs import LIMIT_S, write_experiment
 
 HOSTS = {"one": 2, "two": 2, "three": 2}
 PLANTED = "planted-password-31415"

@@ -10,25 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from feature_sets import write_rows
 from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerBase
 
-from pipeline import assembly, checkpoint
 from pipeline.config import ExperimentConfig, validate_config
-from pipeline.data.chat import Chat, load_tokenizer
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import CONTRACT_FILE, load_contract
+from pipeline.core.streams import Connector, preset_streams
+from pipeline.data.chat_template import Chat, load_tokenizer
 from pipeline.data.collate import Example, collate
-from pipeline.data.shards import FeatureSet
-from pipeline.errors import UserError
+from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluate import evaluate, main
-from pipeline.features import CONTRACT_FILE, load_contract
-from pipeline.inference.answering import Answerer
-from pipeline.inference.asking import Asker, Share, ask, open_asker
-from pipeline.inference.controls import swap_within_domains
+from pipeline.evaluation.baselines import swap_within_domains
+from pipeline.evaluation.generate_answers import Asker, Share, ask, open_asker
+from pipeline.inference.responder import Answerer
 from pipeline.model import PalForCausalLM
-from pipeline.model.scratch import save_scratch_language_model
-from pipeline.streams import Connector, preset_streams
-from pipeline.tracking import EVALUATIONS
+from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.tracking.writer import EVALUATIONS
+from pipeline.training import checkpoint_dir
+from pipeline.training.build import save_model
+from tests.helpers.feature_sets import write_rows
 
 SOUNDS = ("dog", "cat", "bell")
 CLIPS_IN_SET = 9
@@ -129,7 +130,7 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     output = tmp_path_factory.mktemp("runs") / "lal"
-    assembly.save_model(model, tokenizer, config_of(output, tokenizer, features), output / "model")
+    save_model(model, tokenizer, config_of(output, tokenizer, features), output / "model")
     return output / "model"
 
 
@@ -332,7 +333,7 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
     output = exported.parent
     client = MlflowClient(f"sqlite:///{output.parent / 'mlflow.db'}")
     run_id = client.create_run(client.create_experiment("pal", (tmp_path / "artifacts").as_uri())).info.run_id
-    checkpoint.write_run(output, checkpoint.RunRecord(identity={}, run_id=run_id))
+    checkpoint_dir.write_run(output, checkpoint_dir.RunRecord(identity={}, run_id=run_id))
 
     files = ["--json", str(tmp_path / "scores.json"), "--predictions", str(tmp_path / "predictions.jsonl")]
     assert main([str(exported), str(features.folder), "--swap-audio", *files]) == 0

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 from pipeline.ask import main as ask
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.probe import main
+from tests.helpers.corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 
 def test_the_command_writes_shares_scores_and_pictures(exported: Path, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.errors import UserError
-from pipeline.experiments.runs import LOSS
+from pipeline.core.errors import UserError
 from pipeline.report import main
-from pipeline.tracking import EVALUATIONS
+from pipeline.tracking.reader import LOSS
+from pipeline.tracking.writer import EVALUATIONS
 
 VARIANTS = {"plits": (0.90, 1.4), "lal": (0.92, 0.8), "pal_v3": (0.94, 0.9)}
 

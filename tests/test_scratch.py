@@ -1,33 +1,52 @@
-"""The scratch language model: loads through the ordinary doors, deterministic, its template is ChatML."""
+"""`pal scratch`: a folder that transformers loads, the same from the same config, one line for a mistake."""
 
+import json
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.model.scratch import save_scratch_language_model
+from pipeline.core.errors import UserError
+from pipeline.scratch import main
 
-TEXTS = ["which sound comes first?", "a beep", "transcribe the syllables", "ka mi to"]
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_loads_from_pretrained(tmp_path: Path, model_type: str) -> None:
-    save_scratch_language_model(tmp_path, TEXTS, model_type=model_type, hidden_size=24, num_heads=2, num_layers=2)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert model.config.model_type == model_type
-    messages = [{"role": "user", "content": "a beep, über?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text
-    assert max(ids) < model.config.vocab_size
-    assert model(input_ids=torch.tensor([ids])).logits.shape == (1, len(ids), model.config.vocab_size)
+CONFIG = """
+hidden_size: 16
+intermediate_size: 32
+num_layers: 2
+num_heads: 2
+num_key_value_heads: 1
+vocab_size: 300
+"""
 
 
-def test_same_seed_same_weights_whatever_ran_before(tmp_path: Path) -> None:
-    for name, burn in (("a", 0), ("b", 7)):
-        torch.rand(burn)
-        save_scratch_language_model(tmp_path / name, TEXTS, hidden_size=24, num_heads=2, num_layers=2, seed=5)
-    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab")
-    assert all(torch.equal(first[key], second[key]) for key in first)
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    (tmp_path / "small.yaml").write_text(CONFIG)
+    row = {"clip_id": "c", "audio": "c.wav", "questions": [{"question": "What is it?", "answer": "a whistle"}] * 3}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    return [str(tmp_path / "small.yaml"), str(tmp_path / "model"), str(tmp_path / "train.jsonl")]
+
+
+def test_it_is_a_language_model_that_knows_the_words(inputs: list[str], tmp_path: Path) -> None:
+    assert main([*inputs, "--json", str(tmp_path / "figures.json")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(inputs[1])
+    tokenizer = AutoTokenizer.from_pretrained(inputs[1])
+    assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == model.num_parameters()
+    ids = tokenizer("a whistle")["input_ids"]
+    assert tokenizer.decode(ids) == "a whistle"
+    assert len(ids) < len("a whistle"), "its tokenizer has seen the manifest"
+    weights = (Path(inputs[1]) / "model.safetensors").read_bytes()
+    assert main(inputs) == 0
+    assert (Path(inputs[1]) / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"), [(None, "cannot be read"), ("{", "not a manifest"), ("[]", "not a manifest")]
+)
+def test_a_bad_manifest_is_one_line(inputs: list[str], text: str | None, fault: str) -> None:
+    manifest = Path(inputs[2])
+    manifest.unlink()
+    if text is not None:
+        manifest.write_text(text)
+    with pytest.raises(UserError, match=fault):
+        main(inputs)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_clusters import LIMIT_S, TOKEN, RayCluster, pal_submit, start_submit
 
 from pipeline import submit
 from pipeline.config import load_config
-from pipeline.distributed import free_port
-from pipeline.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.core.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.core.ranks import free_port
 from pipeline.submit import SubmitConfig
+from tests.helpers.ray_clusters import LIMIT_S, TOKEN, RayCluster, pal_submit, start_submit
 
 SECRET = "planted-secret-of-this-machine-2718"
 HERE = {"MY_SECRET": SECRET, "PLACE": "here"}

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from jobs import write_experiment
 
 from pipeline.config import load_config
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.experiments.trials import RESULT, SweepConfig
 from pipeline.sweep import main, plan_trials
+from tests.helpers.jobs import write_experiment
 
 INTEGRATIONS = ["plits", "lal"]
 

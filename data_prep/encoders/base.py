@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_prep.audio import Samples
-from pipeline.features import EncoderContract
+from data_prep.audio.decode import Samples
+from pipeline.core.feature_contract import EncoderContract
 
 Features = npt.NDArray[np.float16]
 

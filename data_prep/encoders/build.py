@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from data_prep.config import AfWhisperConfig, ClapConfig, EncoderConfig, LogMelConfig, SslamConfig, WhisperConfig
 from data_prep.encoders.weights import find_model, read_json, read_tensors, weights_sha256
-from pipeline.errors import UserError
-from pipeline.features import EncoderContract
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import EncoderContract
 
 if TYPE_CHECKING:
     from data_prep.encoders.base import Encoder

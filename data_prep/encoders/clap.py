@@ -11,8 +11,8 @@ from transformers import ClapFeatureExtractor, ClapModel
 from data_prep.config import ClapConfig
 from data_prep.encoders.base import Encoder, Window
 from data_prep.encoders.weights import place
-from pipeline.errors import UserError
-from pipeline.features import EncoderContract
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import EncoderContract
 
 
 class Clap(Encoder):

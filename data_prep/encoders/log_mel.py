@@ -9,7 +9,7 @@ from torchaudio.transforms import MelSpectrogram
 
 from data_prep.config import LogMelConfig
 from data_prep.encoders.base import Encoder
-from pipeline.features import EncoderContract
+from pipeline.core.feature_contract import EncoderContract
 
 WINDOW_S = 30  # bounds memory only: windows overlap by their context, and their borders leave no trace
 POWER_FLOOR = 1e-6

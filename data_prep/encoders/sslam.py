@@ -13,8 +13,8 @@ from data_prep.config import SslamConfig
 from data_prep.encoders.base import Encoder, Window
 from data_prep.encoders.sslam_vit import PATCH, load_sslam
 from data_prep.encoders.weights import place, read_tensors, torch_dtype
-from pipeline.errors import UserError
-from pipeline.features import EncoderContract
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import EncoderContract
 
 # Preprocessing of EAT and SSLAM: 16 kHz, 25 ms windows every 10 ms, AudioSet's mean and twice its deviation.
 RATE_HZ = 16000

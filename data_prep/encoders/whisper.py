@@ -13,8 +13,8 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from data_prep.config import AfWhisperConfig, WhisperConfig
 from data_prep.encoders.base import Encoder, Window
 from data_prep.encoders.weights import place, read_json, read_tensors
-from pipeline.errors import UserError
-from pipeline.features import EncoderContract
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import EncoderContract
 
 AUDIO_TOWER = "audio_tower."  # prefix of the encoder's tensors inside the whole Audio Flamingo 3
 

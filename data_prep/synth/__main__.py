@@ -3,6 +3,6 @@
 import sys
 
 from data_prep.synth import main
-from pipeline.errors import run_command
+from pipeline.core.errors import run_command
 
 sys.exit(run_command(main, sys.argv[1:]))

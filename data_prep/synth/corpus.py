@@ -18,7 +18,7 @@ from data_prep.synth.questions import ask
 from data_prep.synth.signals import Samples, noise, num_samples
 from data_prep.synth.sounds import plan_sounds
 from data_prep.synth.speech import plan_speech
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 REVISION = 1  # raise it with every change that alters a corpus
 RECORD = "synth.json"  # of a finished corpus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.config.loading import merge, validate_config
 from pipeline.config.schema import LENGTHS, ExperimentConfig, default_tracking_uri
-from pipeline.errors import UserError, nearest
+from pipeline.core.errors import UserError, nearest
 
 
 def resolve_stages(config: ExperimentConfig) -> dict[str, ExperimentConfig]:

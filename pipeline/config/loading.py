@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipeline.errors import UserError, nearest
+from pipeline.core.errors import UserError, nearest
 
 
 class Strict(BaseModel):

@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from pipeline.config.fields import LayerCount, NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, Strict
-from pipeline.errors import UserError
-from pipeline.streams import (
+from pipeline.core.errors import UserError
+from pipeline.core.streams import (
     Connector,
     ConnectorKind,
     IntegrationKind,
@@ -21,7 +21,7 @@ from pipeline.streams import (
 
 
 class ConnectorConfig(Strict):
-    """See `pipeline.streams.Connector`."""
+    """See `pipeline.core.streams.Connector`."""
 
     kind: ConnectorKind = "mlp"
     width: PositiveInt | None = None
@@ -36,7 +36,7 @@ class ConnectorConfig(Strict):
 
 
 class StreamConfig(Strict):
-    """One stream of a custom integration; see `pipeline.streams.Stream`."""
+    """One stream of a custom integration; see `pipeline.core.streams.Stream`."""
 
     encoders: list[str] = Field(min_length=1)
     integration: IntegrationKind

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from pipeline.config.fields import Location, NonNegativeInt, PositiveInt, Probability
 from pipeline.config.loading import InvalidConfig, Strict
 from pipeline.config.model import ModelConfig
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 def _refuse_password(key: str, place: str | None) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.chat import IGNORE, Row
-from pipeline.data.shards import Clip
-from pipeline.features import Question
+from pipeline.core.feature_contract import Question
+from pipeline.data.chat_template import IGNORE, Row
+from pipeline.data.feature_set import Clip
 
 Batch = dict[str, Any]
 

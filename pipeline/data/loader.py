@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import DataConfig
-from pipeline.data.chat import Chat
+from pipeline.core.errors import UserError
+from pipeline.core.ranks import read_ranks
+from pipeline.data.chat_template import Chat
 from pipeline.data.collate import Batch, Example, collate
-from pipeline.data.order import Ints, Mixture, Order, Visit, VisitOrder, cut
-from pipeline.data.shards import FeatureSet, open_mixture
-from pipeline.distributed import read_ranks
-from pipeline.errors import UserError
+from pipeline.data.feature_set import FeatureSet, open_mixture
+from pipeline.data.sampler import Ints, Mixture, Order, Visit, VisitOrder, cut
 
 _PREFETCHED_BATCHES = 4  # per worker
 _PREFETCHED_VISITS = 256  # at a time, from a far feature set

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.experiments.runs import TrainedRun
+from pipeline.evaluation.scoring import bootstrap_ci95
 from pipeline.experiments.scaling import CONFIDENCE, paired_differences, pool
 from pipeline.experiments.trials import SEED, QuestionConfig, SweepConfig, label_of, trial_name
-from pipeline.scoring import bootstrap_ci95
+from pipeline.tracking.reader import TrainedRun
 
 RULE = f"""Each variant is held against the first row of its table, seed by seed and question by question. The
 interval of the mean difference ({CONFIDENCE:.0%}) is over seeds (Student's t; the variance of a difference is taken to

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.core.console import markdown
 from pipeline.experiments import trends
 from pipeline.experiments.answers import RULE, Answer, Interval, Variant, Verdicts, answer
-from pipeline.experiments.runs import TrainedRun
 from pipeline.experiments.trials import SEED, SweepConfig, trial_name
-from pipeline.tables import markdown
-from pipeline.tracking import MACHINE_TAG
+from pipeline.tracking.reader import TrainedRun
+from pipeline.tracking.writer import MACHINE_TAG
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure

@@ -12,9 +12,9 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from pipeline.experiments.trials import Trial, run_trial
-from pipeline.ray_ranks import joined
+from pipeline.launch.ray_launcher import joined
 
 MAX_RETRIES = 5  # of a trial whose node is lost; it goes on from its newest checkpoint
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.experiments.runs import TrainedRun
 from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
 from pipeline.experiments.trials import SEED, label_of
+from pipeline.tracking.reader import TrainedRun
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure

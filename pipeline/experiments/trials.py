@@ -13,14 +13,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline import durable
-from pipeline.commands import CommandFailed, run_logged
 from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
 from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
-from pipeline.errors import UserError
-from pipeline.provenance import short_value
+from pipeline.core.errors import UserError
+from pipeline.core.files import write
+from pipeline.core.provenance import short_value
+from pipeline.launch.subprocesses import CommandFailed, run_logged
 
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
 RESULT = "trial.json"  # of a finished trial, in its output folder
@@ -239,5 +239,5 @@ def run_trial(
     except CommandFailed as failure:
         return {**result, "status": "FAILED", "error": str(failure).splitlines()[-1]}
     result["status"] = "FINISHED"
-    durable.write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
+    write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
     return result

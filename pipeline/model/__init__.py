@@ -2,13 +2,13 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.model.attention_probe import KINDS, Look, look
 from pipeline.model.configuration import PalConfig
-from pipeline.model.live import LiveAudio
-from pipeline.model.looking import KINDS, Look, look
 from pipeline.model.lora import add_lora, lora_parameters, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
-from pipeline.model.prefix import Prefix
+from pipeline.model.prefix_cache import Prefix
+from pipeline.model.streaming_audio import LiveAudio
 
 AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModelForCausalLM.register(PalConfig, PalForCausalLM)

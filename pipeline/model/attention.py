@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from pipeline.model.context import AttentionContext
-from pipeline.model.kernels import KeysValues, attend, attention_weights
-from pipeline.model.unpacking import Unpacking
+from pipeline.model.attention_inputs import AttentionContext
+from pipeline.model.attention_ops import KeysValues, attend, attention_weights
+from pipeline.model.packing import Unpacking
 
 # No mask builder is registered under this name, so transformers makes no mask of its own.
 ATTENTION_NAME = "pal"

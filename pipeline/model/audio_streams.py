@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.core.streams import Stream
 from pipeline.model.configuration import PalConfig
 from pipeline.model.connectors import build_connector
-from pipeline.model.cross_attention import FlamingoBlock
+from pipeline.model.layers import FlamingoBlock
 from pipeline.model.mlp import Mlp
-from pipeline.streams import Stream
 
 
 def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-from pipeline.errors import UserError
-from pipeline.streams import Stream
+from pipeline.core.errors import UserError
+from pipeline.core.streams import Stream
 
 
 class PalConfig(PretrainedConfig):

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.errors import UserError
-from pipeline.model.cross_attention import CrossAttention
+from pipeline.core.errors import UserError
+from pipeline.core.streams import Connector
+from pipeline.model.layers import CrossAttention
 from pipeline.model.lfst import LfstConnector
 from pipeline.model.mlp import Mlp
-from pipeline.model.places import send
-from pipeline.streams import Connector
+from pipeline.model.positions import send
 
 # BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), as audio models use it; 32 queries are in `streams.Connector`.
 QFORMER_LAYERS, QFORMER_HEADS, QFORMER_HIDDEN_SIZE = 12, 12, 768

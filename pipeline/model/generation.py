@@ -12,12 +12,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pipeline.errors import UserError
-from pipeline.model.audio_keys import AudioKeys
-from pipeline.model.context import AttentionContext
-from pipeline.model.places import Places
-from pipeline.model.prefix import Prefix, pieces
-from pipeline.streams import IntegrationKind
+from pipeline.core.errors import UserError
+from pipeline.core.streams import IntegrationKind
+from pipeline.model.attention_inputs import AttentionContext
+from pipeline.model.audio_kv import AudioKeys
+from pipeline.model.positions import Places
+from pipeline.model.prefix_cache import Prefix, pieces
 
 
 @dataclass

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.errors import UserError
-from pipeline.model.lines import beside_sets, clip_line
-from pipeline.model.places import AudioPlaces, Places, place_beside, send
-from pipeline.model.unpacking import Unpacking, find_unpacking
-from pipeline.streams import IntegrationKind, Stream
+from pipeline.core.errors import UserError
+from pipeline.core.streams import IntegrationKind, Stream
+from pipeline.model.clip_positions import beside_sets, clip_line
+from pipeline.model.packing import Unpacking, find_unpacking
+from pipeline.model.positions import AudioPlaces, Places, place_beside, send
 
 IGNORED_LABEL = -100
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.errors import UserError
-from pipeline.model.cross_attention import CrossAttention
+from pipeline.core.errors import UserError
+from pipeline.core.streams import Connector
+from pipeline.model.layers import CrossAttention
 from pipeline.model.mlp import Mlp
-from pipeline.model.places import send
-from pipeline.streams import Connector
+from pipeline.model.positions import send
 
 # Sizes of Cambrian-1; the query grid is (time, frequency) cells per window, 96 tokens in 10 s with the newlines.
 LFST_LAYERS, LFST_HEADS, LFST_HIDDEN_SIZE = 3, 16, 1024

@@ -13,16 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pipeline.core.streams import Stream, check_streams
 from pipeline.model.attention import ATTENTION_NAME, flamingo_hook
-from pipeline.model.audio_keys import AudioKeys, PlacedKeys
+from pipeline.model.attention_inputs import AttentionContext, AttentionPath
+from pipeline.model.audio_kv import AudioKeys, PlacedKeys
 from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens, initialise
 from pipeline.model.configuration import PalConfig
-from pipeline.model.context import AttentionContext, AttentionPath
 from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
 from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import Layout, build_layout
 from pipeline.model.lora import adapt
-from pipeline.streams import Stream, check_streams
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Every function returns a figure; `figure.savefig(path)` writes it. Nothing global (pyplot) is touched."""
 
-from pipeline.plots.listening import plot_attention_by_head, plot_attention_by_layer, plot_listening, plot_spectrogram
+from pipeline.plots.attention import plot_attention_by_head, plot_attention_by_layer, plot_listening, plot_spectrogram
 from pipeline.plots.runs import (
     Bars,
     Curve,

@@ -4,14 +4,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from feature_sets import byte_tokenizer, frames_of, write_feature_set
 
 from pipeline.config import DataConfig
-from pipeline.data.chat import Chat, load_tokenizer
+from pipeline.core.errors import UserError
+from pipeline.data.chat_template import Chat, load_tokenizer
 from pipeline.data.collate import collate
+from pipeline.data.feature_set import FeatureSet
 from pipeline.data.loader import TrainingLoader, evaluation_batches
-from pipeline.data.shards import FeatureSet
-from pipeline.errors import UserError
+from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_feature_set
 
 COUNTS = [3, 1, 2, 6, 4, 0, 5, 2, 3, 1]
 WIDTHS = {"log_mel": 8, "clap": 4}

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from oracle.cross_attention import cross_attention, layer_norm, mlp
-from oracle.language_model import Weights, linear
+from tests.oracle.cross_attention import cross_attention, layer_norm, mlp
+from tests.oracle.language_model import Weights, linear
 
 
 @dataclass(frozen=True)
 class Connector:
-    """As `pipeline.streams.Connector`.
+    """As `pipeline.core.streams.Connector`.
 
     Attributes:
         grids: for `lfst`, the (time, frequency) cells per window of each encoder.

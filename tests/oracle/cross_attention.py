@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from oracle.language_model import Weights, gelu, linear, softmax
+from tests.oracle.language_model import Weights, gelu, linear, softmax
 
 
 def layer_norm(weights: Weights, name: str, x: Tensor) -> Tensor:

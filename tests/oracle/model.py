@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from oracle import language_model as llm
-from oracle.connectors import Connector, audio_tokens, frames_covered
-from oracle.cross_attention import flamingo_block, mlp
-from oracle.language_model import LanguageModel, Weights
+from tests.oracle import language_model as llm
+from tests.oracle.connectors import Connector, audio_tokens, frames_covered
+from tests.oracle.cross_attention import flamingo_block, mlp
+from tests.oracle.language_model import LanguageModel, Weights
 
 Clip = Mapping[str, Tensor]  # encoder -> features (frames, width)
 

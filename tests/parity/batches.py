@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from parity.families import VOCABULARY
 from torch import Tensor
+
+from tests.parity.families import VOCABULARY
 
 Clip = Mapping[str, Tensor]
 AUDIO_TOKEN = VOCABULARY  # outside the vocabulary: a placeholder that were embedded would fail

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracle import model as oracle
-from oracle.connectors import Connector as OracleConnector
-from parity.batches import AUDIO_TOKEN, ENCODERS, GRIDS, IGNORE, Row, collate, labels_of
-from parity.families import oracle_language_model, randomise, stock_config
-from parity.float64 import lifted_to_float64
 
+from pipeline.core.streams import Stream
 from pipeline.model import PalConfig, PalForCausalLM
-from pipeline.streams import Stream
+from tests.oracle import model as oracle
+from tests.oracle.connectors import Connector as OracleConnector
+from tests.parity.batches import AUDIO_TOKEN, ENCODERS, GRIDS, IGNORE, Row, collate, labels_of
+from tests.parity.families import oracle_language_model, randomise, stock_config
+from tests.parity.float64 import lifted_to_float64
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from oracle.language_model import LanguageModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tests.oracle.language_model import LanguageModel
 
 VOCABULARY = 29
 SIZE: dict[str, Any] = {

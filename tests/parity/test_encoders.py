@@ -22,7 +22,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from data_prep import config as configs
 from data_prep.encoders.base import Windower
 from data_prep.encoders.build import build_encoder, describe_encoder
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from tests.parity import sslam_reference
 
 # Several windows of each encoder, the last one partly filled, and clips shorter than a window.

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from oracle import model as oracle
-from parity.batches import batches, grid_batch
-from parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
-from parity.families import FAMILIES, SIZE
 
-from pipeline.streams import Connector, Stream, preset_streams
+from pipeline.core.streams import Connector, Stream, preset_streams
+from tests.oracle import model as oracle
+from tests.parity.batches import batches, grid_batch
+from tests.parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
+from tests.parity.families import FAMILIES, SIZE
 
 TOLERANCE = 1e-10
 BATCHES = {**batches(), "grids": grid_batch()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import model as oracle
-from parity.families import FAMILIES, VOCABULARY, oracle_language_model, stock_model
-from parity.float64 import lifted_to_float64
+
+from tests.oracle import model as oracle
+from tests.parity.families import FAMILIES, VOCABULARY, oracle_language_model, stock_model
+from tests.parity.float64 import lifted_to_float64
 
 IDS = [int(i) for i in torch.randint(3, VOCABULARY, (11,), generator=torch.Generator().manual_seed(1))]
 

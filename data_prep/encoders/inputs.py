@@ -1,0 +1,61 @@
+"""From an audio file to an encoder's inputs, segment by segment: decoded, resampled, cut into windows, prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from data_prep.audio.decode import AudioFile, Samples
+from data_prep.audio.resample import Resampler
+from data_prep.encoders.base import Encoder, Windower
+
+
+@dataclass(frozen=True)
+class PreparedWindow:
+    """The input of one window; `samples` of audio, at the encoder's rate, are in it."""
+
+    prepared: Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Encoder -> the windows that a segment of a clip completes; the whole clip lasts `duration_s`."""
+
+    windows: dict[str, list[PreparedWindow]]
+    duration_s: float
+
+
+def decode(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None = None) -> Iterator[Segment]:
+    """Every window of a file, for each of the encoders, front to back.
+
+    Raises:
+        Reject: the file cannot become features; see `AudioFile`.
+    """
+    with AudioFile(path, max_clip_s) as file:
+        for windows in cut(file.segments(), file.sample_rate_hz, encoders):
+            yield Segment(windows, file.duration_s)
+
+
+def cut(
+    segments: Iterable[tuple[Samples, bool]], sample_rate_hz: int, encoders: Mapping[str, Encoder]
+) -> Iterator[dict[str, list[PreparedWindow]]]:
+    """For each segment the windows that it completes, of each encoder.
+
+    Args:
+        segments: mono audio at `sample_rate_hz`, and whether it is the last.
+    """
+    rates_hz = {encoder.contract.sample_rate_hz for encoder in encoders.values()}
+    resamplers = {rate_hz: Resampler(sample_rate_hz, rate_hz) for rate_hz in sorted(rates_hz)}
+    windowers = {name: Windower(encoder) for name, encoder in encoders.items()}
+    for samples, last in segments:
+        audio = {rate_hz: resampler.push(samples, last) for rate_hz, resampler in resamplers.items()}
+        yield {
+            name: [
+                PreparedWindow(encoder.prepare(window), window.samples)
+                for window in windowers[name].push(audio[encoder.contract.sample_rate_hz], last)
+            ]
+            for name, encoder in encoders.items()
+        }

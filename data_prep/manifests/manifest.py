@@ -1,0 +1,143 @@
+"""Reads manifests of any format into clips with their questions. Owns which format it is, and where audio may lie."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from data_prep.config import PrepareConfig, TableConfig
+from data_prep.files import expand, is_remote, open_file, parent
+from data_prep.manifests import json_formats, table_formats
+from data_prep.manifests.rows import ClipRow, TextRow
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import Question
+
+READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow]]] = {
+    "jsonl": json_formats.read_jsonl,
+    "openaqa": json_formats.read_openaqa,
+    "slam_llm": json_formats.read_slam_llm,
+    "messages": json_formats.read_messages,
+    "audio_flamingo": json_formats.read_audio_flamingo,
+    "csv": table_formats.read_csv,
+    "folder": table_formats.read_folder,
+    "parquet": table_formats.read_parquet,
+    "webdataset": table_formats.read_webdataset,
+}
+SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+
+
+class Clip(BaseModel):
+    """One clip of a manifest: where its audio is, and all its questions.
+
+    Attributes:
+        root: which of the roots `audio` is relative to.
+        audio: relative to the root, or absolute; None when it leaves the root, and such a clip is rejected, and in a
+            set without encoders.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    clip_id: str
+    root: int
+    audio: str | None
+    dataset: str
+    domain: str
+    questions: list[Question]
+
+
+def manifest_files(config: PrepareConfig) -> list[str]:
+    """The manifests, patterns expanded.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    paths = [path for manifest in config.manifests for path in expand(manifest)]
+    for path in paths:
+        if not is_remote(path) and not Path(path).exists():
+            raise UserError(path, "no such manifest", "give an existing manifest in `manifest`")
+    return paths
+
+
+def audio_roots(config: PrepareConfig) -> list[str]:
+    """The distinct folders that relative audio paths start from."""
+    return list(dict.fromkeys(_root_of(path, config) for path in manifest_files(config)))
+
+
+def _root_of(path: str, config: PrepareConfig) -> str:
+    if config.audio_root is not None:
+        return config.audio_root
+    return path if Path(path).is_dir() else parent(path)
+
+
+def read_clips(config: PrepareConfig) -> Iterator[Clip]:
+    """Yields the clips of all manifests in their order; duplicate ids are yielded as they are.
+
+    Raises:
+        UserError: missing manifest, bad JSON, a row without a field or with one of a wrong type; names file and line.
+    """
+    roots = audio_roots(config)
+    for path in manifest_files(config):
+        root = roots.index(_root_of(path, config))
+        for row in _read_rows(path, config):
+            audio = row.audio if isinstance(row, ClipRow) else None
+            yield Clip(
+                clip_id=row.clip_id,
+                root=root,
+                audio=None if audio is None else _contained(audio, may_be_absolute=config.audio_root is None),
+                dataset=row.dataset,
+                domain=row.domain,
+                questions=[
+                    Question(**{**q.model_dump(), "question_id": q.question_id or f"{row.clip_id}/{index}"})
+                    for index, q in enumerate(row.questions)
+                ],
+            )
+
+
+def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow] | Iterator[TextRow]:
+    if not config.encoders:
+        return json_formats.read_text(path)
+    return READERS[_format_of(path, config)](path, config.table)
+
+
+def audio_path(clip: Clip, roots: list[str]) -> str:
+    assert clip.audio is not None, "clips without a path never reach a partition"
+    return clip.audio if is_remote(clip.audio) else posixpath.join(roots[clip.root], clip.audio)
+
+
+def manifest_sha256(config: PrepareConfig) -> str:
+    """Hash of the manifests' bytes (of the names, for a folder per class)."""
+    digest = hashlib.sha256()
+    for path in manifest_files(config):
+        if Path(path).is_dir():
+            for name in sorted(str(file.relative_to(path)) for file in Path(path).glob("*/*")):
+                digest.update(f"{name}\n".encode())
+            continue
+        with open_file(path) as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _format_of(path: str, config: PrepareConfig) -> str:
+    is_folder = Path(path).is_dir()
+    if config.format != "auto":
+        if is_folder != (config.format == "folder"):
+            raise UserError(path, f"is {'' if is_folder else 'not '}a folder", f"format is {config.format}: correct it")
+        return config.format
+    if is_folder:
+        return "folder"
+    return SUFFIXES.get(posixpath.splitext(path)[1].lower()) or json_formats.detect(path)
+
+
+def _contained(audio: str, may_be_absolute: bool) -> str | None:
+    """The normalised path of a clip's audio, or None when it leaves the root (links are not followed)."""
+    if is_remote(audio):
+        return audio if may_be_absolute else None
+    audio = posixpath.normpath(audio)
+    if posixpath.isabs(audio):
+        return audio if may_be_absolute else None
+    return None if audio.split("/", 1)[0] == ".." else audio

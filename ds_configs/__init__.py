@@ -1,0 +1,1 @@
+"""ZeRO policies, one JSON file each, which ship with the software."""

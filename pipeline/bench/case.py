@@ -1,0 +1,218 @@
+"""One measurement of `pal bench integration`: a model of some shape, a batch in memory, seconds and bytes of a step.
+
+Nothing heavy is imported before it is used, so that the command's help comes at once."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.model import PalConfig
+
+FLAMINGO_LAYER_STRIDE = 4  # arXiv 2204.14198, table 1: its 9B model
+WARM_UP_STEPS = 2
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A language model; `vocabulary` and the rest are counts."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+
+
+SHAPES = {
+    "small": Shape(layers=8, hidden=512, ffn=2048, heads=8, kv_heads=2, vocabulary=8000),
+    "llama-3.2-1b": Shape(layers=16, hidden=2048, ffn=8192, heads=32, kv_heads=8, vocabulary=128256),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        num_audio_tokens: frames of a clip; one token each, but for summaries.
+        num_text_tokens: of a question with its answer.
+        answer_tokens: of these, those that carry loss, or are generated.
+        batch: clips; each has `questions_per_clip` questions, packed behind it in training. Decoding asks one.
+    """
+
+    variant: str
+    mode: str
+    shape: Shape
+    num_audio_tokens: int
+    num_text_tokens: int
+    answer_tokens: int
+    questions_per_clip: int
+    batch: int
+    feature_width: int
+    device: str
+    dtype: str
+    steps: int
+    threads: int | None = None
+
+    @property
+    def frames(self) -> dict[str, int]:
+        """Frames of a clip in each encoder; `pal_v2` has half of them in the sequence."""
+        half = self.num_audio_tokens // 2
+        if self.variant == "text_only":
+            return {}
+        if self.variant == "pal_v2":
+            return {"first": half, "second": self.num_audio_tokens - half}
+        return {"first": self.num_audio_tokens}
+
+
+def model_config(case: Case) -> PalConfig:
+    """The model of a case."""
+    from transformers import LlamaConfig
+
+    from pipeline.core.streams import Connector, preset_streams
+    from pipeline.model import PalConfig
+
+    shape = case.shape
+    language_model = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=131072,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    streams: Any = ()
+    if case.variant != "text_only":
+        stride = FLAMINGO_LAYER_STRIDE if case.variant == "flamingo" else 1
+        # PLITS has the field's two-layer connector. Beside the sequence a linear one is enough: every audio layer adds
+        # its own two-layer projection, and reads tokens no wider than itself.
+        beside = Connector("linear", width=min(case.feature_width, shape.hidden))
+        connector = Connector("mlp") if case.variant == "plits" else beside
+        encoders, preset = list(case.frames), case.variant
+        streams = preset_streams(preset, encoders, shape.layers, connector=connector, layer_stride=stride)  # type: ignore[arg-type]
+    widths = dict.fromkeys(case.frames, case.feature_width)
+    return PalConfig(language_model, streams, widths, audio_token_id=shape.vocabulary)
+
+
+def run(case: Case) -> tuple[float, int]:
+    """Seconds of a step (the median), and the bytes of tensors at the peak: parameters, gradients, optimizer state,
+    batch and everything computed on the way.
+    """
+    import torch
+
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    peak = _peak_bytes(case)
+    step = _make_step(case)
+    _repeat(step)
+    times = []
+    for _ in range(case.steps):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times), peak
+
+
+def _peak_bytes(case: Case) -> int:
+    """What torch's allocator hands out at most, from an empty model to the end of the second step."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _repeat(_make_step(case))
+        return torch.cuda.max_memory_allocated()
+    # On CPU only the profiler counts; resident memory would add what libraries and the system's allocator keep.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
+        _repeat(_make_step(case))
+    with TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(f"{folder}/trace.json")
+        trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))
+    return max(e["args"]["Total Allocated"] for e in trace["traceEvents"] if e["name"] == "[memory]")
+
+
+def _repeat(step: Callable[[], None]) -> None:
+    for _ in range(WARM_UP_STEPS):
+        step()
+
+
+def _make_step(case: Case) -> Callable[[], None]:
+    """A function that trains one step, or answers one batch, and returns when the device has finished."""
+    import torch
+
+    from pipeline.model import PalForCausalLM
+
+    model = PalForCausalLM(model_config(case)).to(case.device, getattr(torch, DTYPES[case.dtype]))
+    batch = make_batch(case)
+    batch = {
+        name: {k: v.to(case.device) for k, v in x.items()} if isinstance(x, dict) else x.to(case.device)
+        for name, x in batch.items()
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def train() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        _synchronise(case.device)
+
+    def decode() -> None:
+        model.generate(**batch, do_sample=False, max_new_tokens=case.answer_tokens)
+        _synchronise(case.device)
+
+    return train if case.mode == "train" else decode
+
+
+def make_batch(case: Case) -> dict[str, Any]:
+    """A clip's placeholder, then its questions packed behind it; to decode, without the answers.
+
+    Questions without a clip share nothing: `text_only` has a row for each, which is its best case.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    questions, length = case.questions_per_clip, case.num_text_tokens
+    rows = case.batch
+    if not case.frames:
+        rows, questions = rows * questions, 1
+    if case.mode == "decode":
+        length -= case.answer_tokens
+    text = torch.randint(1, case.shape.vocabulary, (rows, questions * length))
+    clip = torch.full((rows, 1 if case.frames else 0), case.shape.vocabulary)
+    input_ids = torch.cat([clip, text], dim=1)
+    features = {n: torch.randn(rows * frames, case.feature_width) for n, frames in case.frames.items()}
+    batch: dict[str, Any] = {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "audio_features": features,
+        "audio_lengths": {n: torch.full((rows,), frames) for n, frames in case.frames.items()},
+    }
+    if case.mode == "decode":
+        return batch
+    loss = torch.arange(questions * length) % length >= length - case.answer_tokens
+    batch["labels"] = torch.cat([torch.full_like(clip, -100), torch.where(loss, text, -100)], dim=1)
+    segments = torch.arange(questions).repeat_interleave(length) + (1 if questions > 1 else 0)
+    batch["segment_ids"] = torch.cat([torch.zeros_like(clip), segments.expand(rows, -1)], dim=1)
+    return batch
+
+
+def _synchronise(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,221 @@
+"""The contract of a prepared feature set: `features.json`, written last by preparation and checked by every reader.
+
+A feature set is a folder:
+
+    features.json            this contract; a folder without it is not a feature set
+    clips/                   MDS shards, one sample per clip: clip_id, duration_s, dataset, domain, questions
+    <encoder>/               MDS shards, one sample per clip in the same order: clip_id, features (frames, width)
+    rejects.jsonl            clips left out: clip_id, reason
+
+Questions live apart from features so that they can be replaced, or selected by task, without touching a feature.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.core.errors import UserError
+
+CONTRACT_FILE = "features.json"
+ENCODERS_FILE = "encoders.json"  # in a model's folder
+CLIPS = "clips"
+
+# MDS column types (mosaicml-streaming). Arrays carry their own shape, since clips differ in length.
+CLIP_COLUMNS = {
+    "clip_id": "str",
+    "duration_s": "float64",
+    "dataset": "str",
+    "domain": "str",
+    "questions": "json",
+}
+FEATURE_COLUMNS = {"clip_id": "str", "features": "ndarray:float16"}
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Question(_Record):
+    """One question about a clip; `question_id` is unique in the feature set."""
+
+    question_id: str
+    question: str
+    answer: str
+    task: str = "unspecified"
+    choices: list[str] | None = None
+
+
+class EncoderContract(_Record):
+    """How one column of features was made; two columns with the same fingerprint are interchangeable.
+
+    Attributes:
+        kind: which encoder class made it (`log_mel`, `whisper`, ...).
+        revision: of the code that computes the features; weights are told apart by their hash.
+        weights_sha256: hash of the weights; None for an encoder without weights.
+        sample_rate_hz: of the audio given to the encoder.
+        frame_rate_hz: of the stored features.
+        width: of a stored frame.
+        grid: (time, frequency) cells per window for encoders with a two-dimensional output, else None.
+        window_s: longest audio that the encoder sees at once; None for no limit.
+        options: every other setting that changes the numbers.
+        software: versions that change the numbers in the last digits; not part of the fingerprint.
+    """
+
+    kind: str
+    revision: str
+    weights_sha256: str | None = None
+    sample_rate_hz: int
+    frame_rate_hz: float
+    width: int
+    dtype: Literal["float16"] = "float16"
+    grid: tuple[int, int] | None = None
+    window_s: float | None = None
+    options: dict[str, Any] = {}
+    software: dict[str, str] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that changes the features beyond rounding."""
+        canonical = json.dumps(self.model_dump(mode="json", exclude={"software"}), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+class FeatureContract(_Record):
+    """What a feature set holds."""
+
+    format_version: Literal[1] = 1
+    encoders: dict[str, EncoderContract]
+    clips: int
+    questions: int
+    rejected: int
+    audio_hours: float
+    manifest_sha256: str
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all encoders; equal for train and held-out sets made by the same encoders."""
+        canonical = json.dumps({name: e.fingerprint for name, e in self.encoders.items()}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def dump(self) -> str:
+        """The text of `features.json`; `fingerprint` is written for readers, and checked on loading."""
+        values = {**self.model_dump(mode="json"), "fingerprint": self.fingerprint}
+        return json.dumps(values, indent=2) + "\n"
+
+
+def write_encoders(folder: Path, contract: FeatureContract, encoders: list[str]) -> None:
+    """Puts the contracts of these encoders beside a model that was trained on their features."""
+    contracts = {
+        name: contract.encoders[name].model_dump(mode="json") for name in encoders if name in contract.encoders
+    }
+    (folder / ENCODERS_FILE).write_text(json.dumps(contracts, indent=2) + "\n", encoding="utf-8")
+
+
+def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str) -> dict[str, EncoderContract]:
+    """Encoder -> how the features were made that a model understands.
+
+    Args:
+        folder: of the model.
+        fingerprints: encoder -> fingerprint that the model was trained on.
+        training_set: where to look for a model that was saved without.
+
+    Raises:
+        UserError: neither tells, or it is another encoder than the model's.
+    """
+    file = folder / ENCODERS_FILE
+    if file.is_file():
+        values = json.loads(file.read_text(encoding="utf-8"))
+        contracts = {name: EncoderContract.model_validate(contract) for name, contract in values.items()}
+    else:
+        try:
+            contracts = load_contract(training_set).encoders
+        except UserError as error:
+            fault = f"holds no {ENCODERS_FILE}, and the set it was trained on cannot be read ({error.where})"
+            raise UserError(folder, fault, "export the model again where its training set is") from error
+    for name, fingerprint in fingerprints.items():
+        if name not in contracts or contracts[name].fingerprint != fingerprint:
+            fault = f"does not tell of the encoder '{name}' ({fingerprint}) that {folder} was trained with"
+            where = file if file.is_file() else training_set
+            raise UserError(where, fault, "export the model again where its training set is")
+    return {name: contracts[name] for name in fingerprints}
+
+
+def load_contract(folder: str | Path) -> FeatureContract:
+    """Reads `features.json` of a prepared set.
+
+    Args:
+        folder: a local path, or a URL of an object store.
+
+    Raises:
+        UserError: the folder is not a finished feature set, or its contract is damaged.
+    """
+    path = f"{str(folder).rstrip('/')}/{CONTRACT_FILE}"
+    try:
+        values = json.loads(_read(path))
+        fingerprint = values.pop("fingerprint", None)
+        contract = FeatureContract.model_validate(values)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise UserError(path, f"is damaged ({str(error).splitlines()[0]})", "prepare the set again") from error
+    if fingerprint != contract.fingerprint:
+        raise UserError(path, "does not agree with its own fingerprint", "prepare the set again")
+    return contract
+
+
+def _read(path: str) -> str:
+    if "://" in path:
+        import fsspec
+
+        try:
+            text: str = fsspec.filesystem(path.partition("://")[0]).cat_file(path).decode()
+        except Exception as error:  # every kind of object store has exceptions of its own
+            remedy = "check that `pal prepare` has finished it, the credentials and the network"
+            raise UserError(path, f"cannot be read ({error})", remedy) from error
+        return text
+    folder = Path(path).parent
+    if not Path(path).is_file():
+        fault = "is not a finished feature set" if folder.is_dir() else "does not exist"
+        raise UserError(folder, f"{fault} (no {CONTRACT_FILE})", "make it with `pal prepare`")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def require_encoders(contract: FeatureContract, encoders: list[str], folder: str | Path) -> None:
+    """Checks that the set holds the features a model reads.
+
+    Raises:
+        UserError: an encoder is not in the set.
+    """
+    for name in encoders:
+        if name not in contract.encoders:
+            raise UserError(
+                folder,
+                f"holds features of {', '.join(contract.encoders)}, not of '{name}' that model.encoders asks for",
+                "change model.encoders or prepare this set with that encoder",
+            )
+
+
+def require_same_features(
+    expected: dict[str, str], contract: FeatureContract, folder: str | Path, wanted_by: str
+) -> None:
+    """Checks fingerprints, so that a model never reads features that another encoder made.
+
+    Args:
+        expected: encoder name -> fingerprint that the model was trained on.
+        wanted_by: who expects it, for the message.
+
+    Raises:
+        UserError: an encoder differs or is absent.
+    """
+    require_encoders(contract, list(expected), folder)
+    for name, fingerprint in expected.items():
+        found = contract.encoders[name].fingerprint
+        if found != fingerprint:
+            raise UserError(
+                folder,
+                f"features of '{name}' have fingerprint {found}, {wanted_by} was made with {fingerprint}",
+                "prepare this set with the same encoder settings",
+            )

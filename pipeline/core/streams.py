@@ -1,0 +1,228 @@
+"""What a model is made of: streams (features -> connector -> integration at layers) and the presets that name
+their combinations. Standard library only, so that the config tree and the model share one definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from typing import Any, Literal, get_args
+
+from pipeline.core.errors import UserError
+
+IntegrationKind = Literal["plits", "lal", "flamingo"]
+ConnectorKind = Literal["linear", "mlp", "qformer", "lfst", "conv"]
+Preset = Literal["plits", "lal", "pal_v2", "pal_v3", "delayed", "flamingo"]
+
+DELAYED_FIRST_AUDIO_LAYER = 4  # arXiv 2506.10423 v1: audio enters from the fifth layer on
+PAL_V3_FRACTION = Fraction(1, 3)  # arXiv 2506.10423 v3, section 3.3: LAL in the first third of the layers
+
+
+@dataclass(frozen=True)
+class Connector:
+    """How audio features become audio tokens.
+
+    Attributes:
+        kind: `linear` and `mlp` map frame by frame, `conv` merges `summary_stride` frames into one token,
+            `qformer` compresses to `num_queries` tokens, `lfst` reads several encoders on one time-frequency grid.
+        width: width of the audio tokens; None means the language model's width for tokens in the sequence
+            (PLITS); beside it, where per-layer projections follow, the narrower of the encoder's and the model's.
+        num_layers, num_heads, hidden_size: of `qformer` and `lfst`; None means the kind's own default.
+    """
+
+    kind: ConnectorKind = "mlp"
+    width: int | None = None
+    summary_stride: int = 1
+    num_queries: int = 32
+    num_layers: int | None = None
+    num_heads: int | None = None
+    hidden_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One path from features into the language model.
+
+    Attributes:
+        encoders: names of the feature columns it reads; more than one only with the `lfst` connector.
+        integration: `plits` (tokens in the sequence), `lal` (keys and values in `audio_layers`) or `flamingo`
+            (gated cross-attention before `audio_layers`).
+        audio_layers: explicit, sorted layer numbers; empty for `plits`, which passes every layer.
+        summary_of: index of the stream whose frames these tokens summarise; they then share its line of
+            positions, each summary right after the frames it covers.
+    """
+
+    encoders: tuple[str, ...]
+    integration: IntegrationKind
+    connector: Connector = field(default_factory=Connector)
+    audio_layers: tuple[int, ...] = ()
+    summary_of: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, for a saved model config."""
+        return {**asdict(self), "encoders": list(self.encoders), "audio_layers": list(self.audio_layers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stream:
+        """Inverse of `to_dict`."""
+        return cls(
+            encoders=tuple(values["encoders"]),
+            integration=values["integration"],
+            connector=Connector(**values["connector"]),
+            audio_layers=tuple(values["audio_layers"]),
+            summary_of=values["summary_of"],
+        )
+
+
+def resolve_audio_layers(
+    num_layers: int,
+    *,
+    first_audio_layer: int = 0,
+    num_audio_layers: int | Fraction | None = None,
+    layer_stride: int = 1,
+) -> tuple[int, ...]:
+    """The layers that see audio: `first_audio_layer + i * layer_stride` for i < num_audio_layers.
+
+    Args:
+        num_layers: layers of the language model.
+        first_audio_layer: number of the first one (the "injection depth" starts here).
+        num_audio_layers: how many; a Fraction means max(1, floor(fraction * num_layers)); None means as many
+            as fit.
+        layer_stride: distance between two of them (the "injection stride").
+
+    Raises:
+        UserError: the rule asks for a layer that the model does not have.
+    """
+    if isinstance(num_audio_layers, Fraction):
+        count = max(1, math.floor(num_audio_layers * num_layers))
+    elif num_audio_layers is None:
+        count = len(range(first_audio_layer, num_layers, layer_stride))
+    else:
+        count = num_audio_layers
+    last = first_audio_layer + (count - 1) * layer_stride
+    if count < 1 or first_audio_layer < 0 or layer_stride < 1 or last >= num_layers:
+        raise UserError(
+            "model.audio_layers",
+            f"first_audio_layer={first_audio_layer}, num_audio_layers={count}, layer_stride={layer_stride} ask for "
+            f"layer {last} of a language model whose layers are 0 to {num_layers - 1}",
+            "lower first_audio_layer, num_audio_layers or layer_stride",
+        )
+    return tuple(range(first_audio_layer, last + 1, layer_stride))
+
+
+def check_audio_layers(audio_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """An explicit list of layers, checked: not empty, rising, within the language model.
+
+    Raises:
+        UserError: otherwise.
+    """
+    layers = tuple(audio_layers)
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
+        raise UserError(
+            "model.audio_layers",
+            f"{list(layers)} is not a rising list of layers of a language model whose layers are 0 to {num_layers - 1}",
+            "list each layer once, in order, and none beyond the model",
+        )
+    return layers
+
+
+def preset_streams(
+    preset: Preset,
+    encoders: Sequence[str],
+    num_layers: int,
+    *,
+    connector: Connector,
+    summary_stride: int = 3,
+    first_audio_layer: int | None = None,
+    num_audio_layers: int | Fraction | None = None,
+    layer_stride: int = 1,
+    audio_layers: tuple[int, ...] | None = None,
+) -> tuple[Stream, ...]:
+    """The streams of a named integration (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
+
+    Args:
+        encoders: `pal_v2` puts the first one into the sequence (Whisper) and the others (SSLAM, CLAP) into LAL;
+            `delayed`, `lal`, `plits` and `flamingo` take one stream per encoder, in the order listed (all of them
+            in one stream if the connector is `lfst`); `pal_v3` takes exactly one.
+        audio_layers: an explicit list of layers instead of the rule.
+        connector: of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
+
+    Raises:
+        UserError: the encoders do not suit the preset, or the layers do not fit the model.
+    """
+    if not encoders:
+        raise UserError("model.encoders", "is empty", "name at least one encoder of the feature set")
+    if preset == "pal_v3" and len(encoders) != 1:
+        raise UserError("model.encoders", f"pal_v3 reads one encoder, got {len(encoders)}", "name exactly one")
+    if preset == "pal_v2" and len(encoders) < 2:
+        raise UserError(
+            "model.encoders",
+            "pal_v2 needs one encoder for the sequence and at least one for LAL",
+            "name two or more",
+        )
+    if preset == "delayed" and first_audio_layer is None:
+        first_audio_layer = DELAYED_FIRST_AUDIO_LAYER
+    if preset == "pal_v3" and num_audio_layers is None:
+        num_audio_layers = PAL_V3_FRACTION
+
+    def stream(names: Sequence[str], integration: IntegrationKind) -> tuple[Stream, ...]:
+        layers: tuple[int, ...] = ()
+        if integration != "plits" and audio_layers is not None:
+            layers = check_audio_layers(audio_layers, num_layers)
+        elif integration != "plits":
+            layers = resolve_audio_layers(
+                num_layers,
+                first_audio_layer=first_audio_layer or 0,
+                num_audio_layers=num_audio_layers,
+                layer_stride=layer_stride,
+            )
+        groups = [tuple(names)] if connector.kind == "lfst" else [(name,) for name in names]
+        return tuple(Stream(group, integration, connector, layers) for group in groups)
+
+    if preset == "plits":
+        return stream(encoders, "plits")
+    if preset in ("lal", "delayed"):
+        return stream(encoders, "lal")
+    if preset == "flamingo":
+        return stream(encoders, "flamingo")
+    if preset == "pal_v3":
+        summary = Connector(kind="conv", summary_stride=summary_stride)
+        return (*stream(encoders, "lal"), Stream((encoders[0],), "plits", summary, summary_of=0))
+    if preset == "pal_v2":
+        sequence = replace(connector, kind="mlp", width=None) if connector.kind == "lfst" else connector
+        return (*stream(encoders[1:], "lal"), Stream((encoders[0],), "plits", replace(sequence, width=None)))
+    raise UserError("model.integration", f"unknown preset '{preset}'", f"choose from {', '.join(get_args(Preset))}")
+
+
+def check_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, ...]:
+    """Streams that fit each other and a language model of `num_layers` layers.
+
+    Raises:
+        UserError: layers that do not exist, a summary of a stream that is not there, or several encoders in a
+            connector that reads one.
+    """
+    for index, stream in enumerate(streams):
+        where = f"model.streams.{index}"
+        if stream.integration != "plits":
+            check_audio_layers(stream.audio_layers, num_layers)
+        elif stream.audio_layers:
+            raise UserError(f"{where}.audio_layers", "has no effect on plits", "remove it: plits passes every layer")
+        if len(stream.encoders) > 1 and stream.connector.kind != "lfst":
+            raise UserError(
+                f"{where}.encoders", f"'{stream.connector.kind}' reads one encoder", "use lfst, or name one"
+            )
+        full = stream.summary_of
+        if full is None:
+            continue
+        if full >= len(streams) or full == index or streams[full].encoders != stream.encoders:
+            raise UserError(
+                f"{where}.summary_of", f"stream {full} is not another stream of the same encoder", "name its index"
+            )
+        if streams[full].connector.kind == "qformer":
+            raise UserError(
+                f"model.streams.{full}.connector",
+                "a query of 'qformer' covers no particular frames, so no summary can stand after its own frames",
+                "use linear, mlp or conv beside a summary stream",
+            )
+    return tuple(streams)

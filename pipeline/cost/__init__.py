@@ -1,0 +1,1 @@
+"""What a run takes: operations, bytes, time and money, counted without starting it."""

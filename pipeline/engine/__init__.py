@@ -1,0 +1,38 @@
+"""The one door to DeepSpeed. Callers see losses, steps, checkpoints and plain dicts; nothing in here knows audio."""
+
+from pipeline.engine.checkpoint_io import Snapshot, start_resharding, trained_weights
+from pipeline.engine.ds_config import ADAM_EPSILON, POLICIES, render, zero_stage
+from pipeline.engine.engine import Engine, ParameterGroup, rate_factor
+from pipeline.engine.process_group import (
+    from_main_rank,
+    gathered,
+    init_process_group,
+    is_lost_peer,
+    leave_process_group,
+    limit_waiting,
+    on_gpu,
+    partitioned_loading,
+    require_same_everywhere,
+)
+
+__all__ = [
+    "ADAM_EPSILON",
+    "POLICIES",
+    "Engine",
+    "ParameterGroup",
+    "Snapshot",
+    "from_main_rank",
+    "gathered",
+    "init_process_group",
+    "is_lost_peer",
+    "leave_process_group",
+    "limit_waiting",
+    "on_gpu",
+    "partitioned_loading",
+    "rate_factor",
+    "render",
+    "require_same_everywhere",
+    "start_resharding",
+    "trained_weights",
+    "zero_stage",
+]

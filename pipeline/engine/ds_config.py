@@ -1,0 +1,134 @@
+"""Renders DeepSpeed's config: `ds_configs/*.json` hold ZeRO policy only; batch, rate and precision come from the config
+tree, and `render` is the one place where the two meet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import TrainConfig
+from pipeline.core.errors import UserError, nearest
+
+POLICIES = Path(__file__).parents[2] / "ds_configs"
+POLICY_KEYS = ("zero_optimization", "aio")
+ADAM_EPSILON = 1e-8
+
+
+def render(policy: str, train: TrainConfig, *, world_size: int, accumulation: int, on_gpu: bool) -> dict[str, Any]:
+    """The final DeepSpeed config. Every key that matters is written out, since DeepSpeed's defaults move.
+
+    Args:
+        policy: a file of `ds_configs/` by its name, or a path to one.
+        train: owner of batch, rate and precision.
+        accumulation: micro-batches per rank and optimizer step.
+        on_gpu: use the fused optimizer; on CPU the plain one, which needs no compiler.
+
+    Raises:
+        UserError: no such policy, not JSON, a key that belongs to `train`, a left-over "auto", or a setting that
+            does not go with the policy.
+    """
+    policy_values = _read_policy(policy)
+    zero = policy_values["zero_optimization"]
+    stage, offloads = zero["stage"], "offload_optimizer" in zero
+    if train.compile and stage == 3:
+        fault = "does not go with ZeRO-3, which fetches parameters in the middle of what would be compiled"
+        raise UserError("train.compile", fault, "leave it out, or choose another train.zero")
+    # Gradients add up in fp32 over micro-batches, so that accumulation does not change the result; DeepSpeed's
+    # stage 0 can only add up in the model's own precision.
+    accumulation_dtype = train.precision if stage == 0 else "fp32"
+    rendered = {
+        "train_batch_size": train.micro_batch_size * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "managed_gradient_accumulation": True,
+        "gradient_clipping": train.gradient_clipping,
+        "gradient_allreduce_op": "mean",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": train.precision,
+        "data_types": {"grad_accum_dtype": accumulation_dtype},
+        "bf16": {
+            "enabled": train.precision == "bf16",
+            "check_grad_overflow": True,
+            "immediate_grad_update": False,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "fp16": {
+            "enabled": train.precision == "fp16",
+            "auto_cast": False,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "consecutive_hysteresis": False,
+            "min_loss_scale": 1,
+        },
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": train.learning_rate,
+                "betas": [train.adam_beta1, train.adam_beta2],
+                "eps": ADAM_EPSILON,
+                "weight_decay": train.weight_decay,
+                # torch's AdamW needs no compiler; only offloading wants DeepSpeed's own, built for host memory.
+                **({"torch_adam": False} if offloads else {"torch_adam": True, "fused": on_gpu}),
+            },
+        },
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": True,
+        # Recomputation is the model's own, in the non-reentrant form: DeepSpeed's is reentrant, which drops the
+        # gradients of tensors passed by keyword.
+        "activation_checkpointing": {
+            "partition_activations": False,
+            "contiguous_memory_optimization": False,
+            "cpu_checkpointing": False,
+            "synchronize_checkpoint_boundary": False,
+            "profile": False,
+        },
+        "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
+        "steps_per_print": 10**9,  # the trainer owns the console
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+        "disable_allgather": False,
+        "log_level": "warning",
+        **policy_values,
+    }
+    _refuse_auto(rendered, "", policy)
+    return rendered
+
+
+def _read_policy(policy: str) -> dict[str, Any]:
+    path = Path(policy)
+    if not path.is_file():
+        path = POLICIES / f"{policy}.json"
+    if not path.is_file():
+        known = sorted(p.stem for p in POLICIES.glob("*.json"))
+        raise UserError("train.zero", f"no ZeRO policy '{policy}'", nearest(policy, known))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(path, f"is not JSON ({error})", "correct the file") from error
+    stage = values.get("zero_optimization", {}).get("stage") if isinstance(values, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise UserError(path, "has no zero_optimization.stage from 0 to 3", "see ds_configs/zero2.json")
+    for key in values:
+        if key not in POLICY_KEYS:
+            raise UserError(path, f"'{key}' is not ZeRO policy", "set batch, rate and precision in train.*")
+    return values
+
+
+def _refuse_auto(values: Mapping[str, Any], prefix: str, policy: str) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_auto(value, f"{prefix}{key}.", policy)
+        elif value == "auto":
+            raise UserError(policy, f'{prefix}{key} is "auto", which DeepSpeed does not resolve', "write a value")
+
+
+def zero_stage(rendered: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a rendered config."""
+    return int(rendered["zero_optimization"]["stage"])

@@ -1,0 +1,266 @@
+"""A model under DeepSpeed: steps it, saves and loads its state."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.engine.checkpoint_io import STATE, Snapshot, checksum, collecting, local_part, restore_swapped_optimizer
+from pipeline.engine.ds_config import zero_stage
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a peak learning rate and a weight decay."""
+
+    name: str
+    parameters: Sequence[torch.nn.Parameter]
+    learning_rate: float
+    weight_decay: float
+
+
+def rate_factor(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
+    """Share of the peak rate in the step that makes `done` of `total` steps (or tokens) done: linear warm-up, then a
+    cosine to `final_fraction`.
+
+    A function of what is done alone, so that a resumed run and a skipped step cannot shift the schedule.
+    """
+    warmup = math.ceil(warmup_fraction * total)
+    if done <= warmup:
+        return done / warmup
+    progress = (min(done, total) - warmup) / max(1, total - warmup)
+    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Engine:
+    """A model under DeepSpeed. Callers see losses, steps and checkpoints, never DeepSpeed itself.
+
+    Args:
+        model: returns an object with a scalar `.loss`; parameters that are not in `groups` must be frozen.
+        groups: what is optimized.
+        rendered: from `render`.
+    """
+
+    def __init__(self, model: torch.nn.Module, groups: Sequence[ParameterGroup], rendered: dict[str, Any]) -> None:
+        import deepspeed
+        import torch
+
+        self._torch = torch
+        self.groups = [group for group in groups if group.parameters]
+        self.accumulation: int = rendered["gradient_accumulation_steps"]
+        self.stage = zero_stage(rendered)
+        # In fp32 without ZeRO DeepSpeed neither reports the gradient norm nor refuses one that is not finite, so that
+        # norm, check and clipping are done here.
+        self._plain = self.stage == 0 and not rendered["bf16"]["enabled"] and not rendered["fp16"]["enabled"]
+        self._clipping: float = rendered["gradient_clipping"]
+        if self._plain:
+            rendered = {**rendered, "gradient_clipping": 0.0}
+        optimizer_groups = [
+            {"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay, "name": g.name}
+            for g in self.groups
+        ]
+        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=optimizer_groups, config=rendered)
+        self.world_size: int = torch.distributed.get_world_size()
+        self.device: torch.device = self._engine.device
+        # Counts travel between hosts on CPU tensors: agreeing on them never waits for the accelerator.
+        self._control: Any = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
+        self._swaps_states = rendered["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
+        self._frozen_checksum = ""
+        self.gradient_norm = math.nan
+        self.skipped_steps = 0
+
+    @property
+    def loss_share(self) -> float:
+        """What one micro-batch's loss counts in the gradient.
+
+        DeepSpeed divides each micro-batch's loss by A (`accumulation`, a constant however many there are) and averages
+        gradients over W ranks, so
+
+            gradient = d/dw sum_{rank, micro} loss / (A W).
+
+        With loss = L / (T / (A W)), where L is a micro-batch's summed cross-entropy and T the answer tokens of the
+        whole global batch, this is d/dw (sum L) / T: every answer token counts the same wherever it lies. So models
+        are called with num_items_in_batch = T * loss_share.
+        """
+        return 1.0 / (self.accumulation * self.world_size)
+
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Adds up host numbers over all ranks, without waiting for the accelerator."""
+        totals = self._torch.tensor(values, dtype=self._torch.float64)
+        self._torch.distributed.all_reduce(totals, group=self._control)
+        return totals.tolist()
+
+    def gather_over_ranks(self, value: Any) -> list[Any]:
+        """One small object from every rank, in the order of ranks."""
+        gathered: list[Any] = [None] * self.world_size
+        self._torch.distributed.all_gather_object(gathered, value, group=self._control)
+        return gathered
+
+    def barrier(self) -> None:
+        """Returns when every rank is here."""
+        self.sum_over_ranks([0.0])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout in here."""
+        self._engine.eval()
+        with self._torch.no_grad():
+            yield
+        self._engine.train()
+
+    def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """The scalar loss of one micro-batch."""
+        return self._engine(**batch).loss
+
+    def backward(
+        self, batch: Mapping[str, Any], *, last: bool, look: Callable[[Any], None] | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its detached loss, still on the device.
+
+        Args:
+            last: of the optimizer step, whose number of micro-batches may vary from step to step.
+            look: is given what the model returned.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        output = self._engine(**batch)
+        self._engine.backward(output.loss)
+        if not last:
+            self._engine.step()
+        if look is not None:
+            look(output)
+        return output.loss.detach()
+
+    def groups_without_gradient(self) -> list[str]:
+        """Groups in which every gradient is zero; after the last backward and before `step`. Called by all ranks."""
+        from deepspeed.utils import safe_get_full_grad
+
+        def reached(parameter: torch.nn.Parameter) -> bool:
+            gradient = safe_get_full_grad(parameter)
+            return gradient is not None and bool(gradient.any())
+
+        return [group.name for group in self.groups if not any(map(reached, group.parameters))]
+
+    def step(self, factor: float) -> bool:
+        """The optimizer step after the last micro-batch, at `factor` times each group's peak rate.
+
+        Returns:
+            False when a gradient was not finite: DeepSpeed then leaves weights and optimizer untouched.
+        """
+        for values, group in zip(self._engine.optimizer.param_groups, self.groups, strict=True):
+            # Not the rate alone: loading a universal checkpoint under ZeRO-3 gives every group the first one's values.
+            values.update(lr=group.learning_rate * factor, weight_decay=group.weight_decay)
+        applied = self._clip_and_check() if self._plain else True
+        self._engine.step()
+        if not self._plain:
+            self.gradient_norm = self._engine.get_global_grad_norm()
+            applied = self._engine.was_step_applied()
+        self.skipped_steps += not applied
+        return applied
+
+    def _clip_and_check(self) -> bool:
+        parameters = [p for group in self.groups for p in group.parameters]
+        norm = self._torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.gradient_norm = norm.item()
+        if not math.isfinite(self.gradient_norm):
+            self._engine.zero_grad()  # to None, which the optimizer passes over
+            return False
+        if self._clipping:
+            self._torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, norm)
+        return True
+
+    def snapshot(self, folder: Path, *, copied: bool) -> Snapshot:
+        """This rank's part of a checkpoint in `folder`; frozen parameters are left out. Called by all ranks.
+
+        Nothing is written yet, apart from copies of what is swapped to NVMe: what a full disk does to one rank must
+        not happen between DeepSpeed's barriers.
+
+        Args:
+            copied: to host memory, so that training can go on before the snapshot is written.
+        """
+        frozen = {p.data_ptr() for p in self._engine.module.parameters() if not p.requires_grad} - {0}
+
+        def drop_frozen(_module: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
+            # DeepSpeed goes by name and would keep the second name of a tied weight: a frozen output embedding.
+            for name in [name for name, tensor in state.items() if tensor.data_ptr() in frozen]:
+                del state[name]
+
+        hook = self._engine.module.register_state_dict_post_hook(drop_frozen)
+        try:
+            with collecting(self._engine, copied=copied) as snapshot:
+                self._engine.save_checkpoint(str(folder), tag=STATE, save_latest=False, exclude_frozen_parameters=True)
+        finally:
+            hook.remove()
+        return snapshot
+
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """Restores what a snapshot wrote. Called by all ranks.
+
+        Args:
+            universal: the folder was written by `start_resharding`; otherwise it is of the same number of ranks.
+
+        Raises:
+            RuntimeError: DeepSpeed found no state there.
+        """
+        self._engine._config.load_universal_checkpoint = universal  # a property of this folder, not of the run
+        # Frozen parameters are not in the file, hence not strict; the trainable ones are compared by `checksums`.
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no state in {folder}")
+        if self._swaps_states:
+            restore_swapped_optimizer(self._engine, folder)
+        if self.stage == 3:  # a universal checkpoint gives all groups one step counter, which each would then advance
+            for state in self._engine.optimizer.optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
+
+    def checksums(self) -> dict[str, str]:
+        """A hash of all `trained` and one of all `frozen` parameters, the same for every stage and number of ranks.
+
+        Called by all ranks.
+        """
+        trained = self._checksum(trained=True)
+        self._frozen_checksum = self._frozen_checksum or self._checksum(trained=False)
+        return {"trained": trained, "frozen": self._frozen_checksum}
+
+    def _checksum(self, *, trained: bool) -> str:
+        sums = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if parameter.requires_grad != trained:
+                continue
+            if self.stage == 3:
+                with local_part(parameter) as part:
+                    first = self._torch.distributed.get_rank() * len(part)
+                    kept = part[: max(0, parameter.ds_numel - first)]  # the last part is padded
+                    sums[name] = checksum(kept, first)
+            else:
+                sums[name] = checksum(parameter, 0)
+        values = self._torch.tensor(list(sums.values()), dtype=self._torch.int64)
+        if self.stage == 3:
+            self._torch.distributed.all_reduce(values, group=self._control)
+        pairs = sorted(zip(sums, values.tolist(), strict=True))
+        return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+
+    def gathered_state(self) -> dict[str, torch.Tensor] | None:
+        """The whole model on rank 0 (CPU, the model's precision), None elsewhere. Called by all ranks."""
+        if self.stage == 3:
+            state = self._engine._zero3_consolidated_16bit_state_dict()
+        else:
+            state = self._engine.module.state_dict()
+        if self._torch.distributed.get_rank() != 0:
+            return None
+        return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+    def close(self) -> None:
+        """Gives memory and hooks free; the process group stays."""
+        self._engine.destroy()
+        if self._control is not None:
+            self._torch.distributed.destroy_process_group(self._control)

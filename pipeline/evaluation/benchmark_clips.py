@@ -1,0 +1,70 @@
+"""A benchmark's audio files as clips with questions: read like a feature set, encoded when their turn comes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core.feature_contract import Question
+from pipeline.data.feature_set import Clip, QuestionTable
+from pipeline.evaluation.benchmarks import Benchmark
+from pipeline.inference.encode_audio import Ears, duration_s
+
+
+class AudioClips:
+    """The questions of a benchmark, grouped by audio file.
+
+    Args:
+        ears: makes the encoders, when the first file is to be heard.
+
+    Attributes:
+        table: as that of a feature set; of tasks and datasets it tells nothing.
+        identity: changes with the questions and the sizes of the audio files.
+
+    Raises:
+        UserError: an audio file that cannot be opened.
+    """
+
+    def __init__(self, benchmark: Benchmark, ears: Callable[[], Ears]) -> None:
+        self.benchmark = benchmark
+        self._make_ears = ears
+        self._ears: Ears | None = None
+        files: dict[Path, list[Question]] = {}
+        domains: dict[Path, str] = {}
+        for item in benchmark.items:
+            domains.setdefault(item.audio, item.domain)
+            question = Question(question_id=item.question_id, question=item.prompt, answer=item.answer, task=item.task)
+            files.setdefault(item.audio, []).append(question)
+        self._files = list(files)
+        self._clips = [
+            Clip(str(file), duration_s(file), benchmark.name, domains[file], tuple(questions))
+            for file, questions in files.items()
+        ]
+        sizes = [file.stat().st_size for file in files]
+        asked = [(item.question_id, item.prompt, item.audio.name) for item in benchmark.items]
+        self.identity = hashlib.sha256(repr((asked, sizes)).encode()).hexdigest()
+        pairs = [(clip, n) for clip, questions in enumerate(files.values()) for n in range(len(questions))]
+        clip, number = np.array(pairs, np.int64).T
+        nothing = np.zeros(len(pairs), np.int32)
+        durations = np.array([clip.duration_s for clip in self._clips])
+        self.table = QuestionTable(clip, number.astype(np.int32), nothing, nothing, nothing, (), (), durations)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def clip(self, index: int) -> Clip:
+        return self._clips[index]
+
+    def features(self, index: int, clip_id: str) -> dict[str, NDArray[np.float16]]:
+        """Encoder -> (frames, width) float16.
+
+        Raises:
+            UserError: audio that cannot be decoded, or an encoder that cannot be had.
+        """
+        if self._ears is None:
+            self._ears = self._make_ears()
+        return self._ears.hear(self._files[index]).features

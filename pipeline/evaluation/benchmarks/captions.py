@@ -1,0 +1,106 @@
+"""Captioning: AudioCaps (NAACL 2019) and Clotho (arXiv 1910.09387), scored by CIDEr of pycocoevalcap.
+
+Prompts are ours and name the style, as LTU's do. Answers are written as DCASE's captioning tasks want them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.benchmarks.base import Benchmark, Item, words
+
+
+class _Captions(Benchmark):
+    """A benchmark of captions; needs pycocoevalcap (the extra `captions`)."""
+
+    prompt: str
+    remark = "spice, spider and fense need Java or models that are downloaded; their tools read the CSV of the answers"
+
+    def __init__(self, place: Path) -> None:
+        try:
+            import pycocoevalcap.cider.cider  # noqa: F401
+        except ImportError as error:
+            raise UserError(self.name, "needs pycocoevalcap", "pip install 'pal-pipeline[captions]'") from error
+        super().__init__(place)
+
+    def _item(self, audio: Path, captions: list[str]) -> Item:
+        row = {"file_name": audio.name, "captions": captions}
+        return Item(audio.name, audio, self.prompt, captions[0], (), "sound", self.name, row)
+
+    def _table(self) -> list[dict[str, str]]:
+        with self.file.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def correct(self, item: Item, prediction: str) -> bool:
+        """Whether it is one of the captions, word for word."""
+        return words(prediction) in [words(caption) for caption in item.row["captions"]]
+
+    def marks(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """`cider` (arXiv 1411.5726, as CIDEr-D, 0 to 10), which weighs words by how many of these files have them.
+
+        Words are taken without case and punctuation; the official tokenizer, which needs Java, parts "don't" otherwise.
+        """
+        from pycocoevalcap.cider.cider import Cider
+
+        items = [item for item in self.items if item.question_id in predictions]
+        captions = {item.question_id: [" ".join(words(text)) for text in item.row["captions"]] for item in items}
+        said = {name: [" ".join(words(predictions[name]))] for name in captions}
+        _, marks = Cider().compute_score(captions, said)
+        return {"cider": dict(zip(captions, map(float, marks), strict=True))}
+
+    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+        """None for the usual ones that cannot be computed here; see `remark`."""
+        return dict.fromkeys(("spice", "spider", "fense"))
+
+    def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str]:
+        """The CSV of DCASE's captioning tasks: file_name, caption_predicted."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["file_name", "caption_predicted"])
+        writer.writerows([q, " ".join(answer.split())] for q, answer in predictions.items())
+        return f"{self.name}.csv", text.getvalue()
+
+
+class Clotho(_Captions):
+    """Clotho's evaluation split: `clotho_captions_evaluation.csv` (file_name, caption_1, ...) and `evaluation/`."""
+
+    name = "clotho"
+    files = ("clotho_captions_evaluation.csv",)
+    prompt = "Describe what you hear in one sentence, in the style of Clotho."
+
+    def _read(self) -> list[Item]:
+        items = []
+        for number, row in enumerate(self._table(), start=1):
+            captions = [text for key, text in row.items() if key and key.startswith("caption_") and text]
+            if "file_name" not in row or not captions:
+                raise UserError(f"{self.file}, clip {number}", "has no file_name or no caption", "fetch it again")
+            items.append(self._item(self.file.parent / "evaluation" / row["file_name"], captions))
+        return items
+
+
+class AudioCaps(_Captions):
+    """AudioCaps' test split: `test.csv` (audiocap_id, youtube_id, start_time, caption), a caption a line.
+
+    Its publishers give no audio: the folder holds, at any depth, one file for each clip, whose name begins with the
+    YouTube id (of 11 characters) or with a `Y` and the id.
+    """
+
+    name = "audiocaps"
+    files = ("test.csv",)
+    prompt = "Describe what you hear in one sentence, in the style of AudioCaps."
+
+    def _read(self) -> list[Item]:
+        audio: dict[str, Path] = {}
+        for file in sorted(self.file.parent.rglob("*.*")):
+            if file != self.file:
+                audio.setdefault(file.stem[:11], file)
+                audio.setdefault(file.stem[1:12] if file.stem.startswith("Y") else file.stem[:11], file)
+        captions: dict[str, list[str]] = {}
+        for number, row in enumerate(self._table(), start=1):
+            if not row.get("youtube_id") or not row.get("caption"):
+                raise UserError(f"{self.file}, line {number + 1}", "has no youtube_id or no caption", "fetch it again")
+            captions.setdefault(row["youtube_id"], []).append(row["caption"])
+        return [self._item(audio.get(clip, self.file.parent / clip), given) for clip, given in captions.items()]

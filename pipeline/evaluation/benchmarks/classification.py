@@ -1,0 +1,167 @@
+"""Closed classification as LTU asks it (arXiv 2305.10790, section 5): a free answer, which must name the right classes.
+
+LTU compares embeddings of answer and labels; here the answer must name the classes word for word, so that no second
+model judges. The scores are therefore lower bounds of LTU's."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.benchmarks.base import Benchmark, Item
+from pipeline.evaluation.benchmarks.multiple_choice import chosen, named
+
+
+class _Classification(Benchmark):
+    """One class for each file."""
+
+    domain = "sound"
+    question: str
+    instruction = "Answer with one of these, word for word"
+
+    def correct(self, item: Item, prediction: str) -> bool:
+        """Whether the answer names the right class and no other."""
+        number = chosen(prediction, item.choices)
+        return number is not None and item.choices[number] == item.answer
+
+    def _items(self, root: Path, labels: Mapping[str, Sequence[str]]) -> list[Item]:
+        """Items of audio files (below `root`) and their classes."""
+        choices = tuple(sorted({label for given in labels.values() for label in given}))
+        prompt = f"{self.question}\n{self.instruction}: {', '.join(choices)}."
+        return [
+            Item(file, root / file, prompt, ", ".join(given), choices, self.domain, self.name, {"labels": given})
+            for file, given in labels.items()
+        ]
+
+    def _table(self, columns: Sequence[str]) -> list[dict[str, str]]:
+        """Rows of the file of questions, a CSV with these columns and others."""
+        with self.file.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or not set(columns) <= rows[0].keys():
+            raise UserError(
+                self.file, f"has no columns {' and '.join(columns)}", f"give {self.name} as it is published"
+            )
+        return rows
+
+
+class _Tagging(_Classification):
+    """Any number of classes for each file."""
+
+    question = "Which sounds are in this recording?"
+    instruction = "Name each that you hear, word for word, out of these"
+
+    def correct(self, item: Item, prediction: str) -> bool:
+        """Whether the answer names all classes of the file and no other."""
+        return {item.choices[number] for number in named(prediction, item.choices)} == set(item.row["labels"])
+
+    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+        """`f1_micro`; and over the classes that occur in these files `f1_macro` and `mean_average_precision`.
+
+        A class that is named ranks a file before all where it is not; files of equal rank count together, as in
+        scikit-learn's average precision.
+        """
+        items = [item for item in self.items if item.question_id in predictions]
+        truth_NC = np.array([[choice in item.row["labels"] for choice in item.choices] for item in items])
+        said_NC = np.zeros_like(truth_NC)
+        for row, item in enumerate(items):
+            said_NC[row, sorted(named(predictions[item.question_id], item.choices))] = True
+        occurring = truth_NC.any(axis=0)
+        hits = (truth_NC & said_NC).sum(axis=0)
+        true, said = truth_NC.sum(axis=0), said_NC.sum(axis=0)
+        f1 = 2 * hits / np.maximum(true + said, 1)
+        recall, precision = hits / np.maximum(true, 1), hits / np.maximum(said, 1)
+        average_precision = recall * precision + (1 - recall) * true / len(items)
+        return {
+            "f1_micro": float(2 * hits.sum() / (true.sum() + said.sum())),
+            "f1_macro": float(f1[occurring].mean()),
+            "mean_average_precision": float(average_precision[occurring].mean()),
+        }
+
+
+class Esc50(_Classification):
+    """ESC-50: `meta/esc50.csv` (filename, category, ...) and `audio/`. All five folds: nothing was trained on them."""
+
+    name = "esc50"
+    files = ("meta/esc50.csv",)
+    question = "Which sound is this?"
+
+    def _read(self) -> list[Item]:
+        rows = self._table(["filename", "category"])
+        labels = {f"audio/{row['filename']}": [row["category"].replace("_", " ")] for row in rows}
+        return self._items(self.file.parent.parent, labels)
+
+
+class Gtzan(_Classification):
+    """GTZAN: `genres_original/<genre>/*.wav` (or `genres/`)."""
+
+    name = "gtzan"
+    files = ("genres_original", "genres")
+    domain = "music"
+    question = "Which genre is this music?"
+
+    def _read(self) -> list[Item]:
+        paths = sorted(path for path in self.file.glob("*/*") if path.suffix in (".wav", ".au"))
+        return self._items(self.file, {str(path.relative_to(self.file)): [path.parent.name] for path in paths})
+
+
+class VocalSound(_Classification):
+    """VocalSound's test set: `datafiles/te.json` and `audio_16k/` (else `audio_44k/`).
+
+    The names of the files end in the class; their paths in `te.json` are those of its authors' machine.
+    """
+
+    name = "vocalsound"
+    files = ("datafiles/te.json",)
+    question = "Which sound does this person make?"
+    classes = {"throatclearing": "throat clearing"}
+
+    def _read(self) -> list[Item]:
+        root = self.file.parent.parent
+        audio = "audio_16k" if (root / "audio_16k").is_dir() else "audio_44k"
+        try:
+            names = [Path(row["wav"]).name for row in json.loads(self.file.read_text(encoding="utf-8"))["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(self.file, f"is no list of recordings ({error!r})", "fetch it again") from error
+        said = {name: Path(name).stem.rpartition("_")[2] for name in names}
+        return self._items(root, {f"{audio}/{name}": [self.classes.get(said[name], said[name])] for name in names})
+
+
+class Dcase2017(_Tagging):
+    """DCASE 2017 task 4 A, evaluation set: `groundtruth_weak_label_evaluation_set.csv`, a label a line, and the audio.
+
+    The audio's names have a `Y` before those in the file.
+    """
+
+    name = "dcase2017"
+    files = ("groundtruth_weak_label_evaluation_set.csv",)
+    audio = "evaluation_set_formatted_audio_segments"
+
+    def _read(self) -> list[Item]:
+        labels: dict[str, list[str]] = {}
+        with self.file.open(newline="", encoding="utf-8") as file:
+            for line, row in enumerate(csv.reader(file, delimiter="\t"), start=1):
+                if len(row) != 4:
+                    fault = f"has {len(row)} columns, not file, begin, end, label"
+                    raise UserError(f"{self.file}, line {line}", fault, "fetch it again")
+                labels.setdefault(f"{self.audio}/Y{row[0]}", []).append(row[3])
+        return self._items(self.file.parent, labels)
+
+
+class Fsd50k(_Tagging):
+    """FSD50K's evaluation set: `FSD50K.ground_truth/eval.csv` (fname, labels, ...) and `FSD50K.eval_audio/`."""
+
+    name = "fsd50k"
+    files = ("FSD50K.ground_truth/eval.csv",)
+
+    def _read(self) -> list[Item]:
+        labels: dict[str, Any] = {
+            f"FSD50K.eval_audio/{row['fname']}.wav": row["labels"].replace("_", " ").split(",")
+            for row in self._table(["fname", "labels"])
+        }
+        return self._items(self.file.parent.parent, labels)

@@ -1,0 +1,61 @@
+"""LibriSpeech: transcripts, scored by word error rate through jiwer (the extra `speech`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.benchmarks.base import Benchmark, Item
+
+PROMPT = "Write down what is said, word for word."
+
+
+class LibriSpeech(Benchmark):
+    """One part (`test-clean`, ...): `<speaker>/<chapter>/<speaker>-<chapter>.trans.txt` beside its FLAC files."""
+
+    name = "librispeech"
+    files = ()
+
+    def _find(self, place: Path) -> Path:
+        return place
+
+    def _read(self) -> list[Item]:
+        try:
+            import jiwer  # noqa: F401
+        except ImportError as error:
+            raise UserError("librispeech", "needs jiwer", "pip install 'pal-pipeline[speech]'") from error
+        items = []
+        for transcript in sorted(self.file.glob("*/*/*.trans.txt")):
+            for line in transcript.read_text(encoding="utf-8").splitlines():
+                name, _, text = line.partition(" ")
+                audio = transcript.parent / f"{name}.flac"
+                items.append(Item(name, audio, PROMPT, text.strip(), (), "speech", self.file.name, {"id": name}))
+        return items
+
+    def correct(self, item: Item, prediction: str) -> bool:
+        """Whether no word is wrong."""
+        return self._wer([item.answer], [prediction]) == 0
+
+    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+        """`wer`: wrong, left out and added words, over the words that were said."""
+        answered = [
+            (item.answer, predictions[item.question_id]) for item in self.items if item.question_id in predictions
+        ]
+        return {"wer": self._wer(*map(list, zip(*answered, strict=True)))}
+
+    @staticmethod
+    def _wer(said: list[str], heard: list[str]) -> float:
+        """Without case and punctuation, which the transcripts do not have."""
+        import jiwer
+
+        plain = jiwer.Compose(
+            [
+                jiwer.ToLowerCase(),
+                jiwer.SubstituteRegexes({r"[^\w\s']": " "}),
+                jiwer.RemoveMultipleSpaces(),
+                jiwer.Strip(),
+                jiwer.ReduceToListOfListOfWords(),
+            ]
+        )
+        return float(jiwer.wer(said, heard, reference_transform=plain, hypothesis_transform=plain))

@@ -1,0 +1,158 @@
+"""The one door to MLflow for reading: an experiment's runs as plain values, and the way back for a report of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import UserError, nearest
+from pipeline.tracking.writer import EVALUATIONS, SWEEP, VERDICTS
+
+if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
+    from mlflow import MlflowClient
+    from mlflow.entities import Experiment, Run
+
+    from pipeline.experiments.trials import SweepConfig
+
+KIND_TAG = "pal.kind"
+NOT_TRAINED = ("sweep", "report")  # kinds of runs that hold others' results
+LOSS = "train/loss"
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`), `label` is its
+    name where that is unique, `started` in seconds since 1970."""
+
+    name: str
+    label: str
+    started: float
+    tags: Mapping[str, str]
+    run_id: str
+    status: str
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    losses: Sequence[tuple[int, float]]
+    evaluations: Mapping[str, Any]
+
+
+def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experiment]:
+    """An experiment by its name.
+
+    Args:
+        uri: of the tracking store; None means MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
+
+    Raises:
+        UserError: the store cannot be read, or has no such experiment.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
+    database = Path(uri.removeprefix("sqlite:///"))
+    if uri.startswith("sqlite:///") and not database.is_file():
+        raise UserError(uri, "there is no such MLflow database", "give --uri of the runs' tracking store")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(uri)
+    try:
+        experiment = client.get_experiment_by_name(name)
+        names = [other.name for other in client.search_experiments()] if experiment is None else []
+    except MlflowException as error:
+        raise UserError(uri, f"MLflow cannot read it ({error})", "check --uri and that the server runs") from error
+    if experiment is None:
+        raise UserError(f"experiment '{name}'", f"is not in {uri}", nearest(name, names))
+    return client, experiment
+
+
+def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
+    """Every training run of the experiment, oldest first; runs of one name get their id into the label.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Run] = []
+    token = None
+    while token is None or token:
+        page = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
+        found += [run for run in page if run.data.tags.get(KIND_TAG) not in NOT_TRAINED]
+        token = page.token or ""
+    if not found:
+        raise UserError(f"experiment '{experiment.name}'", "has no runs", "train one with `pal train`")
+    names = [run.info.run_name for run in found]
+    return [
+        TrainedRun(
+            name=name,
+            started=run.info.start_time / 1000,
+            tags=run.data.tags,
+            label=name if names.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
+            run_id=run.info.run_id,
+            status=run.info.status,
+            params=run.data.params,
+            metrics=run.data.metrics,
+            losses=_loss_history(client, run),
+            evaluations=_evaluations(client, run),
+        )
+        for name, run in zip(names, found, strict=True)
+    ]
+
+
+def _loss_history(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
+    if LOSS not in run.data.metrics:
+        return []
+    # A step that was trained again after a resume is logged again: the last entry counts.
+    history = sorted(client.get_metric_history(run.info.run_id, LOSS), key=lambda metric: metric.timestamp)
+    return sorted({metric.step: metric.value for metric in history}.items())
+
+
+def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
+    evaluations = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for artifact in client.list_artifacts(run.info.run_id, EVALUATIONS):
+            if artifact.path.endswith(".json"):
+                file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
+                evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+    return evaluations
+
+
+def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[SweepConfig, Mapping[str, str]]:
+    """The sweep that an experiment's runs are trials of, and the tags of its run.
+
+    Raises:
+        UserError: they are none.
+    """
+    from pipeline.config import load_config
+    from pipeline.experiments.trials import SweepConfig
+
+    found = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'sweep'", max_results=1)
+    if not found:
+        raise UserError(f"experiment '{experiment.name}'", "holds no sweep", "run one with `pal sweep`")
+    with tempfile.TemporaryDirectory() as folder:
+        file = client.download_artifacts(found[0].info.run_id, SWEEP, folder)
+        return load_config(SweepConfig, Path(file)), found[0].data.tags
+
+
+def read_verdicts(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
+    """Which questions of a benchmark a run answered right: columns `question_id`, `clip_id`, `correct`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = client.download_artifacts(run.run_id, f"{VERDICTS}/{benchmark}.json", folder)
+        verdicts: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return verdicts
+
+
+def log_back(client: MlflowClient, experiment: Experiment, files: Sequence[Path]) -> None:
+    """Keeps the report in the experiment, its files replaced by each new one: in the run of the sweep, if the runs are
+    trials of one, or in a run of its own."""
+    for kind in NOT_TRAINED:
+        kept = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = '{kind}'", max_results=1)
+        if kept:
+            break
+    else:
+        kept = [client.create_run(experiment.experiment_id, tags={KIND_TAG: "report"}, run_name="report")]
+        client.set_terminated(kept[0].info.run_id)
+    for file in files:
+        client.log_artifact(kept[0].info.run_id, str(file), "report")

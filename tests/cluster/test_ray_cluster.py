@@ -1,0 +1,174 @@
+"""Preparation, training and a sweep as jobs of a Ray cluster of two nodes, from outside it: what comes out is what is
+made without Ray, whatever is lost or stopped on the way, and no secret of a node stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config.loading import dump_config
+from pipeline.core.errors import EXIT_STOPPED
+from pipeline.launch import supervisor
+from pipeline.tracking.writer import METRICS, read_metrics
+from tests.helpers.corpora import hashes, prepare_config, prepare_here, write_corpus
+from tests.helpers.jobs import start_job, write_experiment
+from tests.helpers.ray_clusters import TOKEN, RayCluster, pal_submit, start_submit
+
+SECRET = "planted-secret-of-the-nodes-2718"
+VARIABLE = "a-variable-that-is-no-secret-1618"
+LIMIT_S = 600
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster(MLFLOW_TRACKING_PASSWORD=SECRET, HF_TOKEN=SECRET)
+    try:
+        cluster.add_node()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On the file system that all nodes share; what `pal submit` is to send lies in `sent`."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "sent").mkdir()
+    return folder
+
+
+def submitted(cluster: RayCluster, folder: Path, *command: object, options: tuple[str, ...] = ()) -> Any:
+    """`pal submit` of a command, running."""
+    sent = f"working_dir={folder / 'sent'}"
+    return start_submit(cluster.job_server, sent, *options, "--", "pal", *command, PLACE=VARIABLE)
+
+
+def wait_until(reached: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not reached():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=30)
+        time.sleep(0.02)
+
+
+def curve(output: Path) -> list[tuple[int, float, float]]:
+    if not (output / METRICS).exists():
+        return []
+    return [(step, found["train/loss"], found["train/gradient_norm"]) for step, found in read_metrics(output)]
+
+
+def test_a_set_is_the_same_though_a_node_was_lost(cluster: RayCluster, folder: Path) -> None:
+    manifest = write_corpus(folder / "corpus", 240, 5.0)
+    settings: dict[str, Any] = {"partition_clips": 4, "workers": {"max": 2}}
+    prepare_here(prepare_config(manifest, folder / "local", **settings))
+    config = folder / "prepare.yaml"
+    config.write_text(dump_config(prepare_config(manifest, folder / "features", **settings)))
+
+    def committed() -> int:
+        return len(list((folder / "features").glob("**/commits/*.json")))
+
+    job = submitted(cluster, folder, "prepare", config)
+    wait_until(lambda: committed() > 2, job)
+    killed = cluster.kill(cluster.nodes[-1])
+    at_the_loss = committed()
+    out, err = job.communicate(timeout=LIMIT_S)
+    assert job.returncode == 0, err + out
+    assert at_the_loss < 60 and killed
+    assert '"written": 240' in out
+    assert hashes(folder / "features") == hashes(folder / "local")
+    cluster.wait_until_known()
+    cluster.add_node()
+
+
+@pytest.fixture(scope="module")
+def experiment(folder: Path) -> Path:
+    return write_experiment(folder / "experiment")
+
+
+def test_losses_are_the_same_though_a_node_was_lost_and_the_job_stopped(
+    cluster: RayCluster, folder: Path, experiment: Path
+) -> None:
+    here, there = folder / "here", folder / "there"
+    local = start_job(experiment, "--nproc", 2, f"output={here}")
+    assert local.wait(LIMIT_S) == 0
+
+    train = ("train", experiment, f"output={there}", "--ray", "auto", "--nproc", 2, "--max-restarts", 1)
+    job = submitted(cluster, folder, *train, options=("--stop-on-interrupt",))
+    wait_until(lambda: len(curve(there)) > 4, job)
+
+    def ranks() -> dict[str, int]:
+        files = (there / supervisor.RANKS).glob("*.json")
+        return {path.stem.replace("-", " "): json.loads(path.read_text())["pid"] for path in files}
+
+    places = ranks()
+    killed = cluster.lose(cluster.nodes[-1])
+    (lost,) = [rank for rank, pid in places.items() if pid in killed]
+    cluster.add_node()
+    wait_until(lambda: ranks().keys() == places.keys() and not set(ranks().values()) & set(places.values()), job)
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=LIMIT_S)
+    assert job.returncode == EXIT_STOPPED, err + out
+    assert f"{lost} failed: Ray has lost it on node" in out and "restart 1 of 1" in out and "resumed from" in out
+    assert "saved, start it again to go on" in out
+
+    done = submitted(cluster, folder, *train)
+    out, err = done.communicate(timeout=LIMIT_S)
+    assert done.returncode == 0, err + out
+    assert "resumed from" in out and re.search(r"step +12/12 ", out)
+    assert curve(there) == curve(here) and len(curve(here)) == 12
+    weights = "model/model.safetensors"
+    assert (there / weights).read_bytes() == (here / weights).read_bytes()
+
+
+def test_a_sweep_gives_what_it_gives_here(cluster: RayCluster, folder: Path, experiment: Path) -> None:
+    figures = {}
+    for place in ("here", "there"):
+        file = folder / f"{place}.yaml"
+        what = {"grid": {"model.integration": ["lal"]}, "budget": {"steps": 2}, "cluster": "cpu"}
+        values = {"name": place, "experiment": str(experiment), "output": str(folder / f"sweep-{place}"), **what}
+        file.write_text(yaml.safe_dump(values))
+        results = folder / f"{place}.json"
+        if place == "here":
+            command = [sys.executable, "-m", "pipeline.sweep", str(file), "--json", str(results)]
+            environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            assert subprocess.run(command, env=environment, timeout=LIMIT_S).returncode == 0
+        else:
+            done = submitted(cluster, folder, "sweep", file, "--ray", "auto", "--json", results)
+            out, err = done.communicate(timeout=LIMIT_S)
+            assert done.returncode == 0 and "[1/1]" in out, err + out
+        runs = json.loads(results.read_text())["runs"]
+        figures[place] = [(run["params"], run["status"], run["metrics"]["final_loss"]) for run in runs]
+    assert figures["there"] == figures["here"] and {status for _, status, _ in figures["here"]} == {"FINISHED"}
+
+
+def test_no_secret_stays_behind(cluster: RayCluster, folder: Path) -> None:
+    """Ray writes a job's variables into logs, which is why `pal submit` sends no secret among them."""
+    job = pal_submit(
+        cluster.job_server, f"working_dir={folder / 'sent'}", "environment=[PLACE]", "--", "sh", "-c", "exit 4",
+        PLACE=VARIABLE, HF_TOKEN=SECRET,
+    )  # fmt: skip
+    assert job.returncode == 4
+    time.sleep(5)  # until Ray has tidied up behind the job, of which it tells
+    logged = {secret: _files_with(secret, cluster.folder) for secret in (VARIABLE, SECRET, TOKEN)}
+    assert any(path.name == "runtime_env_agent.log" for path in logged[VARIABLE]), logged
+    assert not logged[SECRET] and not logged[TOKEN], logged
+    assert not _files_with(SECRET, folder)  # configs, logs of the launcher, metrics
+    for database in folder.glob("**/mlflow.db"):
+        with sqlite3.connect(database) as store:
+            assert SECRET not in "\n".join(store.iterdump())
+
+
+def _files_with(text: str, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("**/*") if path.is_file() and text.encode() in path.read_bytes()]

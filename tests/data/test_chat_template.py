@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import Question
+from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE, Chat, load_tokenizer
+from tests.helpers.feature_sets import CHATML, byte_tokenizer
+
+SYSTEM = "You listen."
+QUESTIONS = [
+    Question(question_id=f"q{number}", question=question, answer=answer)
+    for number, (question, answer) in enumerate(
+        [("What is it?", "A dog."), (" How many? ", "two\n"), ("Où?", "là-bas")]
+    )
+]
+# How other families write their turns; written here from the documented formats.
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>\n\n"
+    "{% if m['role'] == 'system' %}Today Date: {{ date_string }}\n\n{% endif %}"
+    "{{ m['content'] | trim }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] + '\n\n' %}{% set t = messages[1:] %}"
+    "{% else %}{% set s = '' %}{% set t = messages %}{% endif %}{% for m in t %}"
+    "{% if m['role'] == 'user' %}[INST] {{ s + m['content'] }} [/INST]{% else %} {{ m['content'] | trim }}<|im_end|>"
+    "{% endif %}{% endfor %}"
+)
+THINKING = CHATML.replace(
+    "<|im_start|>assistant\n{% endif %}",
+    "<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+).replace(
+    "{{ message['content'] | trim }}",
+    "{% if message['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message['content'] | trim }}",
+)
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + CHATML.removeprefix(
+    "{% for message in messages %}"
+).replace("message[", "m[").replace("{% endfor %}", "{% endif %}{% endfor %}")
+TEMPLATES = {
+    "no_system": NO_SYSTEM,
+    "chatml": CHATML,
+    "llama3": LLAMA3,
+    "gemma": GEMMA,
+    "mistral": MISTRAL,
+    "thinking": THINKING,
+    "ltu": None,
+}
+
+
+@pytest.fixture(params=list(TEMPLATES))
+def tokenizer(request, tmp_path):
+    byte_tokenizer(TEMPLATES[request.param]).save_pretrained(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def chatml(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    return load_tokenizer(tmp_path)
+
+
+def chat(tokenizer, system=SYSTEM, max_text_tokens=1000, **options) -> Chat:
+    return Chat(tokenizer, system, max_text_tokens=max_text_tokens, **options)
+
+
+def test_placeholder_is_one_token_beyond_the_vocabulary(chatml):
+    assert chatml.encode(f"a{AUDIO_TOKEN}b", add_special_tokens=False)[1] == len(byte_tokenizer())
+
+
+def test_labels_decode_to_the_answer_and_the_end_of_its_turn(tokenizer):
+    this = chat(tokenizer)
+    for question in QUESTIONS:
+        row = this.row([question])
+        labelled = row.labels[row.labels != IGNORE]
+        assert this.decode(labelled) == question.answer.strip()
+        assert labelled[-1] == this.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert (row.labels[-len(labelled) :] == row.input_ids[-len(labelled) :]).all()  # one run, at the end
+        assert (row.segment_ids == 0).all()
+
+
+def test_audio_stands_between_system_text_and_question(tokenizer):
+    text = tokenizer.decode(chat(tokenizer).row(QUESTIONS[:1]).input_ids)
+    assert text.count(AUDIO_TOKEN) == 1
+    assert text.index(SYSTEM) < text.index(AUDIO_TOKEN) < text.index("What is it?") < text.index("A dog.")
+
+
+def test_the_row_is_what_the_template_renders(chatml):
+    rendered = chatml.apply_chat_template(
+        [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": AUDIO_TOKEN + "What is it?"},
+            {"role": "assistant", "content": "A dog."},
+        ],
+        tokenize=False,
+    )
+    assert chatml.decode(chat(chatml).row(QUESTIONS[:1]).input_ids) == rendered.rstrip()
+
+
+def test_prompt_is_the_row_before_the_answer(tokenizer):
+    this = chat(tokenizer)
+    row = this.row(QUESTIONS[:1])
+    assert this.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE].tolist()
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all_text"])
+def test_packed_rows_equal_the_conversations_token_by_token(tokenizer, loss_on):
+    this = chat(tokenizer, loss_on=loss_on)
+    packed = this.row(QUESTIONS)
+    for number, question in enumerate(QUESTIONS, start=1):
+        alone = this.row([question])
+        seen = np.isin(packed.segment_ids, [0, number])
+        assert (packed.input_ids[seen] == alone.input_ids).all()
+        assert (packed.labels[seen] == alone.labels).all()
+    assert (packed.input_ids == this.audio_token_id).sum() == 1
+    assert packed.input_ids[packed.segment_ids == 0].tolist() == this.prefix
+
+
+def test_loss_on_all_text_leaves_out_the_prefix_and_the_first_token_after_the_audio(chatml):
+    row = chat(chatml, loss_on="all_text").row(QUESTIONS[:1])
+    start = len(chat(chatml).prefix) + 1
+    assert (row.labels[:start] == IGNORE).all()
+    assert (row.labels[start:] == row.input_ids[start:]).all()
+
+
+def test_no_system_prompt_means_no_system_turn(chatml):
+    assert "system" not in chatml.decode(chat(chatml, system="").prefix)
+
+
+def test_a_prompt_does_not_depend_on_the_day(tmp_path):
+    byte_tokenizer(LLAMA3).save_pretrained(tmp_path)
+    assert "Today Date: 26 Jul 2024" in load_tokenizer(tmp_path).decode(chat(load_tokenizer(tmp_path)).prefix)
+
+
+def test_long_conversations_are_named_and_never_cut(chatml):
+    length = len(chat(chatml).row(QUESTIONS[:1]).input_ids)
+    chat(chatml, max_text_tokens=length).row(QUESTIONS[:1])
+    with pytest.raises(UserError, match=f"question 'q0': is {length} text tokens long.*raise data.max_text_tokens"):
+        chat(chatml, max_text_tokens=length - 1).row(QUESTIONS[:1])
+    with pytest.raises(UserError, match="text tokens long"):
+        chat(chatml, max_text_tokens=120).prompt("x" * 120)
+
+
+def test_a_placeholder_in_a_text_is_refused(chatml):
+    with pytest.raises(UserError, match=r"question 'bad': holds <audio>"):
+        chat(chatml).row([Question(question_id="bad", question="is <audio> loud?", answer="yes")])
+    with pytest.raises(UserError, match=r"data\.system_prompt"):
+        chat(chatml, system="Listen to <audio>.")
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "renders no"),
+        ("{% for m in messages %}{{ m['content'] * 2 }}<|im_end|>{% endfor %}", "once each"),
+        ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", "once each"),
+        ("{{ raise_exception('no') }}", "renders no"),
+        (CHATML.replace("<|im_start|>assistant\n{% endif", "Your answer:{% endif"), "another prompt for generation"),
+    ],
+)
+def test_unusable_templates_are_refused(tmp_path, template, fault):
+    byte_tokenizer(template).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=fault):
+        chat(load_tokenizer(tmp_path))
+
+
+def test_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(UserError, match="no usable tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_row_about_no_clip_is_the_same_without_the_placeholder(tokenizer):
+    this = chat(tokenizer)
+    for questions in (QUESTIONS[:1], QUESTIONS):
+        with_audio, without = this.row(questions), this.row(questions, audio=False)
+        kept = with_audio.input_ids != this.audio_token_id
+        for name in ("input_ids", "labels", "segment_ids"):
+            assert (getattr(without, name) == getattr(with_audio, name)[kept]).all()

@@ -1,0 +1,104 @@
+"""The rendered DeepSpeed config: every policy, one owner for each number; the learning-rate schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import TrainConfig
+from pipeline.core.errors import UserError
+from pipeline.engine import POLICIES, rate_factor, render, zero_stage
+
+SHIPPED = sorted(p.stem for p in POLICIES.glob("*.json"))
+
+
+def train(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 10, "global_batch_size": 64, "micro_batch_size": 4, **changes})
+
+
+def leaves(values: dict[str, Any]) -> list[Any]:
+    return [leaf for v in values.values() for leaf in (leaves(v) if isinstance(v, dict) else [v])]
+
+
+@pytest.mark.parametrize("policy", SHIPPED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_deepspeed_accepts_every_policy(policy: str, precision: str) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    rendered = render(policy, train(precision=precision), world_size=1, accumulation=16, on_gpu=True)
+    read = DeepSpeedConfig(rendered)
+    assert read.zero_optimization_stage == zero_stage(rendered)
+    assert (read.float16_config.enabled, read.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
+    assert read.gradient_clipping == 1.0
+    assert "auto" not in leaves(rendered)
+
+
+@pytest.mark.parametrize("policy", SHIPPED)
+def test_policy_files_write_out_what_deepspeed_would_default(policy: str) -> None:
+    """DeepSpeed's defaults move between releases; for these keys a move would change memory, speed or results."""
+    zero = json.loads((POLICIES / f"{policy}.json").read_text())["zero_optimization"]
+    expected = {"reduce_bucket_size", "overlap_comm", "contiguous_gradients", "load_from_fp32_weights"}
+    if zero["stage"] == 3:
+        expected |= {"stage3_gather_16bit_weights_on_model_save", "stage3_param_persistence_threshold"}
+    assert zero["stage"] == 0 or expected <= zero.keys()
+
+
+def test_batch_arithmetic() -> None:
+    rendered = render("zero2", train(), world_size=2, accumulation=8, on_gpu=False)
+    assert rendered["train_batch_size"] == 64
+    assert rendered["train_micro_batch_size_per_gpu"] == 4
+    assert rendered["gradient_accumulation_steps"] == 8
+
+
+def test_optimizer_follows_the_device() -> None:
+    def optimizer(policy: str, on_gpu: bool) -> dict[str, Any]:
+        return render(policy, train(), world_size=1, accumulation=1, on_gpu=on_gpu)["optimizer"]["params"]
+
+    assert optimizer("zero2", on_gpu=False)["torch_adam"] and not optimizer("zero2", on_gpu=False)["fused"]
+    assert optimizer("zero2", on_gpu=True)["fused"]
+    assert not optimizer("zero3_offload", on_gpu=True)["torch_adam"]
+
+
+def test_clipping_off_is_written_as_zero() -> None:
+    assert (
+        render("zero2", train(gradient_clipping=0), world_size=1, accumulation=1, on_gpu=False)["gradient_clipping"]
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', "reduce_bucket_size"),
+        ('{"zero_optimization": {"stage": 2}, "train_batch_size": 8}', "train_batch_size"),
+        ('{"zero_optimization": {"stage": 4}}', "stage"),
+        ("[1]", "stage"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_bad_policy_is_the_users_mistake(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(UserError, match=fault):
+        render(str(tmp_path / "mine.json"), train(), world_size=1, accumulation=1, on_gpu=False)
+
+
+def test_an_unknown_policy_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'zero2'"):
+        render("zeor2", train(), world_size=1, accumulation=1, on_gpu=False)
+
+
+def test_rate_warms_up_then_falls_to_its_final_share() -> None:
+    factors = [rate_factor(step, 100, 0.1, 0.2) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(0.2)
+    assert rate_factor(1, 10, 0.0, 0.1) < 1.0  # no warm-up starts on the cosine
+
+
+def test_compiled_layers_and_partitioned_parameters_exclude_each_other() -> None:
+    assert render("zero2", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
+    with pytest.raises(UserError, match=r"train\.compile: does not go with ZeRO-3"):
+        render("zero3", train(compile=True), world_size=1, accumulation=1, on_gpu=False)

@@ -1,0 +1,176 @@
+"""What DeepSpeed computes for us does not depend on how the work is cut: stage, micro-batch, ranks, precision of
+bookkeeping. A plain torch loop is the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.core.ranks import read_ranks
+from pipeline.engine import ADAM_EPSILON, rate_factor, trained_weights
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny_engine import (
+    CLIPPING,
+    LANGUAGE_MODEL,
+    STEPS,
+    Curve,
+    build,
+    collate,
+    rows,
+    settings,
+    tiny_model,
+    train_steps,
+    weights,
+)
+
+WAYS_TO_SAVE = [
+    ("zero0", LANGUAGE_MODEL),
+    ("zero1", "none"),
+    ("zero2", "none"),
+    ("zero2", LANGUAGE_MODEL),
+    ("zero3", "none"),
+    ("zero3", LANGUAGE_MODEL),
+]
+
+
+def reference() -> tuple[Curve, dict[str, torch.Tensor]]:
+    """The same training in plain torch, the whole global batch at once."""
+    model = tiny_model()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=ADAM_EPSILON)
+    curve = []
+    for step in range(STEPS):
+        for group, peak in zip(optimizer.param_groups, (1e-2, 2e-2), strict=True):
+            group["lr"] = peak * rate_factor(step + 1, STEPS, 0.25, 0.1)
+        loss = model(**collate(rows(step))).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append((loss.item(), norm.item()))
+    return curve, model.state_dict()
+
+
+def all_ways() -> dict[str, Any]:
+    """Every stage, with micro-batches of one size and of another in each step, in one set of processes: starting them
+    is what takes time."""
+    found: dict[str, Any] = {}
+    for policy in ("zero0", "zero1", "zero2", "zero3"):
+        for sizes in ([2], [4, 1, 2, 3]):
+            engine = build(settings(policy, 2))
+            found[f"{policy} micro-batches {sizes}"] = (train_steps(engine, range(STEPS), sizes), weights(engine))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[Curve, dict[str, torch.Tensor]]:
+    return reference()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_way_work_is_cut_does_not_matter(world_size: int, expected: tuple[Curve, dict[str, torch.Tensor]]) -> None:
+    """fp32: only the order of sums differs, so losses agree to 1e-6. Adam divides small gradients by their own size,
+    so weights agree to a small part of a step (1e-2)."""
+    curve, final = expected
+    found = run_on_ranks(all_ways, world_size)
+    assert len(found[0]) == 8
+    for way, (losses, state) in found[0].items():
+        for (loss, norm), (expected_loss, expected_norm) in zip(losses, curve, strict=True):
+            assert loss == pytest.approx(expected_loss, abs=1e-6), way
+            assert norm == pytest.approx(expected_norm, rel=1e-5), way
+        for name, tensor in final.items():
+            torch.testing.assert_close(
+                state[name], tensor, rtol=0, atol=1e-4, msg=lambda m, w=way, n=name: f"{w} {n}: {m}"
+            )
+
+
+def one_rank_without_audio(policies: list[str]) -> dict[str, Curve]:
+    return {policy: train_steps(build(settings(policy, 2)), range(2), 2, text_only_rank=1) for policy in policies}
+
+
+def test_a_rank_with_text_only_does_not_hang_the_others() -> None:
+    found = run_on_ranks(one_rank_without_audio, 2, ["zero0", "zero1", "zero2", "zero3"], limit_s=150)
+    assert found[0] == found[1]
+    curves = list(found[0].values())
+    for other in curves[1:]:
+        assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in curves[0]], abs=1e-6)
+
+
+def save_and_go_on(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
+    engine = build(settings(policy, 2), frozen)
+    first = train_steps(engine, range(2), 2)
+    engine.snapshot(folder, copied=True).write()
+    return first + train_steps(engine, range(2, STEPS), 2), weights(engine)
+
+
+def load_and_go_on(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
+    engine = build(settings(policy, 2), frozen)
+    engine.load(folder)
+    return train_steps(engine, range(2, STEPS), 2), weights(engine)
+
+
+def saved_and_loaded(folder: Path) -> dict[str, Any]:
+    found = {}
+    for policy, frozen in WAYS_TO_SAVE:
+        place = folder / f"{policy}-{frozen}"
+        found[place.name] = (save_and_go_on(place, policy, frozen), load_and_go_on(place, policy, frozen))
+    return found
+
+
+def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """And what is frozen is not in the files, which therefore stay small."""
+    found = run_on_ranks(saved_and_loaded, 2, tmp_path)
+    for way, ((straight, final), (resumed, final_resumed)) in found[0].items():
+        assert resumed == straight[2:], way
+        for name, tensor in final.items():
+            assert torch.equal(final_resumed[name], tensor), f"{way} {name}"
+        exported = trained_weights(tmp_path / way)
+        frozen = way.endswith(LANGUAGE_MODEL)
+        assert any(name.startswith("language_model") for name in exported) != frozen
+        assert any(name.startswith("streams") for name in exported)
+
+
+def save_in_half_precision(folder: Path) -> dict[str, Any]:
+    found = {}
+    for policy in ("zero0", "zero1", "zero2", "zero3"):
+        engine = build(settings(policy, 2, "bf16"), LANGUAGE_MODEL)
+        train_steps(engine, range(1), 2)
+        engine.snapshot(folder / policy, copied=False).write()
+        found[policy] = weights(engine)
+    return found
+
+
+def test_trained_weights_are_read_from_every_stage_in_half_precision(tmp_path: Path) -> None:
+    for policy, final in run_on_ranks(save_in_half_precision, 2, tmp_path)[0].items():
+        trained = trained_weights(tmp_path / policy)
+        assert trained.keys() == {name for name in final if name.startswith("streams.")}, policy
+        for name, tensor in trained.items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor.to(final[name].dtype), final[name]), f"{policy} {name}"
+
+
+def meet_not_a_number(policies: list[str]) -> dict[str, Any]:
+    found = {}
+    for policy in policies:
+        engine = build(settings(policy, 4))
+        before = weights(engine)
+        batch = collate(rows(0)[read_ranks().rank :: 2])
+        # Divided by not-a-number on one rank only: loss and gradients of that rank are not finite.
+        engine.backward({**batch, "num_items_in_batch": 1.0 if read_ranks().rank == 0 else float("nan")}, last=True)
+        applied = engine.step(1.0)
+        after = weights(engine)
+        unchanged = before is None or all(torch.equal(before[name], after[name]) for name in before)
+        found[policy] = (applied, engine.skipped_steps, unchanged, train_steps(engine, range(1), 4))
+    return found
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    for result in run_on_ranks(meet_not_a_number, 2, ["zero0", "zero1", "zero2", "zero3"]):
+        for policy, (applied, skipped, unchanged, curve) in result.items():
+            assert (applied, skipped, unchanged) == (False, 1, True), policy
+            assert curve[0][0] == pytest.approx(curve[0][0]), policy  # the next step is finite

@@ -1,0 +1,72 @@
+"""Captions are marked by CIDEr, and written for the tools that need what is not here."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.evaluate import main
+from pipeline.evaluation.benchmarks import AudioCaps, Clotho
+from tests.helpers.published import write_audio, write_text
+
+
+def write_clotho(root: Path, captions: dict[str, list[str]]) -> Path:
+    for name in captions:
+        write_audio(root / "evaluation" / name)
+    with (root / "clotho_captions_evaluation.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", *(f"caption_{n}" for n in range(1, 6))])
+        writer.writerows([name, *given] for name, given in captions.items())
+    return root
+
+
+def test_captions_are_marked_by_cider(tmp_path: Path) -> None:
+    """A hand-calculated mark: one word, one caption in each of two files, that no other file shares.
+
+    tf-idf of the word is log 2 in caption and answer, so the 1-grams agree fully (1), and there are no longer n-grams
+    (0): 10 * (1 + 0 + 0 + 0) / 4. Of an answer of two such words beside the one the cosine is 1 / sqrt(2), and the
+    lengths, which the reference implementation counts in pairs of words, differ by one: exp(-1 / (2 * 6^2)).
+    """
+    clotho = Clotho(write_clotho(tmp_path, {"a.wav": ["Rain!"], "b.wav": ["dog"]}))
+    assert clotho.marks({"a.wav": "rain", "b.wav": "DOG."}) == {"cider": pytest.approx({"a.wav": 2.5, "b.wav": 2.5})}
+    mixed = clotho.marks({"a.wav": "rain dog", "b.wav": ""})["cider"]
+    assert mixed == pytest.approx({"a.wav": 2.5 / math.sqrt(2) * math.exp(-1 / 72), "b.wav": 0})
+    assert clotho.correct(clotho.items[0], "rain.") and not clotho.correct(clotho.items[0], "a rain")
+    assert set(clotho.further({"a.wav": "rain"})) == {"spice", "spider", "fense"}
+
+
+def test_captions_are_evaluated_and_written_for_the_official_tools(
+    exported: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clotho = write_clotho(tmp_path / "clotho", {"a, b.wav": ["a dog", "dogs bark"], "c.wav": ["rain"]})
+    caps = tmp_path / "audiocaps"
+    ids = ["Y1234567890", "-abcdefghi_"]
+    write_audio(caps / "audio" / f"{ids[0]}.wav")
+    write_audio(caps / "audio" / f"Y{ids[1]}_30_40.wav")
+    lines = [f"{n},{clip},30,caption {n}" for n, clip in enumerate([*ids, *ids])]
+    write_text(caps / "test.csv", "\n".join(["audiocap_id,youtube_id,start_time,caption", *lines]) + "\n")
+    assert [item.row["captions"] for item in AudioCaps(caps).items] == [
+        ["caption 0", "caption 2"],
+        ["caption 1", "caption 3"],
+    ]
+    out = ["--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "s.json"), "--max-new-tokens=3"]
+    assert main([str(exported / "model"), f"clotho={clotho}", f"audiocaps={caps}", *out]) == 0
+    assert capsys.readouterr().err.count("spice, spider and fense need Java") == 2
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["clotho"]["cider"] >= 0 and scores["clotho"]["cider_ci95"][0] <= scores["clotho"]["cider"]
+    assert scores["clotho"]["spice"] is None
+    with (tmp_path / "p.clotho.csv").open(newline="") as file:
+        assert [row["file_name"] for row in csv.DictReader(file)] == ["a, b.wav", "c.wav"]
+    assert (tmp_path / "p.audiocaps.csv").read_text().startswith("file_name,caption_predicted\n")
+
+
+def test_captions_without_their_library_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
+    with pytest.raises(UserError, match=r"clotho: needs pycocoevalcap; pip install 'pal-pipeline\[captions\]'"):
+        Clotho(tmp_path)

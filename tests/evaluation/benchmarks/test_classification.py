@@ -1,0 +1,106 @@
+"""Classes that an answer names, counted as their publishers count; layouts as published."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.benchmarks import Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
+from pipeline.evaluation.benchmarks.multiple_choice import named
+from tests.helpers.published import write_audio, write_text
+
+
+def test_a_class_must_be_named_and_no_other(tmp_path: Path) -> None:
+    for name in ("1-a.wav", "2-b.wav", "3-c.wav"):
+        write_audio(tmp_path / "esc" / "audio" / name)
+    (tmp_path / "esc" / "meta").mkdir()
+    (tmp_path / "esc" / "meta" / "esc50.csv").write_text(
+        "filename,fold,category\n1-a.wav,1,dog\n2-b.wav,1,crying_baby\n3-c.wav,2,sea_waves\n"
+    )
+    esc = Esc50(tmp_path / "esc")
+    assert [item.answer for item in esc.items] == ["dog", "crying baby", "sea waves"]
+    assert "crying baby, dog, sea waves" in esc.items[0].prompt
+    baby = esc.items[1]
+    assert [esc.correct(baby, text) for text in ("A crying baby.", "a dog and a crying baby", "baby", "")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    for name in ("jazz/jazz.00000.wav", "rock/rock.00000.wav"):
+        write_audio(tmp_path / "gtzan" / "genres_original" / name)
+    gtzan = Gtzan(tmp_path / "gtzan")
+    assert [(item.question_id, item.answer) for item in gtzan.items] == [
+        ("jazz/jazz.00000.wav", "jazz"),
+        ("rock/rock.00000.wav", "rock"),
+    ]
+    assert gtzan.correct(gtzan.items[0], "It is jazz music")
+
+
+def test_every_class_that_is_named_counts_and_none_within_another() -> None:
+    classes = ("Car", "Car alarm", "Air horn, truck horn", "Police car (siren)")
+    for said, numbers in (
+        ("car alarm", {1}),
+        ("A car, and a car alarm.", {0, 1}),
+        ("air horn, truck horn; police car (siren)", {2, 3}),
+        ("a police car", {0}),
+        ("cars", set()),
+        ("", set()),
+    ):
+        assert named(said, classes) == numbers
+
+
+def test_vocal_sounds_take_their_class_from_the_file_name(tmp_path: Path) -> None:
+    names = ["f0003_0_cough.wav", "m0004_1_throatclearing.wav"]
+    for name in names:
+        write_audio(tmp_path / "audio_16k" / name)
+    rows = [{"wav": f"/far/away/{name}", "labels": "/m/0"} for name in names]
+    write_text(tmp_path / "datafiles" / "te.json", json.dumps({"data": rows}))
+    sounds = VocalSound(tmp_path)
+    assert [item.answer for item in sounds.items] == ["cough", "throat clearing"]
+    assert sounds.correct(sounds.items[1], "They are clearing... throat clearing!")
+    write_text(tmp_path / "datafiles" / "te.json", json.dumps(rows))
+    with pytest.raises(UserError, match="is no list of recordings"):
+        VocalSound(tmp_path)
+
+
+def test_tags_are_counted_by_class(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_audio(tmp_path / "fsd" / "FSD50K.eval_audio" / f"{name}.wav")
+    table = 'fname,labels,mids\na,"Bark,Dog","/m/1,/m/2"\nb,Purr,/m/3\nc,"Dog","/m/2"\n'
+    write_text(tmp_path / "fsd" / "FSD50K.ground_truth" / "eval.csv", table)
+    fsd = Fsd50k(tmp_path / "fsd")
+    said = {item.question_id: text for item, text in zip(fsd.items, ("dog", "purr, dog", "Dog."), strict=True)}
+    assert [fsd.correct(item, said[item.question_id]) for item in fsd.items] == [False, False, True]
+    # Bark: never named. Dog: 2 of 2 found, 3 named. Purr: 1 of 1. Average precision: Bark 1/3, Dog 2/3, Purr 1.
+    assert fsd.further(said) == pytest.approx(
+        {
+            "f1_micro": 2 * 3 / (4 + 4),
+            "f1_macro": (0 + 4 / 5 + 1) / 3,
+            "mean_average_precision": (1 / 3 + 2 / 3 + 1) / 3,
+        }
+    )
+    perfect = {item.question_id: item.answer for item in fsd.items}
+    assert set(fsd.further(perfect).values()) == {1.0}
+    one = fsd.items[1].question_id
+    assert set(fsd.further({one: "Purr"}).values()) == {1.0}, "classes that do not occur have no score"
+
+
+def test_dcase_tags_stand_in_lines_of_their_own(tmp_path: Path) -> None:
+    for name in ("Y-id_30.000_40.000.wav", "Yother_0.000_10.000.wav"):
+        write_audio(tmp_path / "evaluation_set_formatted_audio_segments" / name)
+    lines = [
+        "-id_30.000_40.000.wav\t30.000\t40.000\tCar",
+        "other_0.000_10.000.wav\t0.000\t10.000\tAir horn, truck horn",
+        "-id_30.000_40.000.wav\t30.000\t40.000\tTrain",
+    ]
+    file = tmp_path / "groundtruth_weak_label_evaluation_set.csv"
+    write_text(file, "\n".join(lines) + "\n")
+    dcase = Dcase2017(tmp_path)
+    assert [item.row["labels"] for item in dcase.items] == [["Car", "Train"], ["Air horn, truck horn"]]
+    assert dcase.correct(dcase.items[0], "a train and a car")
+    assert dcase.further({dcase.items[1].question_id: "air horn, truck horn"})["f1_micro"] == 1
+    write_text(file, "a.wav,0,10,Car\n")
+    with pytest.raises(UserError, match="line 1: has 1 columns"):
+        Dcase2017(tmp_path)

@@ -1,0 +1,52 @@
+"""MMSU's official number, with the quirks of its scorer, beside a sane one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.evaluation.benchmarks import Mmsu
+
+
+def write_mmsu(root: Path, count: int) -> Mmsu:
+    rows = [
+        {
+            "id": number,
+            "audio_path": "a.wav",
+            "task_name": "tone",
+            "question": "Which?",
+            "choice_a": "high",
+            "choice_b": "low",
+            "choice_c": "level",
+            "answer_gt": "low",
+            "category": "Perception",
+        }
+        for number in range(count)
+    ]
+    root.mkdir(exist_ok=True)
+    (root / "a.wav").touch()
+    (root / "mmsu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Mmsu(root)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "official", "counted", "sane"),
+    [
+        (["B", "B. low", "(B)"], 1.0, 3, 3),  # of "(B)" the character before the last
+        (["B", ""], 1.0, 2, 1),  # an empty answer is judged by the letter before it
+        (["A", "", "None"], 0.0, 3, 0),
+        (["", "B"], None, None, 1),  # with no letter before it the scorer ends with an error
+        (["B", "no idea", "5"], 1.0, 1, 1),  # without a letter it does not count
+        (["Because of noise", "B"], 1.0, 2, 1),  # "B" of Because
+        (["low", "B"], 1.0, 1, 2),
+        (["D", "\nB\n"], 0.5, 2, 1),
+    ],
+)
+def test_mmsu_tells_the_official_number_and_a_sane_one(
+    tmp_path: Path, predictions: list[str], official: float | None, counted: float | None, sane: int
+) -> None:
+    benchmark = write_mmsu(tmp_path, len(predictions))
+    further = benchmark.further({str(number): text for number, text in enumerate(predictions)})
+    assert further == {"official_accuracy": official, "official_questions": counted}
+    verdicts = [benchmark.correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)]
+    assert sum(verdicts) == sane

@@ -1,0 +1,70 @@
+"""What a further question about a clip costs: nearly what it costs the bare language model, which hears nothing.
+
+`pytest -m slow -s tests/inference/test_question_cost.py` prints the figures."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import pytest
+import soundfile
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.core.feature_contract import read_encoders
+from pipeline.inference.encode_audio import Ears
+from pipeline.inference.responder import load_answerer
+from tests.helpers.corpora import tone
+from tests.helpers.exported_models import write_model
+
+QUESTION = "Which instrument plays the second note, and how long does it last?"
+CLIP_S, NEW_TOKENS, PAIRS = 10.0, 16, 30
+SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_layers": 8, "num_heads": 8}
+
+
+def processor_s(work: Callable[[], object]) -> float:
+    """Of this thread alone, so that what else runs on the machine counts little."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("integration", ["plits", "lal", "pal_v3"])
+def test_a_further_question_costs_what_a_text_only_one_does(tmp_path: Path, integration: str) -> None:
+    folder = write_model(tmp_path, integration, **SIZES)
+    answerer = load_answerer(folder / "model", NEW_TOKENS)
+    bare = AutoModelForCausalLM.from_pretrained(folder / "lm").eval()
+    chat = answerer.chat
+    chat.end_token_id = chat.audio_token_id  # never written: all answers are equally long
+    soundfile.write(tmp_path / "clip.wav", tone(CLIP_S, 16000), 16000)
+    ears = Ears(read_encoders(folder / "model", answerer.feature_fingerprints, "nowhere"), {}, "cpu")
+    prefix = answerer.hear([ears.hear(tmp_path / "clip.wav").features])
+    text = torch.tensor([[token for token in chat.prompt(QUESTION) if token != chat.audio_token_id]])
+
+    def further_question() -> None:
+        answerer.answer(prefix, [QUESTION], [0])
+
+    @torch.inference_mode()
+    def text_only() -> None:
+        end = chat.end_token_id
+        answer = bare.generate(text, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=end, pad_token_id=end)
+        assert answer.shape[1] == text.shape[1] + NEW_TOKENS
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        further_question(), text_only()
+        pairs = []
+        for number in range(PAIRS):  # one after the other, in turns: a slow minute of the machine slows both
+            order = (further_question, text_only) if number % 2 else (text_only, further_question)
+            spent = {work: processor_s(work) for work in order}
+            pairs.append((spent[further_question], spent[text_only]))
+    finally:
+        torch.set_num_threads(threads)
+    ratio = median(heard / bare_s for heard, bare_s in pairs)
+    heard_ms, bare_ms = (1e3 * median(column) for column in zip(*pairs, strict=True))
+    print(f"\n{integration}: {heard_ms:.0f} ms, text alone {bare_ms:.0f} ms; median of {PAIRS} pairs x{ratio:.3f}")
+    assert ratio < 1.10

@@ -1,0 +1,247 @@
+"""The page of `pal ask --web`: a clip is heard once, pathways go off and on; a browser sees what the model says."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.ask import main
+from pipeline.core.errors import run_command
+from pipeline.core.feature_contract import read_encoders
+from pipeline.inference.encode_audio import Ears
+from pipeline.inference.responder import Answerer, load_answerer
+from pipeline.model import PalForCausalLM
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+BOTH = ["lal", "plits"]
+
+
+@pytest.fixture(scope="module")
+def model(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model whose answers depend on what it hears: its audio tokens are loud."""
+    loud = tmp_path_factory.mktemp("web") / "model"
+    shutil.copytree(exported / "model", loud)
+    (file,) = loud.glob("*.safetensors")
+    weights = load_file(file)
+    for name in weights:
+        if name.startswith("streams.") and name.endswith("output.weight"):
+            weights[name] *= 30
+    save_file(weights, file, {"format": "pt"})
+    return loud
+
+
+@pytest.fixture(scope="module")
+def answerer(model: Path) -> Answerer:
+    return load_answerer(model, 4)
+
+
+@pytest.fixture(scope="module")
+def ears(model: Path, answerer: Answerer) -> Ears:
+    return Ears(read_encoders(model, answerer.feature_fingerprints, "nowhere"), {}, "cpu")
+
+
+def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
+    exported: Path,
+    answerer: Answerer,
+    ears: Ears,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipeline.inference.web import Page
+
+    features = ears.hear(exported / "clip.flac").features
+    expected = {
+        hidden: answerer.answer(answerer.hear([features], hidden), ["What?"], [0])[0]
+        for hidden in ((), ("lal",), ("lal", "plits"))
+    }
+    assert expected[()] != expected["lal", "plits"]
+    encoded: list[int] = []
+    read: list[int] = []
+    hear, audio_tokens = Ears.hear, PalForCausalLM.audio_tokens
+    monkeypatch.setattr(Ears, "hear", lambda *a: encoded.append(1) or hear(*a))
+    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: read.append(1) or audio_tokens(*a))
+    page = Page(answerer, ears, "model")
+    heard, picture, line, *nothing = page.hear(str(exported / "clip.flac"))
+    assert heard is not None and picture is not None and "70.0 s" in line and nothing == ["", "", []]
+    asked = list(page.ask(heard, "What?", BOTH))
+    assert [len(text) for _, text, _ in asked] == sorted(len(text) for _, text, _ in asked), "it only grows"
+    assert asked[-1][1] == expected[()]
+    list(page.ask(heard, "Why?", BOTH))
+    list(page.ask(heard, "What?", BOTH))
+    assert (len(encoded), len(read)) == (1, 1)
+    assert list(page.ask_again(heard, ["plits"]))[-1][1] == expected[("lal",)]
+    assert list(page.ask_again(heard, []))[-1][1] == expected[("lal", "plits")]
+    assert list(page.ask_again(heard, BOTH))[-1][1] == expected[()]
+    assert (len(encoded), len(read)) == (1, 3)
+    assert [row[:2] for row in heard.rows] == [
+        ["What?", "LAL + PLITS"],
+        ["What?", "nothing"],
+        ["What?", "PLITS"],
+        ["What?", "LAL + PLITS"],
+        ["Why?", "LAL + PLITS"],
+        ["What?", "LAL + PLITS"],
+    ]
+
+
+def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
+    exported: Path,
+    tmp_path: Path,
+    answerer: Answerer,
+    ears: Ears,
+) -> None:
+    from pipeline.inference.web import Page
+
+    page = Page(answerer, ears, "model")
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    heard, picture, line, *_ = page.hear(str(tmp_path / "noise.wav"))
+    assert heard is None and picture is None
+    assert "**noise.wav** is undecodable" in line and str(tmp_path) not in line
+    assert page.hear(None)[:3] == (None, None, "")
+    assert "first" in next(page.ask(None, "What?", BOTH))[0]
+    heard = page.hear(str(exported / "clip.flac"))[0]
+    assert "Type a question" in next(page.ask(heard, " ", BOTH))[0]
+    assert "holds <audio>" in list(page.ask(heard, "What <audio>?", BOTH))[-1][0]
+    assert heard is not None and heard.rows == [] and list(page.ask_again(heard, [])) == []
+
+
+def test_the_page_offers_the_pathways_that_the_model_has(answerer: Answerer, ears: Ears) -> None:
+    from pipeline.inference.web import Page
+
+    page = Page(answerer, ears, "model").build()
+    (boxes,) = (part["props"] for part in page.config["components"] if part["type"] == "checkboxgroup")
+    assert [value for _, value in boxes["choices"]] == boxes["value"] == BOTH
+    assert not page.analytics_enabled and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_the_command_serves_this_machine_alone_unless_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.inference import web
+
+    served: list[tuple[str, int]] = []
+    monkeypatch.setattr(web, "serve", lambda answerer, ears, name, host, port: served.append((host, port)))
+    assert main([str(exported / "model"), "--web"]) == 0
+    assert main([str(exported / "model"), "--web", "--address=0.0.0.0:80"]) == 0
+    assert served == [("127.0.0.1", 7860), ("0.0.0.0", 80)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--web", "clip.wav"], "CLIP: has no effect on --web"),
+        (["--web", "--hide=lal"], "--hide: has no effect on --web"),
+        ([], "CLIP: is absent"),
+        (["clip.wav", "--address=127.0.0.1:80"], "--address: is for a page"),
+        (["--web", "--address=80"], "is not HOST:PORT"),
+        (["--web", "--address=localhost:66000"], "is not HOST:PORT"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(main, ["model", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_its_library_the_page_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "pipeline.inference.web", raising=False)
+    assert run_command(main, ["model", "--web"]) == 2
+    assert capsys.readouterr().err == "pal: --web: needs gradio; pip install 'pal-pipeline[web]'\n"
+
+
+@pytest.fixture
+def url(model: Path, tmp_path: Path) -> Iterator[str]:
+    """A served page, which Ctrl-C ends."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "log"
+    arguments = [str(model), "--web", f"--address=127.0.0.1:{port}", "--max-new-tokens=4"]
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.ask", *arguments], stdout=subprocess.PIPE, stderr=stream, text=True
+        )
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        assert said == f"http://127.0.0.1:{port} (Ctrl-C ends)\n", log.read_text()
+        listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]
+        assert listening == ["127.0.0.1"]
+        yield said.split()[0]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        assert log.read_text() == ""
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
+    url: str,
+    exported: Path,
+    tmp_path: Path,
+    answerer: Answerer,
+    ears: Ears,
+) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    clip, question = exported / "clip.flac", "What?"
+    features = ears.hear(clip).features
+    all_heard, lal_hidden, both_hidden = (
+        answerer.answer(answerer.hear([features], hidden), [question], [0])[0]
+        for hidden in ((), ("lal",), ("lal", "plits"))
+    )
+    assert all_heard != both_hidden
+    (tmp_path / "noise.wav").write_bytes(b"no audio")
+    asked_for: list[str] = []
+    expect.set_options(timeout=60_000)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"],
+        )
+        page = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900}).new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: asked_for.append(request.url))
+        page.goto(url)
+        upload = page.get_by_test_id("waveform-Clip").get_by_test_id("file-upload")
+        upload.set_input_files(clip)
+        expect(page.get_by_text(re.compile(r"Heard \d+\.\d s"))).to_be_visible()
+        expect(page.locator(".matplotlib img")).to_be_visible()
+        page.get_by_label("Question").fill(question)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.get_by_test_id("cell-0-1")).to_have_text("LAL + PLITS")
+        expect(page.get_by_label("Answer", exact=True)).to_have_value(all_heard)
+        page.get_by_role("checkbox", name="LAL").uncheck()
+        expect(page.get_by_test_id("cell-0-1")).to_have_text("PLITS")
+        expect(page.get_by_label("Answer", exact=True)).to_have_value(lal_hidden)
+        page.get_by_role("checkbox", name="PLITS").uncheck()
+        expect(page.get_by_test_id("cell-0-1")).to_have_text("nothing")
+        expect(page.get_by_label("Answer", exact=True)).to_have_value(both_hidden)
+        page.screenshot(path=tmp_path / "asked.png")
+
+        page.get_by_role("button", name="Clear").click()
+        upload.set_input_files(tmp_path / "noise.wav")
+        expect(page.get_by_text("is undecodable")).to_be_visible()
+
+        page.get_by_label("Record audio").click()
+        page.get_by_role("button", name="Record", exact=True).click()
+        page.wait_for_timeout(2_000)
+        page.get_by_role("button", name="Stop", exact=True).click()
+        expect(page.get_by_text(re.compile(r"Heard \d+\.\d s"))).to_be_visible()
+        browser.close()
+    foreign = [address for address in asked_for if not address.startswith((url, "blob:", "data:"))]
+    assert foreign == [], "the page works without a network"

@@ -1,0 +1,153 @@
+"""Ranks on a real Ray cluster of two nodes: where they are, what they are told, what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError
+from pipeline.core.ranks import free_port
+from pipeline.launch import ray_launcher, supervisor
+from pipeline.launch.ray_launcher import Place
+from tests.helpers.ray_clusters import RayCluster
+
+SECRET = "planted-secret-of-the-driver-1414"
+RANK = """
+import json, os, sys, time
+from pathlib import Path
+from pipeline import launch
+
+what, output = sys.argv[1], Path(sys.argv[2])
+launch.present(output, int(os.environ["RANK"]))
+launch.say(json.dumps({**os.environ, "cwd": os.getcwd(), "pid": os.getpid()}))
+stop = []
+launch.watch_parent(lambda: stop.append(True))
+while what == "wait" and not stop:
+    time.sleep(0.05)
+if stop:
+    raise SystemExit(launch.leave(output, int(os.environ["RANK"]), 7, 75, "stopped at step 7"))
+raise SystemExit(3 if what == "fail" and os.environ["RANK"] == "1" else 0)
+"""
+
+
+def test_ranks_of_a_node_are_neighbours_and_see_its_gpus() -> None:
+    places = [
+        Place("10.0.0.1", "a", ("2",), 5000),
+        Place("10.0.0.1", "a", ("5",), 5001),
+        Place("10.0.0.2", "b", ("0",), 1),
+    ]
+    found = ray_launcher.environments(places)
+    keys = ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
+    assert [tuple(own[key] for key in keys) for own in found] == [
+        ("0", "0", "0", "2", "2,5"),
+        ("1", "0", "1", "2", "2,5"),
+        ("2", "1", "0", "1", "0"),
+    ]
+    for own in found:
+        assert (own["WORLD_SIZE"], own["MASTER_ADDR"], own["MASTER_PORT"]) == ("3", "10.0.0.1", "5000")
+    assert "CUDA_VISIBLE_DEVICES" not in ray_launcher.environments([Place("10.0.0.1", "a", (), 1)])[0]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    cluster = RayCluster()
+    try:
+        cluster.add_node()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+class Job:
+    """Two ranks of the script above under `launch.supervise`."""
+
+    def __init__(self, cluster: RayCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "a_rank.py").write_text(RANK)
+        monkeypatch.chdir(folder)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "OMP_NUM_THREADS"):
+            monkeypatch.setenv(name, cluster.environment[name])
+        monkeypatch.setenv("PYTHONPATH", str(folder))
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+        self._address, self._output = cluster.address, folder / "output"
+        self.said: list[dict[str, Any]] = []
+
+    def run(self, what: str) -> tuple[int, str]:
+        return supervisor.supervise(
+            [what, str(self._output)],
+            self._output,
+            nproc=2,
+            hostfile=None,
+            on_gpu=False,
+            module="a_rank",
+            ray_address=self._address,
+            show=lambda line: self.said.append(json.loads(line)),
+        )
+
+    def when_begun(self, act: Callable[[], None]) -> None:
+        def wait_and_act() -> None:
+            while len(self.said) < 2:
+                time.sleep(0.05)
+            act()
+
+        threading.Thread(target=wait_and_act, daemon=True).start()
+
+
+def test_a_rank_on_each_node_and_its_code(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(cluster, tmp_path, monkeypatch)
+    code, message = job.run("fail")
+    assert code == EXIT_FAILURE and message.startswith("rank 0, 1 died or hung without a word"), message
+    first, second = sorted(job.said, key=lambda own: own["RANK"])
+    assert [first[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "0", "0", "1"]
+    assert [second[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["1", "1", "0", "1"]
+    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    for own in (first, second):
+        assert own["cwd"] == str(tmp_path) and own["DS_ACCELERATOR"] == "cpu" and own["OMP_NUM_THREADS"] == "1"
+        assert SECRET not in json.dumps(own)  # the nodes' own business
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_ranks_as_under_the_launcher(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(cluster, tmp_path, monkeypatch)
+
+    def stop() -> None:
+        """As Ray stops a job: every process of it has the signal, the one that started the ranks first."""
+        for process in psutil.Process().children():
+            if "pipeline.launch.ray_launcher" in process.cmdline():
+                process.terminate()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    job.when_begun(stop)
+    assert job.run("wait") == (EXIT_STOPPED, "stopped at step 7")
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_named_and_the_next_job_waits_for_another(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(cluster, tmp_path, monkeypatch)
+    killed: set[int] = set()
+    job.when_begun(lambda: killed.update(cluster.lose(cluster.nodes[-1])))
+    code, message = job.run("wait")
+    (rank,) = [own["RANK"] for own in job.said if own["pid"] in killed]
+    assert code == EXIT_FAILURE and message.startswith(f"rank {rank} failed: Ray has lost it on node"), message
+    cluster.add_node()
+    assert job.run("end") == (0, "")
+
+
+def test_mistakes_are_told_before_anything_starts() -> None:
+    with pytest.raises(UserError, match="--nproc: is 0"):
+        ray_launcher.devices("auto", 0)
+    with pytest.raises(UserError, match="--ray: no cluster answers"):
+        ray_launcher.devices(f"127.0.0.1:{free_port()}", 1)

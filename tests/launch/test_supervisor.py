@@ -1,0 +1,88 @@
+"""What the parent of a job shows and keeps of what its ranks say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import EXIT_FAILURE
+from pipeline.launch import supervisor
+
+SECRET = "correct-horse-battery"
+
+
+def supervise(
+    output: Path, monkeypatch: pytest.MonkeyPatch, script: str, hostfile: Path | None = None
+) -> tuple[int, str]:
+    """With a script in the place of the launcher."""
+    real = subprocess.Popen
+
+    def popen(_: object, **settings: Any) -> subprocess.Popen[str]:
+        return real([sys.executable, "-c", script], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    return supervisor.supervise(["config"], output, nproc=1, hostfile=hostfile, on_gpu=False)
+
+
+def test_no_secret_of_the_environment_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, f"{SECRET}-{name}")
+    script = "import os; print(os.environ); print('pal> ', os.environ['HF_TOKEN']); raise SystemExit(3)"
+    code, message = supervise(tmp_path, monkeypatch, script)
+    assert code == EXIT_FAILURE and "HF_TOKEN" in message
+    log = (tmp_path / supervisor.LOG).read_text()
+    assert log.count("***") == 4 and SECRET not in log + message + capsys.readouterr().out
+
+
+def test_no_secret_that_the_launcher_reads_from_its_file_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".deepspeed_env").write_text(f"NCCL_DEBUG=WARN\nMLFLOW_TRACKING_PASSWORD={SECRET}\n")
+    script = "from pathlib import Path; print(Path('~/.deepspeed_env').expanduser().read_text())"
+    assert supervise(tmp_path, monkeypatch, script) == (0, "")
+    assert "NCCL_DEBUG=WARN\nMLFLOW_TRACKING_PASSWORD=***" in (tmp_path / supervisor.LOG).read_text()
+
+
+def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
+    ended, stopped = threading.Event(), threading.Event()
+    monkeypatch.setattr(supervisor.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
+    supervisor._ask(tmp_path, "")
+    supervisor.watch_asked(tmp_path, stopped.set)
+    assert not stopped.wait(0.1)
+    supervisor._ask(tmp_path, supervisor.SAVE)
+    assert stopped.wait(10) and not ended.is_set()
+    supervisor._ask(tmp_path, supervisor.END)
+    assert ended.wait(10)
+
+
+def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another host hangs, and pdsh waits for it."""
+    monkeypatch.setattr(supervisor, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(supervisor, "_LAST_WORDS_S", 0.1)
+    script = (
+        "from pathlib import Path; from pipeline import launch; import time; "
+        f"launch.leave(Path({str(tmp_path)!r}), 1, 7, 1, 'no memory'); time.sleep(60)"
+    )
+    code, message = supervise(tmp_path, monkeypatch, script, hostfile=tmp_path / "hostfile")
+    assert code == EXIT_FAILURE and message.startswith("rank 1 failed at step 7: no memory")
+    assert (tmp_path / supervisor.ASKED).read_text() == supervisor.END
+
+
+def test_a_full_disk_costs_the_log_and_not_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / supervisor.LOG).symlink_to("/dev/full")
+    assert supervise(tmp_path, monkeypatch, "print('pal> step 1\\n' * 3)") == (0, "")
+    assert capsys.readouterr().out == "step 1\n" * 3

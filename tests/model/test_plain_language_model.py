@@ -1,0 +1,134 @@
+"""Audio that is hidden, or that nothing was trained to hear, leaves the plain language model: transformers' own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from pipeline.model import PalForCausalLM
+from tests.helpers.small_models import AUDIO_TOKEN, FAMILIES, FRAMES, ROWS, batch, build
+from tests.parity.float64 import lifted_to_float64
+
+ROUNDING = 1e-12  # float64; absent keys change the order of a sum, nothing else
+
+
+def hide_audio_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key beside the sequence counts as padding; positions stay."""
+    original = PalForCausalLM.layout
+
+    def layout(*args: Any, **settings: Any) -> Any:
+        made = original(*args, **settings)
+        beside = {
+            streams: replace(audio, places=replace(audio.places, valid=torch.zeros_like(audio.places.valid)))
+            for streams, audio in made.beside.items()
+        }
+        return replace(made, beside=beside)
+
+    monkeypatch.setattr(PalForCausalLM, "layout", layout)
+
+
+def plain_logits(model: PalForCausalLM, text: list[int], positions: list[int]) -> Tensor:
+    """transformers' model on text at these positions. It gets its masks: a gap it would take for a border."""
+    config = copy.deepcopy(model.language_model.config)
+    plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float64).eval()
+    plain.load_state_dict(model.language_model.state_dict())
+    where = torch.tensor(positions)
+    back = where[:, None] - where[None, :]
+
+    def additive(seen: Tensor) -> Tensor:
+        return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[None, None]
+
+    window = getattr(config, "sliding_window", None) or 10**6
+    full, sliding = additive(back >= 0), additive((back >= 0) & (back < window))
+    mask: Any = sliding if config.model_type == "mistral" else full
+    if config.model_type.startswith("gemma"):
+        mask = {"full_attention": full, "sliding_attention": sliding}
+    with torch.no_grad():
+        return plain(input_ids=torch.tensor([text]), position_ids=where[None], attention_mask=mask).logits[0]
+
+
+@pytest.mark.parametrize("preset", ["lal", "delayed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_audio_leaves_the_plain_model_with_a_gap(
+    family: str, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row, frames = ROWS[0], FRAMES[0]
+    clip = row.index(AUDIO_TOKEN)
+    text = [token for token in row if token != AUDIO_TOKEN]
+    gapped = [i + (frames if i >= clip else 0) for i in range(len(text))]
+    columns = [i for i, token in enumerate(row) if token != AUDIO_TOKEN]
+    with lifted_to_float64():
+        model = build(preset, family).to(torch.float64)  # type: ignore[arg-type]
+        given = batch([row], [frames])
+        given.audio_features = {name: x.double() for name, x in given.audio_features.items()}
+        expected = plain_logits(model, text, gapped)
+        with torch.no_grad():
+            heard = model(**given.arguments(labels=False)).logits[0, columns]
+            hide_audio_keys(monkeypatch)
+            hidden = model(**given.arguments(labels=False)).logits[0, columns]
+        assert (hidden - expected).abs().max() < ROUNDING
+        assert (heard - expected)[clip:].abs().max() > 1e-4
+        assert (plain_logits(model, text, list(range(len(text)))) - expected).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("preset", ["plits", "lal", "pal_v2", "pal_v3"])
+@pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
+def test_all_pathways_hidden_leave_the_plain_model_with_a_gap(family: str, preset: str) -> None:
+    before, question, frames = [5, 6], [7, 8, 9], 7
+    with lifted_to_float64():
+        model = build(preset, family).to(torch.float64)  # type: ignore[arg-type]
+        clip = batch([[*before, AUDIO_TOKEN]], [frames])
+        audio = {name: x.double() for name, x in clip.audio_features.items()}
+
+        def logits(*hidden: str) -> Tensor:
+            prefix = model.read_prefix(clip.input_ids, None, audio, clip.audio_lengths, hidden=hidden)
+            out = model.generate(
+                torch.tensor([question]),
+                prefix=prefix,
+                prefix_rows=torch.tensor([0]),
+                max_new_tokens=1,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            begin = int(prefix.next_position)
+            expected = plain_logits(model, before + question, [0, 1, *range(begin, begin + len(question))])[-1]
+            return (out.logits[0][0] - expected).abs().max()
+
+        assert logits("lal", "plits") < ROUNDING
+        assert logits() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_untrained_flamingo_is_the_plain_model_to_the_last_bit(family: str) -> None:
+    """Its gates are shut, and its audio takes no positions: text beside clips is as without them."""
+    flamingo = build("flamingo", family, open_gates=False)
+    plain = PalForCausalLM(replace_streams(flamingo))
+    plain.eval().language_model.load_state_dict(flamingo.language_model.state_dict())
+    with_audio = batch(ROWS, FRAMES)
+    text = [[token for token in row if token != AUDIO_TOKEN] for row in ROWS]
+    without = batch(text, [])
+    with torch.no_grad():
+        heard = flamingo(**with_audio.arguments(labels=False)).logits
+        expected = plain(without.input_ids, without.attention_mask).logits
+        settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        answers = flamingo.generate(
+            with_audio.input_ids, with_audio.attention_mask, with_audio.audio_features, with_audio.audio_lengths,
+            **settings,
+        )  # fmt: skip
+        expected_answers = plain.generate(without.input_ids, without.attention_mask, **settings)
+    for b, row in enumerate(ROWS):
+        columns = [i for i, token in enumerate(row) if token != AUDIO_TOKEN]
+        assert torch.equal(heard[b, columns], expected[b, : len(columns)])
+    assert torch.equal(answers, expected_answers)
+
+
+def replace_streams(model: PalForCausalLM) -> Any:
+    config = copy.deepcopy(model.config)
+    config.streams, config.encoder_widths = [], {}
+    return config

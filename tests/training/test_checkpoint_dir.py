@@ -1,0 +1,209 @@
+"""Checkpoints are whole or absent, damage is found, and an output folder has one owner."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.core import files
+from pipeline.core.errors import UserError
+from pipeline.training import checkpoint_dir
+from pipeline.training.checkpoint_dir import CheckpointRecord, RunRecord
+
+
+def record(step: int, files: dict[str, checkpoint_dir.FileRecord]) -> CheckpointRecord:
+    return CheckpointRecord(
+        step=step,
+        world_size=2,
+        zero_stage=2,
+        config_sha256="0" * 64,
+        data={"visits": step * 32},
+        progress={"questions": step * 32.0},
+        checksums={"trained": str(step)},
+        run_id=None,
+        versions={"torch": "2"},
+        files=files,
+    )
+
+
+def save(folder: Path, step: int) -> Path:
+    temporary = checkpoint_dir.begin(folder, step)
+    (temporary / "engine").mkdir()
+    for rank in range(2):
+        (temporary / "engine" / f"rank-{rank}.pt").write_bytes(bytes([step % 256, rank]) * 5000)
+    files = checkpoint_dir.measure(temporary, checkpoint_dir.files_of(temporary))
+    return checkpoint_dir.commit(temporary, record(step, files))
+
+
+def newest_step(folder: Path, warnings: list[str] | None = None) -> int | None:
+    found = checkpoint_dir.newest_good(folder, (warnings if warnings is not None else []).append)
+    return found[1].step if found else None
+
+
+def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 600)
+    assert path.name == "step-000600"
+    assert checkpoint_dir.verify(path) == checkpoint_dir.read_record(path)
+    assert set(checkpoint_dir.read_record(path).files) == {"engine/rank-0.pt", "engine/rank-1.pt"}
+
+
+def test_the_newest_counts_by_step_and_not_by_name(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        save(tmp_path, step)
+    assert newest_step(tmp_path) == 1_000_000
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record"])
+def test_a_damaged_newest_falls_back_loudly(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    file = path / "engine" / "rank-1.pt"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[1234] ^= 1
+        file.write_bytes(content)
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        (path / checkpoint_dir.RECORD).write_text("{")
+    warnings: list[str] = []
+    assert newest_step(tmp_path, warnings) == 1
+    assert len(warnings) == 1 and "step-000002" in warnings[0]
+
+
+def test_a_damaged_step_is_replaced_when_training_reaches_it_again(tmp_path: Path) -> None:
+    (save(tmp_path, 2) / "engine" / "rank-0.pt").unlink()
+    save(tmp_path, 2)
+    assert newest_step(tmp_path) == 2
+
+
+def _killed_while_saving(folder: Path, at: str) -> None:
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if at == "files":
+        checkpoint_dir.begin(folder, 2).joinpath("half.pt").write_bytes(b"x")
+        die()
+    elif at == "record":
+        files.sync = lambda path: die() if path.is_dir() else None
+    else:
+        Path.rename = die  # type: ignore[assignment, method-assign]
+    save(folder, 2)
+
+
+@pytest.mark.parametrize("at", ["files", "record", "rename"])
+def test_killed_while_saving_leaves_the_last_good_one(tmp_path: Path, at: str) -> None:
+    save(tmp_path, 1)
+    process = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(tmp_path, at))
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert newest_step(tmp_path) == 1
+    save(tmp_path, 2)
+    assert newest_step(tmp_path) == 2
+    assert not list(tmp_path.glob(".step-*"))
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            save(tmp_path, 2)
+    assert newest_step(tmp_path) == 1
+
+
+def test_retention_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    checkpoint_dir.retain(tmp_path, 2)
+    assert [p.name for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["step-000004", "step-000003"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, loss in ((1, 0.5), (2, 0.3), (3, float("nan")), (4, 0.4), (5, 0.6), (6, None)):
+        path = save(tmp_path, step)
+        if loss is not None:
+            checkpoint_dir.record_validation_loss(path, loss)
+        checkpoint_dir.retain(tmp_path, 2, keep_best=1)
+    assert [p.name[-1] for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["6", "5", "2"]
+    assert [p.name[-1] for p in checkpoint_dir.best_checkpoints(tmp_path)] == ["2", "5"]
+    assert checkpoint_dir.verify(tmp_path / "step-000002").step == 2
+    checkpoint_dir.retain(tmp_path, 1, in_use={tmp_path / "step-000002"})  # it is being uploaded
+    assert [p.name[-1] for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["6", "2"]
+
+
+def test_what_does_not_fit_is_told_with_both_numbers(tmp_path: Path) -> None:
+    assert checkpoint_dir.lacking_space(tmp_path, 1) is None
+    told = checkpoint_dir.lacking_space(tmp_path, 2**60)
+    assert told and f"{2**30:.3f} GiB" in told and str(tmp_path) in told
+
+
+def test_another_number_of_ranks_is_refused_unless_all_ranks_hold_all(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    checkpoint_dir.require_world_size(tmp_path, 2)
+    with pytest.raises(UserError, match=r"written by 2 ranks, this job has 1; add --reshard"):
+        checkpoint_dir.require_world_size(tmp_path, 1)
+    without_zero = checkpoint_dir.read_record(path).model_copy(update={"zero_stage": 0})
+    assert without_zero.fits(1) and without_zero.fits(3)
+
+
+def test_retention_interrupted_leaves_nothing_that_looks_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_dir.shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint_dir.retain(tmp_path, 1)
+    assert [p.name for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    checkpoint_dir.require_same_run(tmp_path / "new", {"train.seed": 0})
+    checkpoint_dir.write_run(tmp_path, RunRecord(identity={"train.seed": 0, "model.encoders": ["log_mel"]}))
+    checkpoint_dir.require_same_run(tmp_path, {"train.seed": 0, "model.encoders": ["log_mel"]})
+    with pytest.raises(UserError, match=r"train\.seed is 0 there and 1"):
+        checkpoint_dir.require_same_run(tmp_path, {"train.seed": 1, "model.encoders": ["log_mel"]})
+
+
+def test_checkpoints_without_an_owner_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(UserError, match=r"run\.json"):
+        checkpoint_dir.require_same_run(tmp_path, {})
+
+
+def _hold(folder: Path, ready: object, done: object) -> None:
+    with checkpoint_dir.lock(folder):
+        ready.set()  # type: ignore[attr-defined]
+        done.wait(30)  # type: ignore[attr-defined]
+
+
+def test_two_jobs_on_one_output_are_refused(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, done))
+    process.start()
+    assert ready.wait(30)
+    with pytest.raises(UserError, match=f"process {process.pid}"), checkpoint_dir.lock(tmp_path):
+        pass
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)  # however the holder ends, the folder is free again
+    process.join()
+    with checkpoint_dir.lock(tmp_path):
+        pass

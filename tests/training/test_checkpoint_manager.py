@@ -1,0 +1,239 @@
+"""Saving while training goes on: what is kept is the state at the save, and a failure costs that save alone."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import ExperimentConfig
+from pipeline.core.errors import UserError
+from pipeline.core.ranks import read_ranks
+from pipeline.engine import Engine, Snapshot
+from pipeline.training import checkpoint_dir
+from pipeline.training.checkpoint_dir import RunRecord
+from pipeline.training.checkpoint_manager import Keeper
+from pipeline.training.throughput import Work
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tiny_engine import LANGUAGE_MODEL, build, settings, train_steps
+
+RUN = RunRecord(identity={})
+
+
+class Position:
+    """Stands where the loader does."""
+
+    visits = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"visits": self.visits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.visits = state["visits"]
+
+
+def keeper_of(
+    output: Path, engine: Engine, said: list[str], *, reshard: bool = False, **changes: Any
+) -> tuple[Keeper, Any]:
+    config = ExperimentConfig.model_validate(
+        {
+            "output": output,
+            "model": {"language_model": "none"},
+            "data": {"train": "none", "validation": "none"},
+            "train": {"steps": 1, "checkpoint": {"keep": 1, **changes}},
+        }
+    )
+    position: Any = Position()
+    ranks = read_ranks()
+    say = said.append if ranks.is_main else lambda _: None
+    return Keeper(config, ranks, engine, position, say, reshard=reshard), position
+
+
+def steps_in(output: Path) -> list[int]:
+    return [checkpoint_dir.read_record(path).step for path in checkpoint_dir.list_checkpoints(output)]
+
+
+def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, Any]:
+    found, write = {}, Snapshot.write
+    for policy in policies:
+        engine, release = build(settings(policy, 2), LANGUAGE_MODEL), threading.Event()
+        keeper, position = keeper_of(output / policy, engine, [])
+        train_steps(engine, range(1), 2)
+        position.visits, saved = 8, engine.checksums()
+
+        def held(snapshot: Snapshot, release: threading.Event = release) -> None:
+            release.wait(60)
+            write(snapshot)
+
+        Snapshot.write = held  # type: ignore[method-assign]
+        keeper.save(1, 96, Work(questions=8.0), RUN)
+        expected = train_steps(engine, range(1, 3), 2)  # goes on, and changes what was saved
+        keeper.poll()
+        before = steps_in(output / policy)
+        engine.barrier()
+        release.set()
+        keeper.finish()
+        after = steps_in(output / policy)
+        engine.barrier()
+
+        fresh = build(settings(policy, 2), LANGUAGE_MODEL)
+        again, position = keeper_of(output / policy, fresh, [])
+        resumed = again.resume(), position.visits, fresh.checksums() == saved
+        found[policy] = before, after, resumed, train_steps(fresh, range(1, 3), 2) == expected
+    return found
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for result in run_on_ranks(go_on_while_it_is_written, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
+        for policy, (before, after, resumed, same) in result.items():
+            assert (before, after) == ([], [1]), policy
+            assert resumed == ((1, 96, Work(questions=8.0)), 8, True), policy
+            assert same, f"{policy}: the steps after a resume are not those that followed the save"
+
+
+def meet_failures(output: Path) -> dict[str, Any]:
+    engine, said = build(settings("zero2", 2)), []
+    keeper, _ = keeper_of(output, engine, said)
+    write, disk_usage = Snapshot.write, checkpoint_dir.shutil.disk_usage
+    train_steps(engine, range(1), 2)
+    keeper.save(1, 0, Work(), RUN)
+    keeper.require_saved()
+
+    def full(snapshot: Snapshot) -> None:
+        if read_ranks().rank == 1:
+            next(iter(snapshot.files)).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(snapshot)
+
+    Snapshot.write = full  # type: ignore[method-assign]
+    keeper.save(2, 0, Work(), RUN)
+    train_steps(engine, range(1), 2)  # nothing hangs
+    keeper.finish()
+    found: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), said[-1:])}
+    engine.barrier()
+    try:
+        keeper.require_saved()
+    except RuntimeError as error:
+        found["required"] = str(error)
+
+    Snapshot.write = write  # type: ignore[method-assign]
+    checkpoint_dir.shutil.disk_usage = lambda _: type("", (), {"free": 1000})
+    keeper.save(3, 0, Work(), RUN)
+    found["no room"] = steps_in(output), list(output.glob(".step*")), said[-1:]
+    engine.barrier()
+    checkpoint_dir.shutil.disk_usage = disk_usage
+    keeper.save(4, 0, Work(), RUN)
+    keeper.require_saved()
+    found["room again"] = steps_in(output)
+    return found
+
+
+def test_a_failed_save_is_told_and_costs_that_save_alone(tmp_path: Path) -> None:
+    main, other = run_on_ranks(meet_failures, 2, tmp_path)
+    steps, left, (told,) = main["one rank's disk is full"]
+    assert (steps, left) == ([1], [])
+    assert told.startswith("the checkpoint of step 2 is not saved: rank 1: OSError: [Errno 28] No space left on device")
+    assert told.endswith("last good one: step-000001")
+    assert main["required"] == other["required"] == told.partition("; last")[0]
+    steps, left, (told,) = main["no room"]
+    assert (steps, left) == ([1], []) and "GiB free" in told and "it needs 0.00" in told
+    assert main["room again"] == other["room again"] == [4]
+
+
+class Uploads:
+    """Stands where the tracker does, in the middle of an upload."""
+
+    def __init__(self, uploading: Path) -> None:
+        self.uploading, self.named = uploading, list[list[str]]()
+
+    def log_folders(self, folders: list[Path]) -> None:
+        self.named.append([folder.name for folder in folders])
+
+
+def keep_the_best(output: Path) -> list[list[int]]:
+    engine, found = build(settings("zero2", 2)), []
+    keeper, _ = keeper_of(output, engine, [], keep_best=1)
+    for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
+        keeper.save(step, 0, Work(), RUN)
+        keeper.note_validation(step, loss)  # the checkpoint is still under way
+        keeper.finish()
+        found.append(steps_in(output))
+        engine.barrier()
+    uploads: Any = Uploads(output / checkpoint_dir.checkpoint_name(4))
+    if read_ranks().is_main:
+        keeper.upload_to(uploads)
+    keeper.save(5, 0, Work(), RUN)
+    keeper.note_validation(5, 0.1)
+    keeper.finish()
+    if read_ranks().is_main:
+        assert uploads.named[0] == ["step-000004", "step-000002"]
+        assert uploads.named[-1] == ["step-000005", "step-000004", "step-000002"]
+    return [*found, steps_in(output)]
+
+
+def test_the_best_by_validation_loss_and_what_is_being_uploaded_stay(tmp_path: Path) -> None:
+    assert run_on_ranks(keep_the_best, 2, tmp_path)[0] == [[1], [2], [3, 2], [4, 2], [5, 4]]
+    assert checkpoint_dir.best_checkpoints(tmp_path)[0].name == "step-000005"
+
+
+def save_once(output: Path) -> None:
+    keeper, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
+    keeper.save(1, 0, Work(), RUN)
+    keeper.require_saved()
+
+
+def resume_in_vain(output: Path) -> list[str]:
+    """With another language model, and at another number of ranks."""
+    engine = build(settings("zero2", 2), LANGUAGE_MODEL)
+    messages = []
+    for frozen in ("another", engine.checksums()["frozen"]):
+        engine._frozen_checksum = frozen
+        keeper, _ = keeper_of(output, engine, [])
+        if read_ranks().world_size == 2 and frozen != "another":
+            continue
+        with pytest.raises(UserError) as error:
+            keeper.resume()
+        messages.append(str(error.value))
+    return messages
+
+
+def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
+    run_on_ranks(save_once, 2, tmp_path)
+    (message,) = run_on_ranks(resume_in_vain, 2, tmp_path)[0]
+    assert "model.language_model" in message and "other weights" in message
+    assert all("--reshard" in message for message in run_on_ranks(resume_in_vain, 1, tmp_path)[0])
+
+
+def save_trained(output: Path) -> str:
+    engine = build(settings("zero2", 2), LANGUAGE_MODEL)
+    train_steps(engine, range(1), 2)
+    keeper, _ = keeper_of(output, engine, [])
+    keeper.save(1, 96, Work(), RUN)
+    keeper.require_saved()
+    return engine.checksums()["trained"]
+
+
+def resume_resharded(output: Path) -> tuple[int, str, list[str]]:
+    engine, said = build(settings("zero2", 2), LANGUAGE_MODEL), list[str]()
+    keeper, _ = keeper_of(output, engine, said, reshard=True)
+    step, *_ = keeper.resume()
+    return step, engine.checksums()["trained"], said
+
+
+def load_nothing(output: Path) -> str:
+    engine: Any = build(settings("zero2", 2), LANGUAGE_MODEL)
+    engine.load = lambda *_, **__: None  # as a library that finds nothing to load, and says nothing
+    keeper, _ = keeper_of(output, engine, [])
+    with pytest.raises(RuntimeError) as error:
+        keeper.resume()
+    return str(error.value)
+
+
+def test_what_is_loaded_is_what_was_saved_at_any_number_of_ranks(tmp_path: Path) -> None:
+    trained = run_on_ranks(save_trained, 2, tmp_path)[0]
+    assert "are not those that were saved" in run_on_ranks(load_nothing, 2, tmp_path)[0]
+    step, resumed, said = run_on_ranks(resume_resharded, 1, tmp_path)[0]
+    assert (step, resumed) == (1, trained)
+    assert "from 2 to 1 ranks" in said[0]

@@ -95,7 +95,7 @@ def _bare_loop(job: tuple[PrepareConfig, int]) -> float:
     import numpy as np
     import torch
 
-    from data_prep.encoders.base import Window
+    from data_prep.audio.windows import Window
     from data_prep.encoders.build import build_encoder, describe_encoder
 
     config, clips = job

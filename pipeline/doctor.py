@@ -23,7 +23,7 @@ from pipeline.core.console import aligned
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.core.ranks import Ranks, read_ranks
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process, supervisor
 from pipeline.tracking import writer
 
 MIN_DISK_GIB = 20.0
@@ -105,7 +105,7 @@ def run_rank(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) ->
 
 
 def _tell(ranks: Ranks, values: Mapping[str, Any]) -> None:
-    supervisor.say(json.dumps({"rank": ranks.rank, **values}))
+    rank_process.say(json.dumps({"rank": ranks.rank, **values}))
 
 
 def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:

@@ -24,10 +24,10 @@ import psutil
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.console import aligned
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process
 from pipeline.launch.subprocesses import CommandFailed, make_small_experiment
 from pipeline.tracking import writer
-from pipeline.training import checkpoint_dir
+from pipeline.training import checkpoint_dir, run_dir
 
 CLIPS = 60
 PATIENCE_S = 240.0
@@ -135,7 +135,7 @@ class Job:
         self.wait_until("more steps", lambda: _steps(self.output) >= step + RUNNING_STEPS)
 
     def rank(self, rank: int) -> psutil.Process:
-        record = json.loads((self.output / supervisor.RANKS / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        record = json.loads((self.output / rank_process.RANKS / f"rank-{rank}.json").read_text(encoding="utf-8"))
         return psutil.Process(record["pid"])
 
     def end(self) -> int:
@@ -177,7 +177,7 @@ class Drill:
             if undisturbed.end():
                 raise DrillFailed(f"the undisturbed run failed: see {undisturbed.log}")
         with self._job("run", NO_SERVER) as job:
-            job.wait_until("rank 0", (job.output / supervisor.RANKS / "rank-0.json").is_file)
+            job.wait_until("rank 0", (job.output / rank_process.RANKS / "rank-0.json").is_file)
             self._second_job()  # while this one builds its engine
             job.wait_until("checkpoint", lambda: _newest(self.run_folder) > 0)
             job.run_on()
@@ -324,7 +324,7 @@ class Drill:
         self._note("a secret in the environment", f"in {len(leaks)} of the files written", 0, not leaks)
 
     def _uploaded(self) -> tuple[str, int, bool]:
-        run = checkpoint_dir.read_run(self.run_folder)
+        run = run_dir.read_run(self.run_folder)
         state = json.loads((self.run_folder / writer.STATE).read_text(encoding="utf-8"))
         size = (self.run_folder / writer.METRICS).stat().st_size
         complete = run is not None and run.run_id is not None and state["sent_bytes"] == size

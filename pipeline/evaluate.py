@@ -145,9 +145,9 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Seq
     """Adds the scores to the MLflow run that trained the model, if that is still known here, and which questions were
     answered right, so that runs can be compared question by question."""
     from pipeline.tracking import writer
-    from pipeline.training import checkpoint_dir
+    from pipeline.training import run_dir
 
-    run = checkpoint_dir.read_run(config.output)
+    run = run_dir.read_run(config.output)
     if run is None or run.run_id is None:
         print(
             f"pal: not logged to MLflow: {config.output} does not name the run that trained this model", file=sys.stderr

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract
-from pipeline.training import checkpoint_dir
+from pipeline.training import checkpoint_dir, run_dir
 
 if TYPE_CHECKING:  # imports torch, which `--help` must not
     from pipeline.model import PalForCausalLM
@@ -77,7 +77,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     from pipeline.model import PalForCausalLM, count_parameters
     from pipeline.training.build import build_chat, build_model, load_trained, save_model
 
-    config = load_config(ExperimentConfig, source / checkpoint_dir.CONFIG)
+    config = load_config(ExperimentConfig, source / run_dir.CONFIG)
     contract = load_contract(config.data.train)
     tokenizer, chat = build_chat(config)
     model = build_model(config, contract, chat.audio_token_id)

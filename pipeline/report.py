@@ -45,9 +45,13 @@ def main(argv: Sequence[str]) -> int:
     runs = read_runs(client, experiment)
     table, fits, files = write_report(experiment.name, runs, out)
     if arguments.answers:
+        from pipeline.config import validate_config
         from pipeline.experiments.page import write_page
+        from pipeline.experiments.trials import SweepConfig
+        from pipeline.tracking.writer import SWEEP
 
-        sweep, tags = read_sweep(client, experiment)
+        values, tags = read_sweep(client, experiment)
+        sweep = validate_config(SweepConfig, values, SWEEP)
         files += write_page(
             arguments.answers,
             sweep,

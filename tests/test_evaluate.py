@@ -27,7 +27,7 @@ from pipeline.inference.responder import Answerer
 from pipeline.model import PalForCausalLM
 from pipeline.model.random_lm import save_scratch_language_model
 from pipeline.tracking.writer import EVALUATIONS
-from pipeline.training import checkpoint_dir
+from pipeline.training import run_dir
 from pipeline.training.build import save_model
 from tests.helpers.feature_sets import write_rows
 
@@ -333,7 +333,7 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
     output = exported.parent
     client = MlflowClient(f"sqlite:///{output.parent / 'mlflow.db'}")
     run_id = client.create_run(client.create_experiment("pal", (tmp_path / "artifacts").as_uri())).info.run_id
-    checkpoint_dir.write_run(output, checkpoint_dir.RunRecord(identity={}, run_id=run_id))
+    run_dir.write_run(output, run_dir.RunRecord(identity={}, run_id=run_id))
 
     files = ["--json", str(tmp_path / "scores.json"), "--predictions", str(tmp_path / "predictions.jsonl")]
     assert main([str(exported), str(features.folder), "--swap-audio", *files]) == 0

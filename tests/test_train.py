@@ -13,9 +13,11 @@ import yaml
 
 from pipeline import train
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
-from pipeline.launch import supervisor
-from pipeline.training import checkpoint_dir
-from pipeline.training.checkpoint_dir import CheckpointRecord, RunRecord
+from pipeline.core.feature_contract import load_contract
+from pipeline.launch import rank_process, supervisor
+from pipeline.training import checkpoint_dir, run_dir
+from pipeline.training.checkpoint_dir import CheckpointRecord
+from pipeline.training.run_dir import RunRecord
 from tests.helpers.feature_sets import write_feature_set
 from tests.helpers.jobs import write_experiment
 
@@ -59,7 +61,7 @@ def held_out_of_another_encoder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def output_of_another_run(folder: Path, config: dict[str, Any]) -> None:
-    checkpoint_dir.write_run(folder / "taken", RunRecord(identity={"train.seed": 7}))
+    run_dir.write_run(folder / "taken", RunRecord(identity={"train.seed": 7}))
     config["output"] = str(folder / "taken")
 
 
@@ -118,15 +120,15 @@ def test_another_number_of_ranks(original: Path, tmp_path: Path, capsys: pytest.
     overrides = [str(tmp_path / "config.yaml"), f"output={output}"]
     assert run_command(train.main, [*overrides, "--nproc", "2"]) == EXIT_USER_ERROR  # checkpoints without an owner
     config = train.load_config(train.ExperimentConfig, overrides[0], overrides[1:])
-    identity = train.provenance.run_identity(config, train.load_contract(config.data.train).fingerprint, None)
-    checkpoint_dir.write_run(output, RunRecord(identity=identity))
+    identity = run_dir.run_identity(config, load_contract(config.data.train).fingerprint, None)
+    run_dir.write_run(output, RunRecord(identity=identity))
     assert run_command(train.main, [*overrides, "--nproc", "2"]) == EXIT_USER_ERROR
     assert "written by 4 ranks, this job has 2; add --reshard" in capsys.readouterr().err
 
 
 def test_an_output_in_use(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint_dir, "LOCK_PATIENCE_S", 0.1)
-    with checkpoint_dir.lock(tmp_path), pytest.raises(UserError, match="in use"):
+    monkeypatch.setattr(run_dir, "LOCK_PATIENCE_S", 0.1)
+    with run_dir.lock(tmp_path), pytest.raises(UserError, match="in use"):
         train.main([str(original / "config.yaml"), f"output={tmp_path}"])
 
 
@@ -214,9 +216,9 @@ def test_the_cause_of_an_end_is_told_and_not_its_consequences(
     monkeypatch.setenv("PAL_SUPERVISED", "1")
     (tmp_path / supervisor.LOG).write_text("the last line\n")
     for rank in (0, 1):
-        supervisor.present(tmp_path, rank)
+        rank_process.present(tmp_path, rank)
     for rank, rank_code, text, lost_peer in failures:
-        assert supervisor.leave(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
+        assert rank_process.leave(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
     found_code, found = supervisor._explain(1, tmp_path)
     assert found_code == code and message in found
     assert supervisor._explain(0, tmp_path) == (0, "")
@@ -224,12 +226,14 @@ def test_the_cause_of_an_end_is_told_and_not_its_consequences(
 
 def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path) -> None:
     for rank, host in enumerate(["worker-1", "worker-2", "worker-2"]):
-        supervisor._write(tmp_path / supervisor.RANKS / f"rank-{rank}.json", {"rank": rank, "host": host, "pid": 1})
+        rank_process._write(tmp_path / rank_process.RANKS / f"rank-{rank}.json", {"rank": rank, "host": host, "pid": 1})
     lost = {"rank": 0, "step": 3, "code": 1, "message": "", "lost_peer": True, "time": 0.0}
-    supervisor._write(tmp_path / supervisor.FAILURES / "rank-0.json", lost)
-    assert supervisor._lost(tmp_path).startswith("rank 1, 2 on worker-2 died or hung without a word after step 3")
-    supervisor.forget_ranks(tmp_path, 2)
-    assert supervisor._lost(tmp_path).startswith("rank 1 on worker-2 died or hung")
+    rank_process._write(tmp_path / rank_process.FAILURES / "rank-0.json", lost)
+    assert rank_process.lost_ranks(tmp_path).startswith(
+        "rank 1, 2 on worker-2 died or hung without a word after step 3"
+    )
+    rank_process.forget_ranks(tmp_path, 2)
+    assert rank_process.lost_ranks(tmp_path).startswith("rank 1 on worker-2 died or hung")
 
 
 def test_hostfile(tmp_path: Path) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data_prep.audio.decode import Samples
+from data_prep.audio.windows import Window
 from pipeline.core.feature_contract import EncoderContract
 
 Features = npt.NDArray[np.float16]
@@ -69,45 +67,3 @@ class Encoder(ABC):
         grid_TCD = features_FD.reshape(-1, cells, features_FD.shape[-1])
         groups = [grid_TCD[start : start + self.pool].mean(axis=0) for start in range(0, len(grid_TCD), self.pool)]
         return np.concatenate(groups)
-
-
-@dataclass(frozen=True)
-class Window:
-    """One input of an encoder: `audio` is left context, window and right context; zeros before a clip's start.
-
-    Attributes:
-        samples: audio after the left context: the window itself and as much right context as the clip has.
-    """
-
-    audio: Samples
-    samples: int
-
-
-class Windower:
-    """Cuts one clip, arriving in segments at the encoder's rate, into windows. Total frames are those of the clip."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._buffer = np.zeros(encoder.left_context, np.float32)
-        self._any = False
-
-    def push(self, segment: Samples, last: bool) -> Iterator[Window]:
-        """Yields the windows that this segment completes; all that remain when it is the last.
-
-        A rest too short for a frame of its own is dropped, unless it is the whole clip.
-        """
-        encoder = self._encoder
-        left, core, right = encoder.left_context, encoder.window_samples, encoder.right_context
-        self._buffer = np.concatenate([self._buffer, segment])
-        while len(self._buffer) - left >= core + right:
-            yield self._window(self._buffer[: left + core + right])
-            self._buffer = self._buffer[core:]
-        rest = len(self._buffer) - left
-        while last and rest > 0 and (encoder.num_frames(rest) or not self._any):
-            yield self._window(self._buffer[: left + core + right])
-            self._buffer = self._buffer[core:]
-            rest = len(self._buffer) - left
-
-    def _window(self, audio: Samples) -> Window:
-        self._any = True
-        return Window(audio, len(audio) - self._encoder.left_context)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import ClapFeatureExtractor, ClapModel
 
+from data_prep.audio.windows import Window
 from data_prep.config import ClapConfig
-from data_prep.encoders.base import Encoder, Window
+from data_prep.encoders.base import Encoder
 from data_prep.encoders.weights import place
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from data_prep.audio.decode import AudioFile, Samples
 from data_prep.audio.resample import Resampler
-from data_prep.encoders.base import Encoder, Windower
+from data_prep.audio.windows import Windower
+from data_prep.encoders.base import Encoder
 
 
 @dataclass(frozen=True)

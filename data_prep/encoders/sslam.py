@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchaudio.compliance import kaldi
 
+from data_prep.audio.windows import Window
 from data_prep.config import SslamConfig
-from data_prep.encoders.base import Encoder, Window
+from data_prep.encoders.base import Encoder
 from data_prep.encoders.sslam_vit import PATCH, load_sslam
 from data_prep.encoders.weights import place, read_tensors, torch_dtype
 from pipeline.core.errors import UserError

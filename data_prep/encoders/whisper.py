@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import Qwen2AudioEncoderConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
+from data_prep.audio.windows import Window
 from data_prep.config import AfWhisperConfig, WhisperConfig
-from data_prep.encoders.base import Encoder, Window
+from data_prep.encoders.base import Encoder
 from data_prep.encoders.weights import place, read_json, read_tensors
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract

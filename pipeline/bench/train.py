@@ -21,7 +21,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
 from pipeline.core.ranks import read_ranks
 from pipeline.engine import Engine, init_process_group, leave_process_group
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process, supervisor
 from pipeline.launch.subprocesses import make_small_experiment
 
 if TYPE_CHECKING:  # imports torch, which `--help` must not
@@ -81,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_rank(config: ExperimentConfig) -> int:
     ranks = read_ranks()
-    supervisor.present(config.output, ranks.rank)
+    rank_process.present(config.output, ranks.rank)
     try:
         from pipeline.training.trainer import Trainer
 
         init_process_group(ranks, config.train.collective_timeout_s)
-        supervisor.watch_parent(lambda: os._exit(EXIT_FAILURE))
-        trainer = Trainer(config, ranks, supervisor.say, threading.Event())
+        rank_process.watch_parent(lambda: os._exit(EXIT_FAILURE))
+        trainer = Trainer(config, ranks, rank_process.say, threading.Event())
         figures = measure(trainer)
         if ranks.is_main:
             (config.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +95,7 @@ def _run_rank(config: ExperimentConfig) -> int:
         leave_process_group()
         return 0
     except UserError as error:
-        return supervisor.leave(config.output, ranks.rank, 0, EXIT_USER_ERROR, str(error))
+        return rank_process.leave(config.output, ranks.rank, 0, EXIT_USER_ERROR, str(error))
 
 
 def measure(trainer: Trainer) -> dict[str, float]:

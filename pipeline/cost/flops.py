@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pipeline.core.streams import Connector, Stream
 from pipeline.model.audio_streams import token_width
-from pipeline.model.clip_positions import clip_line
 from pipeline.model.configuration import PalConfig
 from pipeline.model.parameters import TrainableSet
+from pipeline.model.positions import clip_line
 
 
 @dataclass(frozen=True)

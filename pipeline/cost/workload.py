@@ -14,10 +14,11 @@ from pipeline.config.cluster import EncoderWork, WorkloadConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.cost.flops import RowShape, training_flops
+from pipeline.data.chat_template import build_chat
 from pipeline.data.feature_set import open_feature_set
-from pipeline.model import PalConfig, PalForCausalLM
+from pipeline.engine import parameter_groups
+from pipeline.model import PalConfig, PalForCausalLM, add_lora, set_trainable
 from pipeline.model.language_models import language_model_config, published_shape
-from pipeline.training.build import build_chat, choose_trained, parameter_groups
 
 SAMPLED_CLIPS = 256
 
@@ -82,7 +83,9 @@ def _model_size(sized: _Sized) -> ModelSize:
     )
     with torch.device("meta"):
         model = PalForCausalLM(config)
-        choose_trained(model, sized.train)
+        if sized.train.lora is not None:
+            add_lora(model, **sized.train.lora.model_dump())
+        set_trainable(model, sized.train.trainable)
     groups = [tuple(p.numel() for p in g.parameters) for g in parameter_groups(model, sized.train)]
     frozen = tuple(p.numel() for p in model.parameters() if not p.requires_grad)
     return ModelSize(config, tuple(g for g in groups if g), frozen)

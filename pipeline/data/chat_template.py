@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pipeline.config import ExperimentConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 
@@ -258,3 +259,11 @@ class Chat:
 
     def _unusable(self, fault: str) -> UserError:
         return UserError(self._name, f"its chat template {fault}", "use a language model with another chat template")
+
+
+def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]:
+    """The language model's tokenizer, and what writes conversations with it."""
+    tokenizer = load_tokenizer(config.model.language_model)
+    data = config.data
+    chat = Chat(tokenizer, data.system_prompt, max_text_tokens=data.max_text_tokens, loss_on=config.train.loss_on)
+    return tokenizer, chat

@@ -2,7 +2,8 @@
 
 from pipeline.engine.checkpoint_io import Snapshot, start_resharding, trained_weights
 from pipeline.engine.ds_config import ADAM_EPSILON, POLICIES, render, zero_stage
-from pipeline.engine.engine import Engine, ParameterGroup, rate_factor
+from pipeline.engine.engine import Engine
+from pipeline.engine.parameter_groups import ParameterGroup, parameter_groups
 from pipeline.engine.process_group import (
     from_main_rank,
     gathered,
@@ -28,8 +29,8 @@ __all__ = [
     "leave_process_group",
     "limit_waiting",
     "on_gpu",
+    "parameter_groups",
     "partitioned_loading",
-    "rate_factor",
     "render",
     "require_same_everywhere",
     "start_resharding",

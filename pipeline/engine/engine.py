@@ -8,38 +8,15 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.engine.checkpoint_io import STATE, Snapshot, checksum, collecting, local_part, restore_swapped_optimizer
 from pipeline.engine.ds_config import zero_stage
+from pipeline.engine.parameter_groups import ParameterGroup
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that share a peak learning rate and a weight decay."""
-
-    name: str
-    parameters: Sequence[torch.nn.Parameter]
-    learning_rate: float
-    weight_decay: float
-
-
-def rate_factor(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Share of the peak rate in the step that makes `done` of `total` steps (or tokens) done: linear warm-up, then a
-    cosine to `final_fraction`.
-
-    A function of what is done alone, so that a resumed run and a skipped step cannot shift the schedule.
-    """
-    warmup = math.ceil(warmup_fraction * total)
-    if done <= warmup:
-        return done / warmup
-    progress = (min(done, total) - warmup) / max(1, total - warmup)
-    return final_fraction + (1 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Engine:

@@ -19,7 +19,6 @@ from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
 from pipeline.core.errors import UserError
 from pipeline.core.files import write
-from pipeline.core.provenance import short_value
 from pipeline.launch.subprocesses import CommandFailed, run_logged
 
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
@@ -241,3 +240,9 @@ def run_trial(
     result["status"] = "FINISHED"
     write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
     return result
+
+
+def short_value(value: object) -> str:
+    """A setting's value as a label: of a path its last part, a fraction as it is."""
+    text = str(value)
+    return text if re.fullmatch(r"\d+/\d+", text) else text.rpartition("/")[2]

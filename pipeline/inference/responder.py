@@ -19,7 +19,7 @@ from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import Chat, load_tokenizer
 from pipeline.model import LiveAudio, Look, PalConfig, PalForCausalLM, Prefix, look
-from pipeline.training import checkpoint_dir
+from pipeline.training import run_dir
 
 Features = Mapping[str, NDArray[np.float16]]
 
@@ -41,10 +41,10 @@ def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
     Raises:
         UserError: the folder is not an exported model.
     """
-    if not (folder / checkpoint_dir.CONFIG).is_file():
+    if not (folder / run_dir.CONFIG).is_file():
         fault = "is not an exported model" if folder.is_dir() else "does not exist"
         raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
-    return load_config(ExperimentConfig, folder / checkpoint_dir.CONFIG), PalConfig.from_pretrained(folder)
+    return load_config(ExperimentConfig, folder / run_dir.CONFIG), PalConfig.from_pretrained(folder)
 
 
 def load_answerer(folder: Path, max_new_tokens: int, number: int = 0) -> Answerer:

@@ -7,35 +7,37 @@ parent is gone. To other hosts pdsh brings neither, so what the parent asks stan
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from pipeline.core.files import write
 from pipeline.core.ranks import free_port
 from pipeline.core.redact import masked, secrets_here
+from pipeline.launch.rank_process import (
+    ASKED,
+    ASKED_EVERY_S,
+    CONSOLE,
+    END,
+    FAILURES,
+    MARKED,
+    RANKS,
+    SAVE,
+    SUPERVISED,
+    failures_of,
+    lost_ranks,
+    named,
+    ranks_of,
+)
 
-CONSOLE = "pal> "
 LOG = "launcher.log"
-RANKS = "ranks"  # folder of an output: one file for each rank of the latest job, where it runs
-FAILURES = "failures"  # likewise, for each rank that ended with an error, why
-ASKED = "launcher.asked"  # file of an output: what the parent asks of ranks on other hosts
-SAVE, END = "save", "end"
-_ASKED_EVERY_S = 1.0
 _LAST_WORDS_S = 30.0  # that hosts get to end by themselves when a rank has failed
-_OTHERS_S = 5.0  # that other ranks get to find out that they lost one
-_SUPERVISED = "PAL_SUPERVISED"
-_MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
 _LOG_TAIL_LINES = 15
 
 
@@ -151,7 +153,7 @@ def supervise(
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    own = {_SUPERVISED: "1", _MARKED: "1", "PYTHONUNBUFFERED": "1"}
+    own = {SUPERVISED: "1", MARKED: "1", "PYTHONUNBUFFERED": "1"}
     if not on_gpu:
         own["DS_ACCELERATOR"] = "cpu"
     # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
@@ -208,14 +210,14 @@ def _end_after_failure(process: subprocess.Popen[str], output: Path) -> None:
                 process.wait(_LAST_WORDS_S)
             except subprocess.TimeoutExpired:
                 _end(process, output)
-        time.sleep(_ASKED_EVERY_S)
+        time.sleep(ASKED_EVERY_S)
 
 
 def _explain(code: int, output: Path) -> tuple[int, str]:
     if code == 0:
         return 0, ""
     log = output / LOG
-    failures = _failures_of(output)
+    failures = failures_of(output)
     # A rank that loses another one fails too; what it says is true but not the cause.
     causes = sorted((f for f in failures if not f["lost_peer"]), key=lambda failure: failure["time"])
     if causes:
@@ -223,117 +225,8 @@ def _explain(code: int, output: Path) -> tuple[int, str]:
         if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
             return first["code"], first["message"]
         at = "" if first["step"] is None else f" at step {first['step']}"
-        who = _named([first["rank"]], _ranks_of(output))
+        who = named([first["rank"]], ranks_of(output))
         return EXIT_FAILURE, f"{who} failed{at}: {first['message']} (see {log})"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)
-    return EXIT_FAILURE, f"{_lost(output)} End of {log}:\n{text}"
-
-
-def _lost(output: Path) -> str:
-    """Which ranks ended or hang without a word, or that none did and yet they lost each other."""
-    failures, ranks = _failures_of(output), _ranks_of(output)
-    silent = sorted(set(ranks) - {failure["rank"] for failure in failures})
-    step = max((failure["step"] for failure in failures if failure["step"] is not None), default=None)
-    when = "" if step is None else f" after step {step}"
-    if failures and not silent:
-        who = _named([failure["rank"] for failure in failures], ranks)
-        return f"{who} lost the other ranks{when}: is the network between them down, or did one never start?"
-    who = _named(silent, ranks) if silent else "the launcher"
-    return f"{who} died or hung without a word{when}: killed, or out of memory?"
-
-
-def _named(numbers: Sequence[int], ranks: Mapping[int, dict[str, Any]]) -> str:
-    """`rank 2, 3 on worker-2`; without the host where there is only one."""
-    by_host: dict[str, list[str]] = {}
-    for number in sorted(numbers):
-        by_host.setdefault(ranks[number]["host"] if number in ranks else "?", []).append(str(number))
-    several = len({record["host"] for record in ranks.values()}) > 1
-    return "; ".join(f"rank {', '.join(of)}" + (f" on {host}" if several else "") for host, of in by_host.items())
-
-
-def _failures_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text(encoding="utf-8")) for file in (output / FAILURES).glob("*.json")]
-
-
-def _ranks_of(output: Path) -> dict[int, dict[str, Any]]:
-    """What the ranks of the latest job wrote of themselves in `present`, by rank."""
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in (output / RANKS).glob("*.json")]
-    return {record["rank"]: record for record in records}
-
-
-# ---- on a rank ----------------------------------------------------------------------------------------------------
-
-
-def say(line: str) -> None:
-    """Prints a line for the person who watches the job."""
-    prefix = CONSOLE if _MARKED in os.environ else ""
-    print(f"{prefix}{line}", flush=True)
-
-
-def watch_parent(stop: Callable[[], None]) -> None:
-    """Listens to `supervise`: calls `stop` when it asks for the end, ends this process when it is gone."""
-    if _SUPERVISED not in os.environ:
-        return
-
-    def listen() -> None:
-        while os.read(0, 1):
-            stop()
-        os._exit(EXIT_FAILURE)
-
-    threading.Thread(target=listen, name="parent", daemon=True).start()
-
-
-def watch_asked(output: Path, stop: Callable[[], None]) -> None:
-    """The same on a host that the parent's pipes do not reach."""
-    if _SUPERVISED in os.environ or _MARKED not in os.environ:
-        return
-
-    def look() -> None:
-        while (asked := (output / ASKED).read_text()) != END:
-            if asked == SAVE:
-                stop()
-            time.sleep(_ASKED_EVERY_S)
-        os._exit(EXIT_FAILURE)
-
-    threading.Thread(target=look, name="parent", daemon=True).start()
-
-
-def present(output: Path, rank: int) -> None:
-    """Writes down where this rank runs, and forgets how it ended before."""
-    (output / FAILURES / f"rank-{rank}.json").unlink(missing_ok=True)
-    _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
-
-
-def forget_ranks(output: Path, world_size: int) -> None:
-    """Removes what an earlier job with more ranks left of those that this one does not have."""
-    for folder in (RANKS, FAILURES):
-        for file in (output / folder).glob("rank-*.json"):
-            if int(file.stem.removeprefix("rank-")) >= world_size:
-                file.unlink()
-
-
-def leave(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
-    """Records why this rank ends, for the parent; without one, says it on stderr, and which ranks are silent.
-
-    Returns `code`.
-
-    Args:
-        step: None where a launcher tells of a rank that cannot speak any more.
-        lost_peer: it ends because another rank is gone or does not answer.
-    """
-    alone = _SUPERVISED not in os.environ and _MARKED not in os.environ
-    if alone:
-        print(f"pal: {message}", file=sys.stderr, flush=True)
-    record = {"rank": rank, "step": step, "code": code, "message": message, "lost_peer": lost_peer, "time": time.time()}
-    with contextlib.suppress(OSError):  # a full disk must not hide the reason, which is in the log as well
-        _write(output / FAILURES / f"rank-{rank}.json", record)
-    if alone and lost_peer:
-        time.sleep(_OTHERS_S)
-        print(f"pal: {_lost(output)}", file=sys.stderr, flush=True)
-    return code
-
-
-def _write(file: Path, record: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(record).encode())  # whole: it is read while its rank may be killed
+    return EXIT_FAILURE, f"{lost_ranks(output)} End of {log}:\n{text}"

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from pipeline.model.attention_ops import KeysValues, attend
 from pipeline.model.audio_streams import AudioStream, AudioTokens
-from pipeline.model.clip_positions import clip_places, streams_at_layer
 from pipeline.model.families import (
     family_of,
     project_heads,
@@ -23,9 +22,9 @@ from pipeline.model.families import (
     score_softcap,
     sliding_window,
 )
+from pipeline.model.layers import recomputed
 from pipeline.model.mask import Rule, additive_mask
-from pipeline.model.positions import AudioPlaces, send
-from pipeline.model.recompute import recomputed
+from pipeline.model.positions import AudioPlaces, clip_places, send, streams_at_layer
 
 
 class AudioKeys:

@@ -13,8 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.streams import Stream
 from pipeline.model.configuration import PalConfig
 from pipeline.model.connectors import build_connector
-from pipeline.model.layers import FlamingoBlock
-from pipeline.model.mlp import Mlp
+from pipeline.model.layers import FlamingoBlock, Mlp
 
 
 def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:

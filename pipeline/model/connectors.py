@@ -11,9 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import Connector
-from pipeline.model.layers import CrossAttention
+from pipeline.model.layers import CrossAttention, Mlp
 from pipeline.model.lfst import LfstConnector
-from pipeline.model.mlp import Mlp
 from pipeline.model.positions import send
 
 # BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), as audio models use it; 32 queries are in `streams.Connector`.

@@ -1,12 +1,46 @@
-"""Attention without positions, as resamplers and flamingo blocks use it, and the flamingo block itself."""
+"""Building blocks of the trained audio side: the MLP, attention without positions, and the flamingo block."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pipeline.model.mlp import Mlp
+
+def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+    """`function(*inputs)`, of which only the inputs are kept for the backward pass.
+
+    Without reentrance: the reentrant form drops gradients of what the function reaches by other ways than its inputs.
+    And without dropout: the state of the random numbers is not restored.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function(*inputs)
+
+
+class Mlp(nn.Module):
+    """Linear-GELU-Linear; the activation is computed again in the backward pass instead of being kept.
+
+    Args:
+        inner: width between the two; None means `width_out`.
+    """
+
+    def __init__(self, width: int, width_out: int, *, inner: int | None = None, bias: bool = True) -> None:
+        super().__init__()
+        self.input = nn.Linear(width, inner or width_out, bias=bias)
+        self.output = nn.Linear(inner or width_out, width_out, bias=bias)
+
+    def forward(self, x_NW: Tensor) -> Tensor:
+        # Recomputation stops as soon as the activation is there again: the matrix product is not repeated.
+        return recomputed(self.finish, self.input(x_NW))
+
+    def finish(self, h_NI: Tensor) -> Tensor:
+        """What follows `input`."""
+        return self.output(F.gelu(h_NI))
 
 
 class CrossAttention(nn.Module):

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind, Stream
-from pipeline.model.clip_positions import beside_sets, clip_line
 from pipeline.model.packing import Unpacking, find_unpacking
-from pipeline.model.positions import AudioPlaces, Places, place_beside, send
+from pipeline.model.positions import AudioPlaces, Places, beside_sets, clip_line, place_beside, send
 
 IGNORED_LABEL = -100
 

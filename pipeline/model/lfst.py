@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import Connector
-from pipeline.model.layers import CrossAttention
-from pipeline.model.mlp import Mlp
+from pipeline.model.layers import CrossAttention, Mlp
 from pipeline.model.positions import send
 
 # Sizes of Cambrian-1; the query grid is (time, frequency) cells per window, 96 tokens in 10 s with the newlines.

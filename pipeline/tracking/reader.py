@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.config import read_yaml
 from pipeline.core.errors import UserError, nearest
 from pipeline.tracking.writer import EVALUATIONS, SWEEP, VERDICTS
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
 
-    from pipeline.experiments.trials import SweepConfig
 
 KIND_TAG = "pal.kind"
 NOT_TRAINED = ("sweep", "report")  # kinds of runs that hold others' results
@@ -119,21 +119,18 @@ def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
     return evaluations
 
 
-def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[SweepConfig, Mapping[str, str]]:
-    """The sweep that an experiment's runs are trials of, and the tags of its run.
+def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, Any], Mapping[str, str]]:
+    """The resolved config of the sweep that an experiment's runs are trials of, and the tags of its run.
 
     Raises:
         UserError: they are none.
     """
-    from pipeline.config import load_config
-    from pipeline.experiments.trials import SweepConfig
-
     found = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'sweep'", max_results=1)
     if not found:
         raise UserError(f"experiment '{experiment.name}'", "holds no sweep", "run one with `pal sweep`")
     with tempfile.TemporaryDirectory() as folder:
         file = client.download_artifacts(found[0].info.run_id, SWEEP, folder)
-        return load_config(SweepConfig, Path(file)), found[0].data.tags
+        return read_yaml(Path(file)), found[0].data.tags
 
 
 def read_verdicts(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:

@@ -19,21 +19,21 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
 from pipeline.core.ranks import Ranks
 from pipeline.cost.flops import token_count
-from pipeline.data.chat_template import Chat, load_tokenizer
+from pipeline.data.chat_template import Chat, build_chat
 from pipeline.data.feature_set import FeatureSet, open_feature_set
 from pipeline.data.loader import TrainingLoader
 from pipeline.engine import (
     Engine,
-    ParameterGroup,
     gathered,
     limit_waiting,
     on_gpu,
+    parameter_groups,
     partitioned_loading,
     render,
     trained_weights,
 )
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
-from pipeline.training import checkpoint_dir
+from pipeline.training import checkpoint_dir, run_dir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -127,14 +127,6 @@ def total_steps(train: TrainConfig, loader: TrainingLoader) -> int | None:
     return train.steps or (math.ceil(train.epochs * loader.steps_per_epoch) if train.epochs else None)
 
 
-def build_chat(config: ExperimentConfig) -> tuple[PreTrainedTokenizerBase, Chat]:
-    """The language model's tokenizer, and what writes conversations with it."""
-    tokenizer = load_tokenizer(config.model.language_model)
-    data = config.data
-    chat = Chat(tokenizer, data.system_prompt, max_text_tokens=data.max_text_tokens, loss_on=config.train.loss_on)
-    return tokenizer, chat
-
-
 def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
     """The language model with its weights and fresh streams, or what the runs before this one made of them, adapted
     and frozen as `train` says.
@@ -183,7 +175,7 @@ def _adapt(model: PalForCausalLM, lora: LoraConfig | None) -> None:
 
 def _take_over(model: PalForCausalLM, origin: Path) -> None:
     """Gives the model what a finished run trained, on top of what that run took over itself."""
-    before = load_config(ExperimentConfig, origin / checkpoint_dir.CONFIG)
+    before = load_config(ExperimentConfig, origin / run_dir.CONFIG)
     if before.starts_from is not None:
         _take_over(model, before.starts_from)
     choose_trained(model, before.train)
@@ -235,7 +227,7 @@ def save_model(
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
-    (temporary / checkpoint_dir.CONFIG).write_text(dump_config(config), encoding="utf-8")
+    (temporary / run_dir.CONFIG).write_text(dump_config(config), encoding="utf-8")
     write_encoders(temporary, load_contract(config.data.train), config.model.encoders)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -259,18 +251,6 @@ def _model_settings(config: ExperimentConfig, contract: FeatureContract, audio_t
 def feature_dtype(train: TrainConfig) -> torch.dtype:
     """Half precision keeps the shards' own bytes; the model casts on its device."""
     return torch.float32 if train.precision == "fp32" else torch.float16
-
-
-def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
-    """Trained parameters by rate (audio side, language model) and decay (matrices; never norms and biases)."""
-    groups = []
-    rates = {"streams": train.connector_learning_rate or train.learning_rate, "language_model": train.learning_rate}
-    for side, rate in rates.items():
-        own = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{side}.")]
-        matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
-        groups.append(ParameterGroup(f"{side}.matrices", matrices, rate, train.weight_decay))
-        groups.append(ParameterGroup(f"{side}.vectors", vectors, rate, 0.0))
-    return groups
 
 
 def validation_questions(features: FeatureSet, config: ExperimentConfig) -> np.ndarray:

@@ -20,8 +20,9 @@ from pipeline.core.ranks import Ranks
 from pipeline.data.loader import TrainingLoader
 from pipeline.engine import Engine, Snapshot, start_resharding
 from pipeline.tracking.writer import Tracker
-from pipeline.training import checkpoint_dir
-from pipeline.training.checkpoint_dir import CheckpointRecord, FileRecord, RunRecord
+from pipeline.training import checkpoint_dir, run_dir
+from pipeline.training.checkpoint_dir import CheckpointRecord, FileRecord
+from pipeline.training.run_dir import RunRecord
 from pipeline.training.throughput import Work
 
 _POLL_S = 0.2
@@ -158,7 +159,7 @@ class Keeper:
 
     def _begin(self, temporary: Path, step: int) -> None:
         checkpoint_dir.begin(self._output, step)
-        (temporary / checkpoint_dir.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
+        (temporary / run_dir.CONFIG).write_text(dump_config(self._config), encoding="utf-8")
 
     def _commit(self, temporary: Path, record: CheckpointRecord) -> None:
         checkpoint_dir.commit(temporary, record)

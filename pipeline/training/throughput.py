@@ -119,11 +119,3 @@ def peak_flops(device: torch.device, precision: str, peak_tflops: float | None) 
         return None
     name = torch.cuda.get_device_name(device)
     return next((tflops * 1e12 for words, tflops in _PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)
-
-
-def duration(seconds: float) -> str:
-    """`1 h 05 min`, `2 min 10 s` or `7 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

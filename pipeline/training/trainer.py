@@ -13,19 +13,21 @@ from typing import Any
 import torch
 
 from pipeline.config import ExperimentConfig, dump_config
+from pipeline.config.flat import flatten
 from pipeline.core import provenance
+from pipeline.core.console import duration
 from pipeline.core.ranks import Ranks
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.loader import evaluation_batches
-from pipeline.engine import rate_factor
 from pipeline.model import count_parameters
 from pipeline.tracking.writer import Status, Tracker, read_metrics
-from pipeline.training import checkpoint_dir
+from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.build import assemble, feature_dtype, save_model, validation_questions
-from pipeline.training.checkpoint_dir import RunRecord
 from pipeline.training.checkpoint_manager import Keeper
+from pipeline.training.lr_schedule import rate_factor
+from pipeline.training.run_dir import RunRecord
 from pipeline.training.step_metrics import IGNORED_LABEL, TaskLosses, step_flops
-from pipeline.training.throughput import WORK_FIELDS, Meter, Work, duration, peak_flops, peak_memory_gib
+from pipeline.training.throughput import WORK_FIELDS, Meter, Work, peak_flops, peak_memory_gib
 
 MODEL, SKIPPED = "model", "skipped.jsonl"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
@@ -69,9 +71,9 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.gradients_checked = False
         self.stop = stop
-        origin = checkpoint_dir.identity_of(config.starts_from)
-        identity = provenance.run_identity(config, self.parts.features.contract.fingerprint, origin)
-        self.run = checkpoint_dir.read_run(self.output) or RunRecord(identity=identity)
+        origin = run_dir.identity_of(config.starts_from)
+        identity = run_dir.run_identity(config, self.parts.features.contract.fingerprint, origin)
+        self.run = run_dir.read_run(self.output) or RunRecord(identity=identity)
         self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say, reshard=reshard)
         # Of all ranks since the run began, over resumes; `work` up to the last step that was logged.
         self.step, self.seen_tokens, self.work = self.keeper.resume()
@@ -259,16 +261,16 @@ class Trainer:
             self.tracker.log(self.step, metrics)
 
     def _start_tracking(self) -> Tracker:
-        checkpoint_dir.write_run(self.output, self.run)
+        run_dir.write_run(self.output, self.run)
         resolved = dump_config(self.config)
-        (self.output / checkpoint_dir.CONFIG).write_text(resolved, encoding="utf-8")
+        (self.output / run_dir.CONFIG).write_text(resolved, encoding="utf-8")
         streams = self.parts.model.config.stream_specs()
         return Tracker(
             self.config.tracking,
             self.output,
             run_id=self.run.run_id,
             params={
-                **provenance.flatten(self.config.model_dump(mode="json")),
+                **flatten(self.config.model_dump(mode="json")),
                 "resolved.steps": self.total_steps,
                 **{f"resolved.{kind}_parameters": n for kind, n in count_parameters(self.parts.model).items()},
                 "resolved.audio_layers": [list(stream.audio_layers) for stream in streams],
@@ -283,7 +285,7 @@ class Trainer:
                 **{f"version.{name}": version for name, version in provenance.package_versions().items()},
             },
             artifacts={
-                checkpoint_dir.CONFIG: resolved,
+                run_dir.CONFIG: resolved,
                 "deepspeed.json": json.dumps(self.parts.deepspeed_config, indent=2),
             },
             on_run_id=self._keep_run_id,
@@ -292,7 +294,7 @@ class Trainer:
     def _keep_run_id(self, run_id: str) -> None:
         if run_id != self.run.run_id:
             self.run = self.run.model_copy(update={"run_id": run_id})
-            checkpoint_dir.write_run(self.output, self.run)
+            run_dir.write_run(self.output, self.run)
 
     # ---- what is kept ---------------------------------------------------------------------------------------------
 
@@ -318,7 +320,7 @@ class Trainer:
             return {}
         newest = str(checkpoint_dir.list_checkpoints(self.output)[0])
         results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
-        (self.output / checkpoint_dir.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (self.output / run_dir.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
 
 

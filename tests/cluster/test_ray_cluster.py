@@ -20,7 +20,7 @@ import yaml
 
 from pipeline.config.loading import dump_config
 from pipeline.core.errors import EXIT_STOPPED
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process
 from pipeline.tracking.writer import METRICS, read_metrics
 from tests.helpers.corpora import hashes, prepare_config, prepare_here, write_corpus
 from tests.helpers.jobs import start_job, write_experiment
@@ -109,7 +109,7 @@ def test_losses_are_the_same_though_a_node_was_lost_and_the_job_stopped(
     wait_until(lambda: len(curve(there)) > 4, job)
 
     def ranks() -> dict[str, int]:
-        files = (there / supervisor.RANKS).glob("*.json")
+        files = (there / rank_process.RANKS).glob("*.json")
         return {path.stem.replace("-", " "): json.loads(path.read_text())["pid"] for path in files}
 
     places = ranks()

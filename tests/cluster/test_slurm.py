@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process
 from pipeline.tracking.writer import METRICS, read_metrics
 from pipeline.training import checkpoint_dir
 from tests.helpers.corpora import hashes, prepare_config, prepare_here, write_corpus
@@ -65,7 +65,7 @@ def wait_for_step(output: Path, step: int) -> None:
 
 def signal_ranks(slurm: Slurm, output: Path, name: str) -> None:
     for rank, host in enumerate(slurm.hosts):
-        host.run("kill", "-s", name, json.loads((output / supervisor.RANKS / f"rank-{rank}.json").read_text())["pid"])
+        host.run("kill", "-s", name, json.loads((output / rank_process.RANKS / f"rank-{rank}.json").read_text())["pid"])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pipeline.config import ExperimentConfig, load_config, resolve_stages
 from pipeline.core.feature_contract import CONTRACT_FILE, EncoderContract, FeatureContract
 from pipeline.model.random_lm import save_scratch_language_model
 from pipeline.tracking.writer import read_metrics
-from pipeline.training import checkpoint_dir
+from pipeline.training import run_dir
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_rows
 from tests.helpers.jobs import train_here
 from tests.helpers.ranks import run_on_ranks
@@ -127,7 +127,7 @@ def test_the_1b_recipe_trains_a_small_model_with_every_integration(features: Pat
             assert metrics[-1][0] == STEPS and all(
                 np.isfinite(m["train/loss"]) for _, m in metrics if "train/loss" in m
             )
-            assert checkpoint_dir.is_finished(tmp_path / integration / stage)
+            assert run_dir.is_finished(tmp_path / integration / stage)
 
 
 def _train_each(features: Path, folder: Path) -> None:

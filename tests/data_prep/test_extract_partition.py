@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from data_prep.audio.windows import Windower
 from data_prep.config import LogMelConfig
-from data_prep.encoders.base import Windower
 from data_prep.encoders.build import build_encoder, describe_encoder
 from data_prep.job.mds_writer import read_partition
 from pipeline.core.feature_contract import load_contract

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torchaudio.transforms import MelSpectrogram
 
+from data_prep.audio.windows import Windower
 from data_prep.config import LogMelConfig
-from data_prep.encoders.base import Windower
 from data_prep.encoders.build import build_encoder, describe_encoder
 
 

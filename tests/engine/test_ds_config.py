@@ -10,7 +10,8 @@ import pytest
 
 from pipeline.config import TrainConfig
 from pipeline.core.errors import UserError
-from pipeline.engine import POLICIES, rate_factor, render, zero_stage
+from pipeline.engine import POLICIES, render, zero_stage
+from pipeline.training.lr_schedule import rate_factor
 
 SHIPPED = sorted(p.stem for p in POLICIES.glob("*.json"))
 

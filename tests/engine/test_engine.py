@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pipeline.core.ranks import read_ranks
-from pipeline.engine import ADAM_EPSILON, rate_factor, trained_weights
+from pipeline.engine import ADAM_EPSILON, trained_weights
+from pipeline.training.lr_schedule import rate_factor
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import (
     CLIPPING,

@@ -29,7 +29,7 @@ import os
 import signal
 from pathlib import Path
 
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process
 from pipeline.training import checkpoint_dir
 from tests.helpers.jobs import end_of, start_job, wait_for_step, write_experiment
 
@@ -37,7 +37,7 @@ STEPS = 60
 
 
 def process_of(rank: int, output: Path) -> int:
-    return json.loads((output / supervisor.RANKS / f"rank-{rank}.json").read_text())["pid"]
+    return json.loads((output / rank_process.RANKS / f"rank-{rank}.json").read_text())["pid"]
 
 
 def test_dead_and_hung_ranks_are_named_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import torch
 from pipeline.config import TrainConfig
 from pipeline.core.ranks import read_ranks
 from pipeline.core.streams import Connector, Stream
-from pipeline.engine import Engine, ParameterGroup, init_process_group, rate_factor, render
+from pipeline.engine import Engine, ParameterGroup, init_process_group, render
 from pipeline.model import PalForCausalLM
 from pipeline.model.configuration import PalConfig
+from pipeline.training.lr_schedule import rate_factor
 
 STEPS, ROWS, TOKENS, WIDTH, AUDIO = 4, 8, 12, 6, 63
 CLIPPING = 0.5

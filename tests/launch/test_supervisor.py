@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import EXIT_FAILURE
-from pipeline.launch import supervisor
+from pipeline.launch import rank_process, supervisor
 
 SECRET = "correct-horse-battery"
 
@@ -52,16 +52,16 @@ def test_no_secret_that_the_launcher_reads_from_its_file_is_logged(
 
 
 def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(rank_process, "ASKED_EVERY_S", 0.01)
     monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
     ended, stopped = threading.Event(), threading.Event()
-    monkeypatch.setattr(supervisor.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
+    monkeypatch.setattr(rank_process.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
     supervisor._ask(tmp_path, "")
-    supervisor.watch_asked(tmp_path, stopped.set)
+    rank_process.watch_asked(tmp_path, stopped.set)
     assert not stopped.wait(0.1)
-    supervisor._ask(tmp_path, supervisor.SAVE)
+    supervisor._ask(tmp_path, rank_process.SAVE)
     assert stopped.wait(10) and not ended.is_set()
-    supervisor._ask(tmp_path, supervisor.END)
+    supervisor._ask(tmp_path, rank_process.END)
     assert ended.wait(10)
 
 
@@ -69,7 +69,7 @@ def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though another host hangs, and pdsh waits for it."""
-    monkeypatch.setattr(supervisor, "_ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(rank_process, "ASKED_EVERY_S", 0.01)
     monkeypatch.setattr(supervisor, "_LAST_WORDS_S", 0.1)
     script = (
         "from pathlib import Path; from pipeline import launch; import time; "
@@ -77,7 +77,7 @@ def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
     )
     code, message = supervise(tmp_path, monkeypatch, script, hostfile=tmp_path / "hostfile")
     assert code == EXIT_FAILURE and message.startswith("rank 1 failed at step 7: no memory")
-    assert (tmp_path / supervisor.ASKED).read_text() == supervisor.END
+    assert (tmp_path / rank_process.ASKED).read_text() == rank_process.END
 
 
 def test_a_full_disk_costs_the_log_and_not_the_job(

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
 from data_prep import config as configs
-from data_prep.encoders.base import Windower
+from data_prep.audio.windows import Windower
 from data_prep.encoders.build import build_encoder, describe_encoder
 from pipeline.core.errors import UserError
 from tests.parity import sslam_reference

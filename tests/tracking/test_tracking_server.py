@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from pipeline.core.ranks import free_port
-from pipeline.training.checkpoint_dir import read_run
+from pipeline.training.run_dir import read_run
 from tests.helpers.jobs import LIMIT_S, end_of, start_job, write_experiment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

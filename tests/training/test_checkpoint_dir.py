@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.core import files
 from pipeline.core.errors import UserError
-from pipeline.training import checkpoint_dir
-from pipeline.training.checkpoint_dir import CheckpointRecord, RunRecord
+from pipeline.training import checkpoint_dir, run_dir
+from pipeline.training.checkpoint_dir import CheckpointRecord
+from pipeline.training.run_dir import RunRecord
 
 
 def record(step: int, files: dict[str, checkpoint_dir.FileRecord]) -> CheckpointRecord:
@@ -175,21 +176,21 @@ def test_retention_interrupted_leaves_nothing_that_looks_complete(
 
 
 def test_an_output_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    checkpoint_dir.require_same_run(tmp_path / "new", {"train.seed": 0})
-    checkpoint_dir.write_run(tmp_path, RunRecord(identity={"train.seed": 0, "model.encoders": ["log_mel"]}))
-    checkpoint_dir.require_same_run(tmp_path, {"train.seed": 0, "model.encoders": ["log_mel"]})
+    run_dir.require_same_run(tmp_path / "new", {"train.seed": 0})
+    run_dir.write_run(tmp_path, RunRecord(identity={"train.seed": 0, "model.encoders": ["log_mel"]}))
+    run_dir.require_same_run(tmp_path, {"train.seed": 0, "model.encoders": ["log_mel"]})
     with pytest.raises(UserError, match=r"train\.seed is 0 there and 1"):
-        checkpoint_dir.require_same_run(tmp_path, {"train.seed": 1, "model.encoders": ["log_mel"]})
+        run_dir.require_same_run(tmp_path, {"train.seed": 1, "model.encoders": ["log_mel"]})
 
 
 def test_checkpoints_without_an_owner_are_refused(tmp_path: Path) -> None:
     save(tmp_path, 1)
     with pytest.raises(UserError, match=r"run\.json"):
-        checkpoint_dir.require_same_run(tmp_path, {})
+        run_dir.require_same_run(tmp_path, {})
 
 
 def _hold(folder: Path, ready: object, done: object) -> None:
-    with checkpoint_dir.lock(folder):
+    with run_dir.lock(folder):
         ready.set()  # type: ignore[attr-defined]
         done.wait(30)  # type: ignore[attr-defined]
 
@@ -200,10 +201,10 @@ def test_two_jobs_on_one_output_are_refused(tmp_path: Path) -> None:
     process = context.Process(target=_hold, args=(tmp_path, ready, done))
     process.start()
     assert ready.wait(30)
-    with pytest.raises(UserError, match=f"process {process.pid}"), checkpoint_dir.lock(tmp_path):
+    with pytest.raises(UserError, match=f"process {process.pid}"), run_dir.lock(tmp_path):
         pass
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)  # however the holder ends, the folder is free again
     process.join()
-    with checkpoint_dir.lock(tmp_path):
+    with run_dir.lock(tmp_path):
         pass

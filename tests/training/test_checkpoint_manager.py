@@ -13,8 +13,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.ranks import read_ranks
 from pipeline.engine import Engine, Snapshot
 from pipeline.training import checkpoint_dir
-from pipeline.training.checkpoint_dir import RunRecord
 from pipeline.training.checkpoint_manager import Keeper
+from pipeline.training.run_dir import RunRecord
 from pipeline.training.throughput import Work
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import LANGUAGE_MODEL, build, settings, train_steps

@@ -13,7 +13,7 @@ from pipeline.config import TrackingConfig
 from pipeline.core.errors import EXIT_STOPPED
 from pipeline.core.ranks import free_port
 from pipeline.tracking import writer
-from pipeline.training import checkpoint_dir
+from pipeline.training import checkpoint_dir, run_dir
 from tests.helpers.jobs import end_of, start_job, wait_for_step, write_experiment
 
 KEYS = {
@@ -57,7 +57,7 @@ def curve(output: Path) -> dict[int, tuple[float, float, float | None]]:
 def mlflow_run(output: Path) -> Any:
     from mlflow import MlflowClient
 
-    run = checkpoint_dir.read_run(output)
+    run = run_dir.read_run(output)
     assert run is not None and run.run_id is not None
     return MlflowClient(writer.tracking_uri(TrackingConfig(), output)).get_run(run.run_id)
 

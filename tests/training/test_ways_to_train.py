@@ -10,9 +10,9 @@ import pytest
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.ranks import read_ranks
-from pipeline.engine import rate_factor
 from pipeline.tracking.writer import read_metrics
 from pipeline.training import checkpoint_dir
+from pipeline.training.lr_schedule import rate_factor
 from tests.helpers.jobs import train_here, write_experiment
 from tests.helpers.ranks import run_on_ranks
 

@@ -1,0 +1,16 @@
+"""A config tree as flat `a.b.c` keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b.c` keys; lists stay values."""
+    pairs: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            pairs |= flatten(value, f"{prefix}{key}.")
+        else:
+            pairs[f"{prefix}{key}"] = value
+    return pairs

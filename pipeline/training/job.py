@@ -1,0 +1,116 @@
+"""The training job on one rank: every stage that is not finished, and a record of how it ended."""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.config import ExperimentConfig
+from pipeline.config.flat import flatten
+from pipeline.core import provenance
+from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.core.ranks import Ranks
+from pipeline.engine import (
+    from_main_rank,
+    init_process_group,
+    is_lost_peer,
+    leave_process_group,
+    on_gpu,
+    require_same_everywhere,
+)
+from pipeline.launch import rank_process
+from pipeline.training import run_dir
+from pipeline.training.preflight import check
+
+if TYPE_CHECKING:  # imports torch, which `--help` must not
+    from pipeline.training.trainer import Trainer
+
+
+def run_rank(
+    config: ExperimentConfig,
+    stages: Mapping[str, ExperimentConfig],
+    ranks: Ranks,
+    results_file: Path | None,
+    *,
+    reshard: bool,
+) -> int:
+    """The job on one rank: every stage that is not finished, in order. However it ends, the parent finds why."""
+    trainer: Trainer | None = None
+    stop = threading.Event()
+    try:
+        with ExitStack() as resources:
+            if ranks.is_main:
+                for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
+                    resources.enter_context(run_dir.lock(folder))
+                rank_process.forget_ranks(config.output, ranks.world_size)
+            rank_process.present(config.output, ranks.rank)
+            from pipeline.training.trainer import Stopped, Trainer
+
+            init_process_group(ranks, config.train.collective_timeout_s)
+            settings = flatten(config.model_dump(mode="json"))
+            require_same_everywhere({**settings, **provenance.package_versions()})
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, lambda *_: stop.set())
+            rank_process.watch_parent(stop.set)
+            rank_process.watch_asked(config.output, stop.set)
+            last = [*stages][-1]
+            for name, stage in stages.items():
+                # Waits for rank 0, which writes what the stage before leaves behind.
+                finished = from_main_rank(run_dir.is_finished(stage.output))
+                if finished and name != last:  # the last stage's trainer only says so
+                    continue
+                check(stage, ranks.world_size, on_gpu=on_gpu(), reshard=reshard)
+                if name and ranks.is_main:
+                    rank_process.say(f"stage {name}, in {stage.output}")
+                trainer = Trainer(stage, ranks, rank_process.say, stop, reshard=reshard)
+                try:
+                    trainer.fit()
+                except Stopped as stopped:
+                    return rank_process.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
+                trainer.engine.close()
+                trainer = None
+                gc.collect()  # DeepSpeed's parts refer to each other; the next stage needs their memory
+            leave_process_group()
+            if ranks.is_main and results_file is not None:
+                write_figures(stages, results_file)
+            return 0
+    except UserError as error:
+        step = trainer.step if trainer else 0
+        return rank_process.leave(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
+    except Exception as error:  # the last place where a rank can say what happened to it
+        traceback.print_exc()
+        step = trainer.step if trainer else 0
+        message = f"{type(error).__name__}: {error}"
+        lost_peer = is_lost_peer(error)
+        return rank_process.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
+
+
+def write_figures(stages: Mapping[str, ExperimentConfig], file: Path) -> None:
+    """The figures of the last stage; of a curriculum also those of each stage, by name."""
+    figures = {name: json.loads((s.output / run_dir.RESULTS).read_text("utf-8")) for name, s in stages.items()}
+    results = {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
+    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:
+    """Tells MLflow of an end that rank 0 could not tell of itself."""
+    begun = [(stage, run) for stage in stages.values() if (run := run_dir.read_run(stage.output)) is not None]
+    if not begun or code in (EXIT_STOPPED, EXIT_USER_ERROR):
+        return
+    config, run = begun[-1]
+    if run.run_id is None:
+        return
+    from pipeline.tracking import writer
+
+    try:
+        writer.end_run(config.tracking, config.output, run.run_id, "FAILED")
+    except Exception as error:  # MLflow raises errors of many libraries; the message about the job matters more
+        print(f"pal: MLflow does not answer ({type(error).__name__}): the run is not marked as failed", file=sys.stderr)

@@ -1,0 +1,110 @@
+"""Everything that can be wrong with a run and is cheap to find out, and what a dry run prints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from pipeline.config import ExperimentConfig, load_config
+from pipeline.config.flat import flatten
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import FeatureContract, load_contract, require_encoders, require_same_features
+from pipeline.core.ranks import Ranks
+from pipeline.core.streams import Stream
+from pipeline.engine import render
+from pipeline.training import checkpoint_dir, run_dir
+
+_SAMPLED_ROWS = 256  # for the estimate of tokens per step
+
+
+def check(
+    config: ExperimentConfig,
+    world_size: int,
+    *,
+    on_gpu: bool,
+    reshard: bool = False,
+    planned: Collection[Path] = (),
+) -> tuple[FeatureContract, tuple[Stream, ...]]:
+    """Everything that can be wrong with a run and is cheap to find out.
+
+    Args:
+        planned: output folders of runs that will have finished when this one begins.
+
+    Returns:
+        the contract of the training set, and the streams with resolved layers.
+
+    Raises:
+        UserError: the first fault found.
+    """
+    accumulation = config.gradient_accumulation_steps(world_size)
+    render(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
+    contract = load_contract(config.data.train)
+    require_encoders(contract, config.model.encoders, config.data.train)
+    if config.data.validation is not None:
+        expected = {name: contract.encoders[name].fingerprint for name in config.model.encoders}
+        require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
+    from pipeline.model.language_models import language_model_config
+
+    streams = config.model.resolve_streams(language_model_config(config.model.language_model).num_hidden_layers)
+    origin = _check_origin(config, planned)
+    run_dir.require_same_run(config.output, run_dir.run_identity(config, contract.fingerprint, origin))
+    if not reshard:
+        checkpoint_dir.require_world_size(config.output, world_size)
+    return contract, streams
+
+
+def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | None:
+    """The identity of the run that this one starts from."""
+    folder = config.starts_from
+    if folder is None:
+        return None
+    if folder not in planned and not run_dir.is_finished(folder):
+        raise UserError(config.output, f"starts from {folder}, which is not finished", "run that first")
+    if run_dir.is_finished(folder):
+        model = load_config(ExperimentConfig, folder / run_dir.CONFIG).model
+        here, there = (flatten(m.model_dump(mode="json")) for m in (config.model, model))
+        for key in here.keys() | there.keys():
+            if here.get(key) != there.get(key):
+                fault = f"{folder} was trained with model.{key} = {there.get(key)!r}, here it is {here.get(key)!r}"
+                raise UserError("starts_from", fault, "start from a run of the same model")
+    return run_dir.identity_of(folder)
+
+
+def describe(config: ExperimentConfig, contract: FeatureContract, streams: Sequence[Stream], world_size: int) -> str:
+    """What `--dry-run` prints of a run: layers, parameters, what is selected, steps, tokens."""
+    import numpy as np
+
+    from pipeline.data.feature_set import open_feature_set
+    from pipeline.model import count_parameters
+    from pipeline.training.build import audio_positions, build_chat, build_empty_model, build_loader, total_steps
+
+    _, chat = build_chat(config)
+    parameters = count_parameters(build_empty_model(config, contract, chat.audio_token_id))
+    features = open_feature_set(config.data.train, config.model.encoders, config.data)
+    positions = audio_positions(config, contract)
+    loader = build_loader(config, features, chat, Ranks(0, world_size, 0, 1), positions)
+    selected = features.table.select(config.data.tasks, config.data.datasets)
+    clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
+    rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]
+    sequences = config.train.global_batch_size // config.data.questions_per_sequence
+    text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
+    seconds = sequences * float(np.mean(features.table.duration_s[clips]))
+    steps = total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
+    frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
+    lines = []
+    for stream in streams:
+        where = (
+            "in the sequence, all layers" if stream.integration == "plits" else f"layers {list(stream.audio_layers)}"
+        )
+        lines.append(f"{stream.integration} stream of {'+'.join(stream.encoders)}: {where}")
+    lines += [
+        f"parameters: {parameters['total']:,} in all, {parameters['trainable']:,} trained",
+        f"{'about ' if config.train.tokens else ''}{steps:,} steps on {len(selected):,} questions about "
+        f"{len(np.unique(features.table.clip[selected])):,} clips",
+        f"a step: {config.train.global_batch_size} questions in {sequences} sequences on {world_size} ranks, "
+        f"{config.gradient_accumulation_steps(world_size)} micro-batches each"
+        f"{' or more' if config.train.micro_batch_tokens else ''}",
+        f"tokens per step: about {text_tokens:,.0f} of text, {frames:,.0f} audio frames ({seconds:,.0f} s)",
+    ]
+    return "\n".join(lines)

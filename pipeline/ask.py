@@ -18,8 +18,8 @@ from pipeline.core.feature_contract import read_encoders
 from pipeline.core.streams import IntegrationKind
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
-    from pipeline.inference.encode_audio import Ears
-    from pipeline.inference.responder import Answer, Answerer, Features
+    from pipeline.inference.encode_audio import AudioEncoders
+    from pipeline.inference.responder import Answer, Features, Responder
 
 STANDARD_INPUT = "-"
 
@@ -30,43 +30,43 @@ def main(argv: Sequence[str]) -> int:
     if arguments.web:
         from pipeline.inference.web import serve  # first of all: it tells when its library is not installed
 
-    from pipeline.inference.responder import load_answerer, load_config_of
+    from pipeline.inference.responder import load_config_of, load_responder
 
     config, model = load_config_of(arguments.model)
     contracts = read_encoders(arguments.model, model.feature_fingerprints, config.data.train)
 
-    from pipeline.inference.encode_audio import Ears
+    from pipeline.inference.encode_audio import AudioEncoders
 
-    answerer = load_answerer(arguments.model, arguments.max_new_tokens)
-    ears = Ears(contracts, dict(arguments.encoder), answerer.model.device.type)
+    responder = load_responder(arguments.model, arguments.max_new_tokens)
+    audio_encoders = AudioEncoders(contracts, dict(arguments.encoder), responder.model.device.type)
     if arguments.web:
-        serve(answerer, ears, str(arguments.model), *arguments.address)
+        serve(responder, audio_encoders, str(arguments.model), *arguments.address)
     elif str(arguments.clip) == STANDARD_INPUT:
-        _ask_meanwhile(answerer, ears, arguments)
+        _ask_meanwhile(responder, audio_encoders, arguments)
     else:
-        _ask_about_file(answerer, ears, arguments)
+        _ask_about_file(responder, audio_encoders, arguments)
     return 0
 
 
-def _ask_about_file(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> None:
+def _ask_about_file(responder: Responder, audio_encoders: AudioEncoders, arguments: argparse.Namespace) -> None:
     """Hears the clip, asks the questions given or typed, draws and writes what is wanted."""
     start = time.perf_counter()
-    sound = ears.hear(arguments.clip)
+    sound = audio_encoders.encode(arguments.clip)
     encoded = time.perf_counter()
-    prefix = answerer.hear([sound.features], arguments.hide)
+    prefix = responder.prefill([sound.features], arguments.hide)
     heard = time.perf_counter()
     cache_mib = prefix.nbytes / 2**20
     figures_of_hearing = f"{sound.duration_s:.1f} s of audio heard in {heard - start:.2f} s, {cache_mib:.1f} MiB kept"
     print(f"{arguments.clip}: {figures_of_hearing}", file=sys.stderr)
-    made_for = answerer.model.config.language_model.max_position_embeddings
+    made_for = responder.model.config.language_model.max_position_embeddings
     if (positions := int(prefix.next_position)) > made_for:
         print(f"pal: {positions} positions, the language model was made for {made_for}", file=sys.stderr)
     answers = []
     for question in arguments.question or _typed_questions():
-        answers.append(answerer.answer_aloud(prefix, question, _print_on))
+        answers.append(responder.answer_aloud(prefix, question, _print_on))
         print()
     if arguments.picture:
-        _draw(answerer, sound.features, arguments.clip, answers, sound.duration_s, arguments.picture)
+        _draw(responder, sound.features, arguments.clip, answers, sound.duration_s, arguments.picture)
     if arguments.json:
         figures = {
             "answers": [asdict(answer) for answer in answers],
@@ -153,20 +153,20 @@ def _check(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "every_s", "keep_s", "max_new_tokens")
 
 
-def _ask_meanwhile(answerer: Answerer, ears: Ears, arguments: argparse.Namespace) -> None:
+def _ask_meanwhile(responder: Responder, audio_encoders: AudioEncoders, arguments: argparse.Namespace) -> None:
     """Asks all questions again and again about the newest part of the audio on standard input."""
     from pipeline.inference.streaming import keep_newest, listen
 
-    live = keep_newest(answerer, ears, arguments.keep_s)
+    live = keep_newest(responder, audio_encoders, arguments.keep_s)
     given, kept, answers = [], 0, []
     # Not sys.stdin's own buffer: Python aborts when it ends while a thread still reads from that.
     source = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 (closing it would wait for the thread)
-    for heard_s in listen(live, ears, source, arguments.every_s):
-        prefix = answerer.hear_live(live, arguments.hide)
+    for heard_s in listen(live, audio_encoders, source, arguments.every_s):
+        prefix = responder.prefill_stream(live, arguments.hide)
         kept = max(kept, live.nbytes)
         for question in arguments.question:
             print(f"[{heard_s:.0f} s] ", end="")
-            answers.append(answerer.answer_aloud(prefix, question, _print_on))
+            answers.append(responder.answer_aloud(prefix, question, _print_on))
             given.append({"heard_s": heard_s, **asdict(answers[-1])})
             print()
         del prefix  # or it would stay while more audio comes
@@ -188,14 +188,14 @@ def _write_figures(file: Path, figures: dict[str, Any], answers: Sequence[Answer
 
 
 def _draw(
-    answerer: Answerer, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
+    responder: Responder, features: Features, clip: Path, answers: Sequence[Answer], duration_s: float, file: Path
 ) -> None:
     from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, spectrogram
     from pipeline.plots import plot_listening
 
     background = spectrogram(clip)
     for number, given in enumerate(answers, start=1):
-        moments = answerer.moments(answerer.look(features, given.question, given.answer))
+        moments = responder.moments(responder.attention_mass(features, given.question, given.answer))
         title = f"{given.question} {given.answer}"
         figure = plot_listening(background, duration_s, SPECTROGRAM_HIGHEST_HZ, moments, title)
         figure.savefig(file if len(answers) == 1 else file.with_stem(f"{file.stem}-{number}"))

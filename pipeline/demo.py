@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline.config.loading import shipped_config
 from pipeline.core.errors import UserError, run_command
-from pipeline.core.files import write
+from pipeline.core.files import atomic_write
 from pipeline.launch.subprocesses import CommandFailed, run_logged
 
 VARIANTS = ("plits", "lal", "pal_v3")
@@ -125,7 +125,7 @@ def plan_stages(out: Path, clips: int, nproc: int, overrides: Sequence[str] = ()
     for variant in VARIANTS:
         model = str(out / variant / "model")
         files = (f"--predictions={out / variant / 'predictions.jsonl'}",)
-        evaluate = ("pipeline.evaluate", model, str(test_set), "--swap-audio", f"--commonest-from={train_set}", *files)
+        evaluate = ("pipeline.evaluate", model, str(test_set), "--swap-audio", f"--majority-from={train_set}", *files)
         stages.append(Stage(f"evaluate {variant}", evaluate))
     report = ("pipeline.report", EXPERIMENT, f"--uri={_tracking_uri(out)}", f"--out={out / 'report'}")
     return [*stages, Stage("report", report)]
@@ -180,7 +180,7 @@ def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
     }
     path = out / SETTINGS
     if not path.exists():
-        write(path, json.dumps(settings, indent=2).encode())
+        atomic_write(path, json.dumps(settings, indent=2).encode())
     elif json.loads(path.read_text(encoding="utf-8")) != settings:
         raise UserError(out, "holds a demo with other settings", "remove it, or give another --out")
 
@@ -211,7 +211,9 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
             alive=partial(_say, label, started),
         )
         wall_s = round(time.monotonic() - started, 1)
-        write(done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode())
+        atomic_write(
+            done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode()
+        )
         _say(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
 
 
@@ -229,7 +231,7 @@ def _variants(out: Path) -> dict[str, Any]:
             "accuracy": scores["accuracy"],
             "accuracy_by_domain": {domain: group["accuracy"] for domain, group in scores["by_domain"].items()},
             "swapped_audio_accuracy": scores["swapped_audio"]["accuracy"],
-            "commonest_answer_accuracy": scores["commonest_answer"]["accuracy"],
+            "majority_baseline_accuracy": scores["majority_baseline"]["accuracy"],
             **{key: train[key] for key in ("samples_per_s", "peak_memory_gib", "final_loss")},
         }
     return variants

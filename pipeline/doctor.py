@@ -19,7 +19,7 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core import provenance
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.core.ranks import Ranks, read_ranks
@@ -105,7 +105,7 @@ def run_rank(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) ->
 
 
 def _tell(ranks: Ranks, values: Mapping[str, Any]) -> None:
-    rank_process.say(json.dumps({"rank": ranks.rank, **values}))
+    rank_process.report(json.dumps({"rank": ranks.rank, **values}))
 
 
 def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
@@ -293,7 +293,7 @@ def table(checks: Sequence[Check], num_nodes: int) -> str:
         texts = [f"{problem['host']}: {problem['fault']}" for problem in problems] or ["-"]
         lines.append((name, value, texts[0]))
         lines += [("", "", text) for text in texts[1:]]
-    return aligned(lines)
+    return format_table(lines)
 
 
 if __name__ == "__main__":

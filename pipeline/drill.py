@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
 from pipeline.launch import rank_process
 from pipeline.launch.subprocesses import CommandFailed, make_small_experiment
@@ -93,7 +93,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """The outcomes in columns, for a terminal."""
     rows = [("fault", "what happened", "steps lost", "recovered")]
     rows += [(o.fault, o.happened, str(o.steps_lost), "yes" if o.recovered else "NO") for o in outcomes]
-    return aligned(rows)
+    return format_table(rows)
 
 
 class Job:

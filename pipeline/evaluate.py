@@ -25,7 +25,7 @@ from pipeline.evaluation.scoring import Prediction, bootstrap_ci95, score
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.config import ExperimentConfig
     from pipeline.evaluation.benchmarks import Benchmark
-    from pipeline.evaluation.generate_answers import Asker, Questions
+    from pipeline.evaluation.generate_answers import AnswerGenerator, Questions
 
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # column `audio` of the predictions
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     names = _benchmark_names(arguments.benchmarks)
     require_positive(arguments, "limit", "batch_size", "nproc")
 
-    from pipeline.evaluation.generate_answers import Share, open_asker
+    from pipeline.evaluation.generate_answers import Share, open_answer_generator
     from pipeline.inference.responder import load_config_of
 
     config, _ = load_config_of(arguments.model)
@@ -52,23 +52,23 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="pal-evaluate-") as scratch:
         journal = output.with_name(f"{output.name}.partial") if output else Path(scratch)
         try:
-            with open_asker(
+            with open_answer_generator(
                 arguments.model,
                 arguments.max_new_tokens,
                 arguments.batch_size,
                 journal,
                 arguments.nproc,
                 Share(*arguments.share or (0, 1)),
-            ) as asker:
+            ) as generator:
                 for name, place in names.items():
                     if arguments.share:
-                        answer_share(asker, place, **common)
+                        answer_share(generator, place, **common)
                         continue
                     results[name], predictions, official[name] = evaluate(
-                        asker,
+                        generator,
                         place,
                         **common,
-                        commonest_from=arguments.commonest_from,
+                        majority_from=arguments.majority_from,
                         answers_are_written=arguments.predictions is not None,
                     )
                     lines += [{"benchmark": name, **prediction} for prediction in predictions]
@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         "vocalsound, fsd50k, gtzan, audiocaps, clotho, librispeech)",
     )
     parser.add_argument("--swap-audio", action="store_true", help="also ask about other clips' audio, as a control")
-    parser.add_argument("--commonest-from", metavar="SET", help="training set: also score its commonest answers")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, spread evenly")
+    parser.add_argument("--majority-from", metavar="SET", help="training set: also score its commonest answers")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, evenly_spaced evenly")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
@@ -159,11 +159,11 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, Any], lines: Seq
         artifacts[f"{writer.EVALUATIONS}/{name}.json"] = json.dumps(result, indent=2)
         own = [line for line in lines if line["benchmark"] == name and line["audio"] == OWN_AUDIO]
         verdicts = {key: [line[key] for line in own] for key in ("question_id", "clip_id", "correct")}
-        artifacts[f"{writer.VERDICTS}/{name}.json"] = json.dumps(verdicts)
+        artifacts[f"{writer.CORRECTNESS}/{name}.json"] = json.dumps(verdicts)
         scores |= {f"eval/{name}/{metric}": value for metric, value in _own_metrics(result).items()}
         for domain, group in result.get("by_domain", {}).items():
             scores[f"eval/{name}/accuracy_{domain}"] = group["accuracy"]
-        for control in ("swapped_audio", "commonest_answer"):
+        for control in ("swapped_audio", "majority_baseline"):
             if control in result:
                 scores[f"eval/{name}/{control}_accuracy"] = result[control]["accuracy"]
     try:
@@ -184,27 +184,27 @@ def _benchmark_names(places: Sequence[str]) -> dict[str, str]:
 
 
 def evaluate(
-    asker: Asker,
+    generator: AnswerGenerator,
     place: str,
     *,
     cache: Path | None = None,
     weights: Mapping[str, str] | None = None,
     limit: int | None = None,
     swap_audio: bool = False,
-    commonest_from: str | None = None,
+    majority_from: str | None = None,
     answers_are_written: bool = True,
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, str]]:
     """Asks every question of one benchmark.
 
     Args:
         place, cache, weights: of the benchmark; see `asking.open_questions`.
-        limit: only this many clips, spread evenly over the set.
+        limit: only this many clips, evenly_spaced evenly over the set.
         swap_audio: ask again with another clip's audio.
-        commonest_from: the training set; its commonest answer to each wording is scored as well.
+        majority_from: the training set; its commonest answer to each wording is scored as well.
         answers_are_written: the caller keeps the answers, not the scores alone.
 
     Returns:
-        the scores: those of `scoring.score`, with further ones under `swapped_audio` and `commonest_answer`, and a
+        the scores: those of `scoring.score`, with further ones under `swapped_audio` and `majority_baseline`, and a
         published benchmark's own (questions whose answers its publishers keep are counted as `unscored`; without any
         other there are no scores); the predictions as plain JSON, in storage order; and files for official scorers,
         name -> text.
@@ -213,17 +213,17 @@ def evaluate(
         UserError: no benchmark, features of another encoder, audio that cannot be read, a swap of one clip, or
             questions without answers where answers are needed.
     """
-    from pipeline.evaluation.baselines import commonest_answers
+    from pipeline.evaluation.baselines import majority_baseline
     from pipeline.evaluation.benchmark_clips import AudioClips
-    from pipeline.evaluation.generate_answers import open_questions, open_set, predictions_of, spread
+    from pipeline.evaluation.generate_answers import evenly_spaced, open_questions, open_set, predictions_of
 
-    questions = open_questions(place, asker.model, cache, weights or {})
-    clips = spread(len(questions), limit)
+    questions = open_questions(place, generator.model, cache, weights or {})
+    clips = evenly_spaced(len(questions), limit)
     benchmark = questions.benchmark if isinstance(questions, AudioClips) else None
 
     def ask(heard: dict[int, int]) -> list[Prediction]:
-        predictions = predictions_of(questions, asker(questions, place, heard, cache, weights or {}))
-        return predictions if benchmark is None else judged(predictions, benchmark)
+        predictions = predictions_of(questions, generator(questions, place, heard, cache, weights or {}))
+        return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
 
     if benchmark is not None and benchmark.remark:
         print(f"pal: {benchmark.name}: {benchmark.remark}", file=sys.stderr)
@@ -231,15 +231,15 @@ def evaluate(
         if not answers_are_written:
             remedy = "give --predictions FILE; what their server reads is written beside it"
             raise UserError(place, "has no answers to score by: its publishers keep them", remedy)
-        if swap_audio or commonest_from:
-            raise UserError(place, "has no answers to score controls by", "leave --swap-audio and --commonest-from out")
+        if swap_audio or majority_from:
+            raise UserError(place, "has no answers to score controls by", "leave --swap-audio and --majority-from out")
     own = ask({clip: clip for clip in clips})
     scores = _scores(own)
     files: dict[str, str] = {}
     if benchmark is not None:
         scored = {p.question_id: p.prediction for p in own if p.answer}
         if scored:
-            scores |= benchmark.further(scored)
+            scores |= benchmark.extra_metrics(scored)
             clip_of = {p.question_id: p.clip_id for p in own}
             for metric, marks in benchmark.marks(scored).items():
                 values = np.array(list(marks.values()))
@@ -252,28 +252,36 @@ def evaluate(
         swapped = ask(_swapped(questions, clips))
         scores["swapped_audio"] = _scores(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
-    if commonest_from is not None:
-        guess = commonest_answers(open_set(commonest_from, [], cache))
+    if majority_from is not None:
+        guess = majority_baseline(open_set(majority_from, [], cache))
         guesses = [replace(p, prediction=guess(p.task, p.question)) for p in own]
-        scores["commonest_answer"] = _scores(guesses if benchmark is None else judged(guesses, benchmark))
+        scores["majority_baseline"] = _scores(
+            guesses if benchmark is None else apply_benchmark_rules(guesses, benchmark)
+        )
     return scores, lines, files
 
 
 def answer_share(
-    asker: Asker, place: str, *, cache: Path | None, weights: Mapping[str, str], limit: int | None, swap_audio: bool
+    generator: AnswerGenerator,
+    place: str,
+    *,
+    cache: Path | None,
+    weights: Mapping[str, str],
+    limit: int | None,
+    swap_audio: bool,
 ) -> None:
-    """Answers the asker's share of what `evaluate` would ask, and leaves it in the journal.
+    """Answers the generator's share of what `evaluate` would ask, and leaves it in the journal.
 
     Raises:
         UserError: as `evaluate`.
     """
-    from pipeline.evaluation.generate_answers import open_questions, spread
+    from pipeline.evaluation.generate_answers import evenly_spaced, open_questions
 
-    questions = open_questions(place, asker.model, cache, weights)
-    clips = spread(len(questions), limit)
-    asker(questions, place, {clip: clip for clip in clips}, cache, weights)
+    questions = open_questions(place, generator.model, cache, weights)
+    clips = evenly_spaced(len(questions), limit)
+    generator(questions, place, {clip: clip for clip in clips}, cache, weights)
     if swap_audio:
-        asker(questions, place, _swapped(questions, clips), cache, weights)
+        generator(questions, place, _swapped(questions, clips), cache, weights)
 
 
 def _swapped(questions: Questions, clips: Sequence[int]) -> dict[int, int]:
@@ -291,10 +299,10 @@ def _scores(predictions: Sequence[Prediction]) -> dict[str, Any]:
     return score(scored) | ({"unscored": unscored} if unscored else {})
 
 
-def judged(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
+def apply_benchmark_rules(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
     """The predictions with the benchmark's own verdicts."""
     items = {item.question_id: item for item in benchmark.items}
-    return [replace(p, verdict=benchmark.correct(items[p.question_id], p.prediction)) for p in predictions]
+    return [replace(p, benchmark_correct=benchmark.is_correct(items[p.question_id], p.prediction)) for p in predictions]
 
 
 def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:
@@ -303,7 +311,7 @@ def _print_summary(benchmark: str, scores: Mapping[str, Any]) -> None:
         return
     low, high = scores["ci95"]
     line = f"{benchmark}: accuracy {scores['accuracy']:.1%} ({low:.1%} to {high:.1%})"
-    for key in ("swapped_audio", "commonest_answer"):
+    for key in ("swapped_audio", "majority_baseline"):
         if key in scores:
             line += f", {key.replace('_', ' ')} {scores[key]['accuracy']:.1%}"
     line += "".join(f", {name} {value:.3g}" for name, value in _own_metrics(scores).items() if name != "accuracy")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import UserError, run_command
 
 if TYPE_CHECKING:  # the planner imports torch, which `--help` must not
@@ -232,9 +232,9 @@ def _name(integration: str, packed: int) -> str:
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows under the keys of all, aligned; `-` where a row has no value."""
+    """Rows under the keys of all, format_table; `-` where a row has no value."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    return aligned([keys, *([_cell(row[key]) if key in row else "-" for key in keys] for row in rows)])
+    return format_table([keys, *([_cell(row[key]) if key in row else "-" for key in keys] for row in rows)])
 
 
 def _cell(value: Any) -> str:

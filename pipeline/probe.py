@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.arguments import require_positive
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import run_command
 from pipeline.core.feature_contract import require_same_features
 from pipeline.evaluation.scoring import score
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.data.feature_set import Clip, FeatureSet
-    from pipeline.inference.responder import Answerer
-    from pipeline.model import Look
+    from pipeline.inference.responder import Responder
+    from pipeline.model import AttentionMass
 
 NOTHING = "none"
 
@@ -32,21 +32,21 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     require_positive(arguments, "limit", "questions", "batch_size")
 
-    from pipeline.evaluation.generate_answers import open_set, spread
-    from pipeline.inference.responder import load_answerer
+    from pipeline.evaluation.generate_answers import evenly_spaced, open_set
+    from pipeline.inference.responder import load_responder
 
-    answerer = load_answerer(arguments.model, arguments.max_new_tokens)
-    features = open_set(arguments.shards, list(answerer.feature_fingerprints), arguments.cache)
-    require_same_features(answerer.feature_fingerprints, features.contract, arguments.shards, str(arguments.model))
-    clips = spread(len(features), arguments.limit)
+    responder = load_responder(arguments.model, arguments.max_new_tokens)
+    features = open_set(arguments.shards, list(responder.feature_fingerprints), arguments.cache)
+    require_same_features(responder.feature_fingerprints, features.contract, arguments.shards, str(arguments.model))
+    clips = evenly_spaced(len(features), arguments.limit)
     figures = {
-        "attention_mass": attention_mass(answerer, features, clips, arguments.questions),
-        "masking": masking(answerer, features, clips, arguments.batch_size),
+        "attention_mass": attention_mass(responder, features, clips, arguments.questions),
+        "masking": masking(responder, features, clips, arguments.batch_size),
     }
     _print_tables(figures)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        _draw(figures, answerer, features, clips, arguments)
+        _draw(figures, responder, features, clips, arguments)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("shards", metavar="SHARDS", help="prepared feature set: a folder or a URL")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the pictures here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--limit", type=int, metavar="N", help="only N clips, spread evenly")
+    parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly_spaced evenly")
     parser.add_argument("--questions", type=int, default=200, metavar="N", help="watch so many answers (default: 200)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at a time (default: 64)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: 64)")
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def attention_mass(
-    answerer: Answerer, features: FeatureSet, clips: Sequence[int], questions: int
+    responder: Responder, features: FeatureSet, clips: Sequence[int], questions: int
 ) -> list[dict[str, Any]]:
     """Where the tokens look that predict the right answers, layer by layer.
 
@@ -80,14 +80,14 @@ def attention_mass(
     Raises:
         UserError: a model with flamingo streams.
     """
-    from pipeline.evaluation.generate_answers import spread
+    from pipeline.evaluation.generate_answers import evenly_spaced
     from pipeline.model import KINDS
 
     wanted = np.flatnonzero(np.isin(features.table.clip, np.asarray(clips)))
-    chosen = wanted[spread(len(wanted), questions)]
+    chosen = wanted[evenly_spaced(len(wanted), questions)]
     masses: dict[str, list[NDArray[np.float32]]] = {}
     for question in chosen.tolist():
-        clip, look = _look(answerer, features, question)
+        clip, look = _look(responder, features, question)
         masses.setdefault(clip.domain, []).append(look.mass.numpy())
     everything = np.mean([mass for of_domain in masses.values() for mass in of_domain], axis=0)
     by_domain = {domain: np.mean(masses[domain], axis=(0, 2)) for domain in sorted(masses)}
@@ -106,48 +106,48 @@ def attention_mass(
     ]
 
 
-def masking(answerer: Answerer, features: FeatureSet, clips: Sequence[int], batch_size: int) -> dict[str, Any]:
+def masking(responder: Responder, features: FeatureSet, clips: Sequence[int], batch_size: int) -> dict[str, Any]:
     """Scores with each pathway hidden at inference, and with all of them: what the language model says by itself.
 
     Returns:
         hidden pathways (`none`, `lal`, `plits`, `lal+plits`, ...) -> as `scoring.score`.
     """
-    from pipeline.evaluation.generate_answers import ask, predictions_of
+    from pipeline.evaluation.generate_answers import generate_answers, predictions_of
 
-    kinds = sorted({spec.integration for spec in answerer.model.specs})
+    kinds = sorted({spec.integration for spec in responder.model.specs})
     heard = {clip: clip for clip in clips}
     results = {}
     for hidden in chain.from_iterable(combinations(kinds, count) for count in range(len(kinds) + 1)):
-        groups = ask(answerer, features, heard, batch_size, hidden=hidden)
+        groups = generate_answers(responder, features, heard, batch_size, hidden=hidden)
         answers = {question: answer for group in groups for question, answer in group.items()}
         results["+".join(hidden) or NOTHING] = score(predictions_of(features, answers))
     return results
 
 
-def _look(answerer: Answerer, features: FeatureSet, question: int) -> tuple[Clip, Look]:
+def _look(responder: Responder, features: FeatureSet, question: int) -> tuple[Clip, AttentionMass]:
     number = int(features.table.clip[question])
     clip = features.clip(number)
     asked = clip.questions[features.table.number[question]]
-    return clip, answerer.look(features.features(number, clip.clip_id), asked.question, asked.answer)
+    return clip, responder.attention_mass(features.features(number, clip.clip_id), asked.question, asked.answer)
 
 
 def _print_tables(figures: dict[str, Any]) -> None:
     print("attention of the tokens that predict an answer, % of each layer")
     kinds = ("text", "lal", "plits")
     mass = [[str(row["layer"]), *(f"{row[kind]:.1%}" for kind in kinds)] for row in figures["attention_mass"]]
-    print(aligned([["layer", *kinds], *mass], right=True))
+    print(format_table([["layer", *kinds], *mass], right=True))
     scores = figures["masking"]
     domains = list(scores[NOTHING]["by_domain"])
     accuracies = [
         [hidden, *(f"{group['accuracy']:.1%}" for group in (row, *(row["by_domain"][domain] for domain in domains)))]
         for hidden, row in scores.items()
     ]
-    print(f"\naccuracy\n{aligned([['hidden', 'all', *domains], *accuracies], right=True)}")
+    print(f"\naccuracy\n{format_table([['hidden', 'all', *domains], *accuracies], right=True)}")
 
 
 def _draw(
     figures: dict[str, Any],
-    answerer: Answerer,
+    responder: Responder,
     features: FeatureSet,
     clips: Sequence[int],
     arguments: argparse.Namespace,
@@ -186,10 +186,10 @@ def _draw(
         frames = pictures.features(number, clip.clip_id)[mel[0]].astype(np.float32)
         spectrogram = frames.reshape(-1, contract.options["num_mels"])
         asked = clip.questions[-1]
-        look = answerer.look(features.features(number, clip.clip_id), asked.question, asked.answer)
+        look = responder.attention_mass(features.features(number, clip.clip_id), asked.question, asked.answer)
         title = f"{clip.clip_id}: {asked.question} {asked.answer}"
         highest_hz = contract.sample_rate_hz / 2
-        figure = plots.plot_listening(spectrogram, clip.duration_s, highest_hz, answerer.moments(look), title)
+        figure = plots.plot_listening(spectrogram, clip.duration_s, highest_hz, responder.moments(look), title)
         figure.savefig(out / f"listening_{clip.domain}.png")
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.console import markdown
+from pipeline.core.console import markdown_table
 from pipeline.core.errors import run_command
 from pipeline.experiments import trends
-from pipeline.tracking.reader import TrainedRun, log_back, open_experiment, read_runs, read_sweep, read_verdicts
+from pipeline.tracking.reader import TrainedRun, log_back, open_experiment, read_correctness, read_runs, read_sweep
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import, which `--help` must not
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             sweep,
             tags,
             runs,
-            lambda run, benchmark: read_verdicts(client, run, benchmark),
+            lambda run, benchmark: read_correctness(client, run, benchmark),
             command=arguments.command,
             appended=arguments.append,
         )
@@ -110,7 +110,7 @@ def _scores_row(scores: Mapping[str, Any] | None, domains: Sequence[str]) -> Row
         "ci95_high": high,
         **{f"accuracy_{domain}": scores["by_domain"].get(domain, {}).get("accuracy") for domain in domains},
         "swapped_audio_accuracy": scores.get("swapped_audio", {}).get("accuracy"),
-        "commonest_answer_accuracy": scores.get("commonest_answer", {}).get("accuracy"),
+        "majority_baseline_accuracy": scores.get("majority_baseline", {}).get("accuracy"),
     }
 
 
@@ -180,7 +180,7 @@ def _pictures(experiment: str, runs: Sequence[TrainedRun], pooled: Sequence[Row]
         if not readable:
             continue
         bars = [_bars(run.label, run.evaluations[benchmark]) for run in evaluated]
-        guess = evaluated[0].evaluations[benchmark].get("commonest_answer", {"by_domain": {}})["by_domain"]
+        guess = evaluated[0].evaluations[benchmark].get("majority_baseline", {"by_domain": {}})["by_domain"]
         figures[f"accuracy_by_domain_{benchmark}"] = plot_accuracy_by_domain(
             bars, {domain: scores["accuracy"] for domain, scores in guess.items()}, f"Accuracy by domain: {of}"
         )
@@ -215,7 +215,7 @@ def _cells(table: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns["accuracy %\n(95 % interval)"] = _accuracy_cell
     columns |= {f"{domain}\n%": _percent_cell(f"accuracy_{domain}") for domain in domains}
     columns["swapped\naudio %"] = _percent_cell("swapped_audio_accuracy")
-    columns["commonest\nanswer %"] = _percent_cell("commonest_answer_accuracy")
+    columns["majority\nbaseline %"] = _percent_cell("majority_baseline_accuracy")
     columns["final\nloss"] = _number_cell("final_loss", ".3f")
     columns["questions\nper s"] = _number_cell("samples_per_s", ".1f")
     columns["peak\nGiB"] = _number_cell("peak_memory_gib", ".2f")
@@ -261,17 +261,17 @@ def _markdown(
     fits: Mapping[str, Any],
     pictures: Sequence[Path],
 ) -> str:
-    parts = [f"# Experiment {experiment}", markdown(*_cells(table)), NOTES]
+    parts = [f"# Experiment {experiment}", markdown_table(*_cells(table)), NOTES]
     if pooled:
-        parts += ["## By settings", POOLED_NOTES, markdown(*_pooled_cells(pooled))]
+        parts += ["## By settings", POOLED_NOTES, markdown_table(*_pooled_cells(pooled))]
     if fits:
         parts += ["## Fitted laws", *trends.describe_fits(fits)]
     differing = _differing_parameters(runs)
     if differing:
         rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
-        parts += ["## What differs between the runs", markdown(["run", *differing], rows)]
+        parts += ["## What differs between the runs", markdown_table(["run", *differing], rows)]
     for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
-        parts += [f"## Accuracy by task: {benchmark}", markdown(*_task_cells(runs, benchmark))]
+        parts += [f"## Accuracy by task: {benchmark}", markdown_table(*_task_cells(runs, benchmark))]
     parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
 

@@ -157,7 +157,7 @@ class _Log:
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._client, self._job_id = client, job_id
-        self._secrets = redact.secrets_here()
+        self._secrets = redact.environment_secrets()
         self._shown = 0
 
     def show(self) -> None:
@@ -172,7 +172,7 @@ class _Log:
         async for text in self._client.tail_job_logs(self._job_id):
             new = text[max(0, self._shown - sent) :]
             sent += len(text)
-            print(redact.masked(new, self._secrets), end="", flush=True)
+            print(redact.redact(new, self._secrets), end="", flush=True)
             self._shown = max(self._shown, sent)
 
 

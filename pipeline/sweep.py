@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
@@ -166,7 +166,7 @@ def _table(rows: Sequence[Row]) -> str:
         layers = " ".join("all" if not own else f"{own[0]}-{own[-1]} ({len(own)})" for own in row["audio_layers"])
         lines.append([row["trial"], layers, f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['flops']:.3g}",
                       f"{row['memory_gib']:.3g}", f"{row['hours']:.3g}"])  # fmt: skip
-    return aligned(lines)
+    return format_table(lines)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from pipeline.ask import main
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.feature_contract import ENCODERS_FILE, read_encoders
 from pipeline.data.feature_set import FeatureSet
-from pipeline.inference.encode_audio import Ears, spectrogram
-from pipeline.inference.responder import load_answerer
+from pipeline.inference.encode_audio import AudioEncoders, spectrogram
+from pipeline.inference.responder import load_responder
 from pipeline.model import PalForCausalLM
 
 
@@ -19,7 +19,9 @@ def test_a_file_is_heard_as_preparation_hears_it(exported: Path) -> None:
     features = FeatureSet(exported / "set", ["log_mel"])
     stored = features.features(0, "clip")["log_mel"]
     fingerprints = {"log_mel": features.contract.encoders["log_mel"].fingerprint}
-    sound = Ears(read_encoders(exported / "model", fingerprints, "nowhere"), {}, "cpu").hear(exported / "clip.flac")
+    sound = AudioEncoders(read_encoders(exported / "model", fingerprints, "nowhere"), {}, "cpu").encode(
+        exported / "clip.flac"
+    )
     assert sound.duration_s == 70.0
     assert (sound.features["log_mel"] == stored).all()
     assert spectrogram(exported / "clip.flac").shape == (7000, 64)
@@ -40,9 +42,9 @@ def test_questions_share_one_hearing(
     assert capsys.readouterr().out == "".join(f"{answer['answer']}\n" for answer in figures["answers"])
     assert min(figures[key] for key in ("audio_cache_mib", "audio_encode_s", "audio_prefill_s", "first_token_s")) > 0
 
-    answerer = load_answerer(exported / "model", 4)
+    responder = load_responder(exported / "model", 4)
     stored = FeatureSet(exported / "set", ["log_mel"]).features(0, "clip")
-    together = answerer.answer(answerer.hear([stored]), questions, [0] * 10)
+    together = responder.answer(responder.prefill([stored]), questions, [0] * 10)
     assert [answer["answer"] for answer in figures["answers"]] == together, "as an evaluation answers"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{questions[0]}\n\n{questions[1]}\n"))
@@ -79,4 +81,4 @@ def test_an_encoder_that_would_hear_otherwise_is_refused(exported: Path) -> None
     features = FeatureSet(exported / "set", ["log_mel"])
     contract = features.contract.encoders["log_mel"]
     with pytest.raises(UserError, match="makes features with fingerprint"):
-        Ears({"log_mel": contract.model_copy(update={"revision": "0"})}, {}, "cpu")
+        AudioEncoders({"log_mel": contract.model_copy(update={"revision": "0"})}, {}, "cpu")

@@ -22,8 +22,8 @@ from pipeline.data.collate import Example, collate
 from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluate import evaluate, main
 from pipeline.evaluation.baselines import swap_within_domains
-from pipeline.evaluation.generate_answers import Asker, Share, ask, open_asker
-from pipeline.inference.responder import Answerer
+from pipeline.evaluation.generate_answers import AnswerGenerator, Share, generate_answers, open_answer_generator
+from pipeline.inference.responder import Responder
 from pipeline.model import PalForCausalLM
 from pipeline.model.random_lm import save_scratch_language_model
 from pipeline.tracking.writer import EVALUATIONS
@@ -104,8 +104,8 @@ def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCau
 
 
 @pytest.fixture(scope="module")
-def answerer(model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Answerer:
-    return Answerer(model, Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
+def responder(model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Responder:
+    return Responder(model, Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
 
 
 def config_of(folder: Path, tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> ExperimentConfig:
@@ -135,14 +135,16 @@ def exported(
 
 
 @pytest.fixture
-def asker(exported: Path, tmp_path: Path) -> Iterator[Asker]:
-    with open_asker(exported, max_new_tokens=16, batch_size=4, journal=tmp_path / "journal", nproc=1) as asker:
-        yield asker
+def generator(exported: Path, tmp_path: Path) -> Iterator[AnswerGenerator]:
+    with open_answer_generator(
+        exported, max_new_tokens=16, batch_size=4, journal=tmp_path / "journal", nproc=1
+    ) as generator:
+        yield generator
 
 
-def test_a_model_that_hears_fails_on_other_audio(asker: Asker, features: FeatureSet) -> None:
+def test_a_model_that_hears_fails_on_other_audio(generator: AnswerGenerator, features: FeatureSet) -> None:
     place = str(features.folder)
-    scores, lines, _ = evaluate(asker, place, swap_audio=True, commonest_from=place)
+    scores, lines, _ = evaluate(generator, place, swap_audio=True, majority_from=place)
     assert scores["accuracy"] == 1.0
     assert (scores["questions"], scores["clips"]) == (2 * CLIPS_IN_SET, CLIPS_IN_SET)
     # What is heard decides: with another clip's audio the answer is right where that clip's answer is the same.
@@ -154,7 +156,7 @@ def test_a_model_that_hears_fails_on_other_audio(asker: Asker, features: Feature
     ]
     assert scores["swapped_audio"]["accuracy"] == pytest.approx(np.mean(agreeing))
     assert np.mean(agreeing) < 0.7
-    guess = scores["commonest_answer"]["by_task"]
+    guess = scores["majority_baseline"]["by_task"]
     assert guess["what"]["accuracy"] == pytest.approx(1 / 3)
     assert guess["verify"]["accuracy"] == pytest.approx(2 / 3)
     assert [line["audio"] for line in lines] == ["own"] * 18 + ["swapped"] * 18
@@ -162,35 +164,37 @@ def test_a_model_that_hears_fails_on_other_audio(asker: Asker, features: Feature
 
 
 def test_batch_size_changes_nothing_and_a_clip_is_heard_once(
-    answerer: Answerer, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
+    responder: Responder, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard_clips: list[int] = []
-    hear = answerer.hear
+    hear = responder.prefill
 
     def counting_hear(clips: Any, hidden: Any) -> Any:
         heard_clips.append(len(clips))
         return hear(clips, hidden)
 
-    monkeypatch.setattr(answerer, "hear", counting_hear)
+    monkeypatch.setattr(responder, "prefill", counting_hear)
     swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
     for heard in ({clip: clip for clip in range(CLIPS_IN_SET)}, swapped):
         answers = []
         for batch_size in (1, 5, 64):
             heard_clips.clear()
-            answers.append({k: v for group in ask(answerer, features, heard, batch_size) for k, v in group.items()})
+            answers.append(
+                {k: v for group in generate_answers(responder, features, heard, batch_size) for k, v in group.items()}
+            )
             assert sum(heard_clips) == CLIPS_IN_SET
         assert answers[0] == answers[1] == answers[2]
         assert sorted(answers[0]) == list(range(2 * CLIPS_IN_SET))
 
 
-def test_shares_are_all_of_it_and_finished_groups_are_not_asked(answerer: Answerer, features: FeatureSet) -> None:
+def test_shares_are_all_of_it_and_finished_groups_are_not_asked(responder: Responder, features: FeatureSet) -> None:
     heard = {clip: clip for clip in range(CLIPS_IN_SET)}
-    alone = list(ask(answerer, features, heard, 4))
-    shares = [list(ask(answerer, features, heard, 4, share=Share(number, 3))) for number in range(3)]
+    alone = list(generate_answers(responder, features, heard, 4))
+    shares = [list(generate_answers(responder, features, heard, 4, share=Share(number, 3))) for number in range(3)]
     assert all(shares)
     assert [group for groups in shares for group in groups] == [g for number in range(3) for g in alone[number::3]]
     first, second = list(alone[0]), list(alone[1])
-    left = list(ask(answerer, features, heard, 4, finished=[*first, *second[:-1]]))
+    left = list(generate_answers(responder, features, heard, 4, finished=[*first, *second[:-1]]))
     assert left == alone[1:], "a group without all of its answers is asked again"
 
 
@@ -208,13 +212,13 @@ def arguments(exported: Path, features: FeatureSet, tmp_path: Path) -> Callable[
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the number of questions of each call of the model."""
-    real, counts = Answerer.answer, []
+    real, counts = Responder.answer, []
 
-    def counting_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+    def counting_answer(self: Responder, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
         counts.append(len(questions))
         return real(self, prefix, questions, *rest)
 
-    monkeypatch.setattr(Answerer, "answer", counting_answer)
+    monkeypatch.setattr(Responder, "answer", counting_answer)
     return counts
 
 
@@ -223,15 +227,15 @@ def test_a_killed_evaluation_goes_on(
 ) -> None:
     assert main(arguments("whole")) == 0
     asked.clear()
-    counting = Answerer.answer
+    counting = Responder.answer
 
-    def dying_answer(self: Answerer, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+    def dying_answer(self: Responder, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
         if len(asked) == 6:
             raise KeyboardInterrupt
         return counting(self, prefix, questions, *rest)
 
     with monkeypatch.context() as dying:
-        dying.setattr(Answerer, "answer", dying_answer)
+        dying.setattr(Responder, "answer", dying_answer)
         with pytest.raises(KeyboardInterrupt):
             main(arguments("broken"))
     with next((tmp_path / "broken.jsonl.partial").iterdir()).open("a") as file:
@@ -271,20 +275,20 @@ def test_processes_change_nothing(exported: Path, features: FeatureSet, tmp_path
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 
-def test_a_limit_takes_clips_from_all_over_the_set(asker: Asker, features: FeatureSet) -> None:
-    scores, lines, _ = evaluate(asker, str(features.folder), limit=3)
+def test_a_limit_takes_clips_from_all_over_the_set(generator: AnswerGenerator, features: FeatureSet) -> None:
+    scores, lines, _ = evaluate(generator, str(features.folder), limit=3)
     assert scores["clips"] == 3
     assert list(dict.fromkeys(line["clip_id"] for line in lines)) == ["clip-0", "clip-3", "clip-6"]
     assert "swapped_audio" not in scores
 
 
-def test_features_of_another_encoder_are_refused(asker: Asker, tmp_path: Path) -> None:
+def test_features_of_another_encoder_are_refused(generator: AnswerGenerator, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "foreign")
     contract = load_contract(folder)
     encoder = contract.encoders["log_mel"].model_copy(update={"revision": "2"})
     (folder / CONTRACT_FILE).write_text(contract.model_copy(update={"encoders": {"log_mel": encoder}}).dump())
     with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, .*model was made with"):
-        evaluate(asker, str(folder))
+        evaluate(generator, str(folder))
 
 
 @pytest.mark.parametrize(
@@ -306,11 +310,11 @@ def test_settings_that_cannot_be_are_refused(
         main([str(exported), str(features.folder), *settings])
 
 
-def test_a_far_set_is_read_through_the_cache(asker: Asker, features: FeatureSet, tmp_path: Path) -> None:
+def test_a_far_set_is_read_through_the_cache(generator: AnswerGenerator, features: FeatureSet, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--cache"):
-        evaluate(asker, "s3://bucket/held-out")
+        evaluate(generator, "s3://bucket/held-out")
     place, cache = str(features.folder), tmp_path / "cache"
-    scores, _, _ = evaluate(asker, place, cache=cache)
+    scores, _, _ = evaluate(generator, place, cache=cache)
     assert scores["accuracy"] == 1.0
     assert list(cache.rglob("*.mds")), "shards were copied"
 

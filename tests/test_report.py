@@ -36,7 +36,7 @@ def log_run(
     if accuracy is not None:
         file = folder / "held-out.json"
         file.write_text(
-            json.dumps({**scores(accuracy), "swapped_audio": scores(0.3), "commonest_answer": scores(0.35)})
+            json.dumps({**scores(accuracy), "swapped_audio": scores(0.3), "majority_baseline": scores(0.35)})
         )
         client.log_artifact(run_id, str(file), EVALUATIONS)
     client.set_terminated(run_id, "FINISHED" if accuracy is not None else "FAILED")
@@ -96,7 +96,7 @@ def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: 
     assert row["accuracy"] == pytest.approx(0.92)
     assert (row["ci95_low"], row["ci95_high"]) == pytest.approx((0.89, 0.94))
     assert row["accuracy_music"] == pytest.approx(0.92)
-    assert (row["swapped_audio_accuracy"], row["commonest_answer_accuracy"]) == (0.3, 0.35)
+    assert (row["swapped_audio_accuracy"], row["majority_baseline_accuracy"]) == (0.3, 0.35)
     assert (row["peak_memory_gib"], row["samples_per_s"], row["final_loss"]) == (0.8, 30.0, 0.1)
     assert row["model.integration"] == "lal"
     assert "train.seed" not in row, "a parameter that all runs share tells nothing"

@@ -216,9 +216,9 @@ def test_the_cause_of_an_end_is_told_and_not_its_consequences(
     monkeypatch.setenv("PAL_SUPERVISED", "1")
     (tmp_path / supervisor.LOG).write_text("the last line\n")
     for rank in (0, 1):
-        rank_process.present(tmp_path, rank)
+        rank_process.register_rank(tmp_path, rank)
     for rank, rank_code, text, lost_peer in failures:
-        assert rank_process.leave(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
+        assert rank_process.record_exit(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
     found_code, found = supervisor._explain(1, tmp_path)
     assert found_code == code and message in found
     assert supervisor._explain(0, tmp_path) == (0, "")
@@ -232,7 +232,7 @@ def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path)
     assert rank_process.lost_ranks(tmp_path).startswith(
         "rank 1, 2 on worker-2 died or hung without a word after step 3"
     )
-    rank_process.forget_ranks(tmp_path, 2)
+    rank_process.remove_stale_records(tmp_path, 2)
     assert rank_process.lost_ranks(tmp_path).startswith("rank 1 on worker-2 died or hung")
 
 

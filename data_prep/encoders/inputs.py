@@ -36,11 +36,11 @@ def decode(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None 
         Reject: the file cannot become features; see `AudioFile`.
     """
     with AudioFile(path, max_clip_s) as file:
-        for windows in cut(file.segments(), file.sample_rate_hz, encoders):
+        for windows in cut_windows(file.segments(), file.sample_rate_hz, encoders):
             yield Segment(windows, file.duration_s)
 
 
-def cut(
+def cut_windows(
     segments: Iterable[tuple[Samples, bool]], sample_rate_hz: int, encoders: Mapping[str, Encoder]
 ) -> Iterator[dict[str, list[PreparedWindow]]]:
     """For each segment the windows that it completes, of each encoder.

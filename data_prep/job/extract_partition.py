@@ -30,7 +30,7 @@ from data_prep.job.commits import (
     read_commit,
     write_commit,
 )
-from data_prep.job.mds_writer import MAX_SAMPLE_BYTES, ColumnWriter, read_partition
+from data_prep.job.mds_writer import MAX_SAMPLE_BYTES, MdsWriter, read_partition
 from data_prep.job.partitions import PlannedPartition, read_partition_clips
 from data_prep.job.store import open_store
 from data_prep.manifests.manifest import Clip, audio_path, audio_roots
@@ -83,7 +83,7 @@ class PartitionWorker:
         return {name: build_encoder(e, self._contracts[name], device) for name, e in self._config.encoders.items()}
 
     def extract(
-        self, partition: int, planned: PlannedPartition, killers: dict[int, str]
+        self, partition: int, planned: PlannedPartition, poison_clips: dict[int, str]
     ) -> Iterator[Progress | Commit]:
         """Does one partition; yields progress from time to time and its commit record in the end.
 
@@ -91,7 +91,7 @@ class PartitionWorker:
         yet, and the questions of its clips when they have changed.
 
         Args:
-            killers: clips (by position in the partition) that must not be touched any more, with the reason's detail.
+            poison_clips: position in the partition -> why that clip is not tried any more.
         """
         clips = read_partition_clips(self._store, partition)
         old = read_commit(self._store, partition)
@@ -109,7 +109,7 @@ class PartitionWorker:
             if missing:
                 before = set() if old is None else {reject.clip_id for reject in old.rejects}
                 items = [(i, clip) for i, clip in enumerate(clips) if clip.clip_id not in before]
-                yield from self._write_features(items, killers, missing, writers, durations_s, rejects)
+                yield from self._write_features(items, poison_clips, missing, writers, durations_s, rejects)
             elif not self._config.encoders:
                 durations_s = {clip.clip_id: 0.0 for clip in clips}
             elif old is not None:
@@ -150,7 +150,7 @@ class PartitionWorker:
     def _write_features(
         self,
         items: list[tuple[int, Clip]],
-        killers: dict[int, str],
+        poison_clips: dict[int, str],
         encoders: list[str],
         writers: _Writers,
         durations_s: dict[str, float],
@@ -160,7 +160,7 @@ class PartitionWorker:
         last_report = time.monotonic()
         for name in encoders:
             writers.open(name, FEATURE_COLUMNS)
-        for work in self._encode(items, killers, encoders):
+        for work in self._encode(items, poison_clips, encoders):
             reject = work.reject or _unstorable(work)
             if reject is not None:
                 rejects.append(
@@ -187,12 +187,14 @@ class PartitionWorker:
                     if sample["clip_id"] not in clip_ids:
                         writers.write(name, FEATURE_COLUMNS, sample)
 
-    def _encode(self, items: list[tuple[int, Clip]], killers: dict[int, str], encoders: list[str]) -> Iterator[_Work]:
+    def _encode(
+        self, items: list[tuple[int, Clip]], poison_clips: dict[int, str], encoders: list[str]
+    ) -> Iterator[_Work]:
         """Yields every clip in order, with its features or its reject."""
         batches = {name: _Batch(name, self._encoders[name], self._config.batch_s) for name in encoders}
         queue: deque[_Work] = deque()
         with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for work, segments in self._decode_ahead(items, killers, encoders, pool):
+            for work, segments in self._decode_ahead(items, poison_clips, encoders, pool):
                 queue.append(work)
                 try:
                     for segment in segments:
@@ -210,13 +212,13 @@ class PartitionWorker:
         yield from queue
 
     def _decode_ahead(
-        self, items: list[tuple[int, Clip]], killers: dict[int, str], encoders: list[str], pool: ThreadPoolExecutor
+        self, items: list[tuple[int, Clip]], poison_clips: dict[int, str], encoders: list[str], pool: ThreadPoolExecutor
     ) -> Iterator[tuple[_Work, Iterator[Segment]]]:
         """Clips in order, each with its segments; threads decode the first segment of the clips that come next."""
         ahead: deque[tuple[_Work, Iterator[Segment]]] = deque()
         for position, clip in items:
-            if position in killers:
-                reject = Reject("killed_worker", killers[position])
+            if position in poison_clips:
+                reject = Reject("killed_worker", poison_clips[position])
                 ahead.append((_Work(position, clip, reject=reject), iter(())))
             else:
                 ahead.append((_Work(position, clip), _one_ahead(self._decode(clip, encoders), pool)))
@@ -235,17 +237,17 @@ class _Writers:
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
-        self._open: dict[str, ColumnWriter] = {}
+        self._open: dict[str, MdsWriter] = {}
 
-    def open(self, name: str, columns: dict[str, str]) -> ColumnWriter:
+    def open(self, name: str, columns: dict[str, str]) -> MdsWriter:
         if name not in self._open:
-            self._open[name] = ColumnWriter(self._scratch / name, columns)
+            self._open[name] = MdsWriter(self._scratch / name, columns)
         return self._open[name]
 
     def write(self, name: str, columns: dict[str, str], sample: dict[str, Any]) -> None:
         self.open(name, columns).write(sample)
 
-    def finish(self) -> dict[str, tuple[ColumnWriter, list[CommittedFile]]]:
+    def finish(self) -> dict[str, tuple[MdsWriter, list[CommittedFile]]]:
         finished = {name: (writer, writer.finish()) for name, writer in sorted(self._open.items())}
         self._open = {}
         return finished

@@ -17,7 +17,7 @@ SHARD_BYTES = 1 << 27  # a clip's features reach megabytes; the library's 64 MiB
 MAX_SAMPLE_BYTES = (1 << 32) - SHARD_BYTES  # offsets inside a shard are 32-bit
 
 
-class ColumnWriter:
+class MdsWriter:
     """Writes one partition of one column. Nothing counts until `finish` has returned.
 
     Never a context manager: MDSWriter's own finishes also when the block raised, and a truncated partition would get

@@ -41,7 +41,7 @@ class _Task:
         deaths: of workers, in a row, at this position.
         probe: the clip that goes through alone next, to find the one that kills its worker; None when not searching.
         attempts: deaths by clip that was alone with its worker.
-        killers: clips given up, with the reason's detail.
+        poison_clips: clips given up, with the reason's detail.
     """
 
     partition: int
@@ -49,7 +49,7 @@ class _Task:
     deaths: int = 0
     probe: int | None = None
     attempts: dict[int, int] = field(default_factory=dict)
-    killers: dict[int, str] = field(default_factory=dict)
+    poison_clips: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -236,7 +236,7 @@ class Cluster:
                     raise PreparationFailed(f"workers die while starting: {_last_line(error)}") from error
             else:
                 under_work.pop(task.partition, None)
-                self._mourn(task)
+                self._on_worker_death(task)
                 waiting.appendleft(task)
             return
         if task is None:
@@ -271,9 +271,9 @@ class Cluster:
             self._actors[actor.handle.probe.remote(task.partition, task.probe)] = actor
         else:
             planned = self._plan.partitions[task.partition]
-            self._actors[actor.handle.extract.remote(task.partition, planned, task.killers)] = actor
+            self._actors[actor.handle.extract.remote(task.partition, planned, task.poison_clips)] = actor
 
-    def _mourn(self, task: _Task) -> None:
+    def _on_worker_death(self, task: _Task) -> None:
         """Draws the conclusion from a death: machines are lost, so the first one only means another try.
 
         After the second one at the same place the clips from there on go through alone, until one kills its worker
@@ -286,7 +286,7 @@ class Cluster:
         if task.probe is not None:
             task.attempts[task.probe] = task.attempts.get(task.probe, 0) + 1
             if task.attempts[task.probe] >= limit:
-                task.killers[task.probe] = f"killed its worker in {limit} of {limit} attempts"
+                task.poison_clips[task.probe] = f"killed its worker in {limit} of {limit} attempts"
                 task.probe, task.deaths = None, 0
             return
         task.deaths += 1
@@ -321,9 +321,9 @@ class _Worker:
             self._worker.load_encoders()
 
     def extract(
-        self, partition: int, planned: PlannedPartition, killers: dict[int, str]
+        self, partition: int, planned: PlannedPartition, poison_clips: dict[int, str]
     ) -> Iterator[Progress | Commit]:
-        yield from self._worker.extract(partition, planned, killers)
+        yield from self._worker.extract(partition, planned, poison_clips)
 
     def probe(self, partition: int, position: int) -> None:
         self._worker.probe(partition, position)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data_prep.files import is_remote
 from pipeline.core.errors import UserError
-from pipeline.core.files import sync, write
+from pipeline.core.files import atomic_write, fsync
 
 SCRATCH = ".tmp"
 LOCK = ".lock"
@@ -89,15 +89,15 @@ class LocalStore(Store):
     def write(self, name: str, data: bytes) -> None:
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, data)
+        atomic_write(path, data)
 
     def publish(self, folder: Path, name: str) -> None:
         # What another attempt left there stays when it is the same, byte by byte: nothing that may have been committed
         # in the meantime disappears for a moment.
         target = self.root / name
         for path in folder.iterdir():
-            sync(path)
-        sync(folder)
+            fsync(path)
+        fsync(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             names = [path.name for path in folder.iterdir()]
@@ -108,7 +108,7 @@ class LocalStore(Store):
                     return
             self.remove(name)
         folder.rename(target)
-        sync(target.parent)
+        fsync(target.parent)
 
     def remove(self, name: str) -> None:
         path = self.root / name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.case import DTYPES, SHAPES, Case, Shape, model_config, run
-from pipeline.core.console import aligned
+from pipeline.core.console import format_table
 from pipeline.core.errors import UserError, run_command
 
 VARIANTS = ("text_only", "plits", "lal", "pal_v2", "pal_v3", "flamingo")
@@ -136,7 +136,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         audio = "-" if r["variant"] == "text_only" else r["num_audio_tokens"]
         lines.append((r["mode"], r["variant"], str(audio), str(r["questions_per_clip"]),
                       *("-" if x is None else f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in figures)))  # fmt: skip
-    return aligned(lines, right=True)
+    return format_table(lines, right=True)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

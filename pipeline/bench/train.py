@@ -81,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_rank(config: ExperimentConfig) -> int:
     ranks = read_ranks()
-    rank_process.present(config.output, ranks.rank)
+    rank_process.register_rank(config.output, ranks.rank)
     try:
         from pipeline.training.trainer import Trainer
 
         init_process_group(ranks, config.train.collective_timeout_s)
         rank_process.watch_parent(lambda: os._exit(EXIT_FAILURE))
-        trainer = Trainer(config, ranks, rank_process.say, threading.Event())
+        trainer = Trainer(config, ranks, rank_process.report, threading.Event())
         figures = measure(trainer)
         if ranks.is_main:
             (config.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -95,7 +95,7 @@ def _run_rank(config: ExperimentConfig) -> int:
         leave_process_group()
         return 0
     except UserError as error:
-        return rank_process.leave(config.output, ranks.rank, 0, EXIT_USER_ERROR, str(error))
+        return rank_process.record_exit(config.output, ranks.rank, 0, EXIT_USER_ERROR, str(error))
 
 
 def measure(trainer: Trainer) -> dict[str, float]:
@@ -111,13 +111,13 @@ def measure(trainer: Trainer) -> dict[str, float]:
     before = _bare_steps_per_s(trainer.engine, prepared)
     trainer.fit()
     after = _bare_steps_per_s(trainer.engine, prepared)
-    loop = len(steps) * trainer.ranks.world_size / trainer.work.elapsed_s if trainer.work.elapsed_s else 0.0
+    loop = len(steps) * trainer.ranks.world_size / trainer.throughput.elapsed_s if trainer.throughput.elapsed_s else 0.0
     engine = 2 / (1 / before + 1 / after)
     return {
         "loop_steps_per_s": loop,
         "engine_steps_per_s": engine,
         "ratio": loop / engine,
-        "data_wait_fraction": trainer.work.wait_s / trainer.work.elapsed_s,
+        "data_wait_fraction": trainer.throughput.wait_s / trainer.throughput.elapsed_s,
         "engine_steps_per_s_before": before,
         "engine_steps_per_s_after": after,
     }

@@ -69,7 +69,7 @@ class ClusterConfig(Strict):
         return self.gpus_per_node * self.nodes
 
 
-class EncoderWork(Strict):
+class EncoderCost(Strict):
     """An encoder's features, and the operations that make those of one second of audio."""
 
     frame_rate_hz: PositiveFloat
@@ -89,7 +89,7 @@ class WorkloadConfig(Strict):
     clips: PositiveInt
     questions: PositiveInt
     clip_s: PositiveFloat
-    encoders: dict[str, EncoderWork]
+    encoders: dict[str, EncoderCost]
     system_tokens: NonNegativeInt
     question_tokens: PositiveInt
     answer_tokens: PositiveInt

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
+def format_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     """Rows, headings first, with cells of a column below each other; `right` for columns of numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
@@ -15,7 +15,7 @@ def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
@@ -25,7 +25,7 @@ def _markdown_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`1 h 05 min`, `2 min 10 s` or `7 s`."""
     whole = round(seconds)
     if whole >= 3600:

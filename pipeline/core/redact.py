@@ -19,7 +19,7 @@ def holds_secret(name: str, value: str) -> bool:
     return bool(named_so or _PASSWORD_IN_URL.search(value))
 
 
-def secrets_here() -> list[str]:
+def environment_secrets() -> list[str]:
     """Values of such variables in this environment, and in the files whose lines the launcher writes into its log."""
     variables = [*os.environ.items()]
     for folder in (Path.home(), Path()):
@@ -29,7 +29,7 @@ def secrets_here() -> list[str]:
     return [value for name, value in variables if holds_secret(name, value)]
 
 
-def masked(text: str, secrets: Sequence[str]) -> str:
+def redact(text: str, secrets: Sequence[str]) -> str:
     """The text with stars in the place of secrets."""
     for secret in secrets:
         text = text.replace(secret, "***")

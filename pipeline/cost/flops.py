@@ -13,7 +13,7 @@ from pipeline.core.streams import Connector, Stream
 from pipeline.model.audio_streams import token_width
 from pipeline.model.configuration import PalConfig
 from pipeline.model.parameters import TrainableSet
-from pipeline.model.positions import clip_line
+from pipeline.model.positions import clip_positions
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def head_widths(language_model: Any) -> tuple[int, int]:
 
 def sequence_shape(streams: Sequence[Stream], row: RowShape) -> tuple[list[int], int, Tensor, tuple[Tensor, ...]]:
     """Audio tokens of each stream, entries of the row's sequence, slots of those that are audio, slots of each stream
-    (see `clip_line`)."""
+    (see `clip_positions`)."""
     frames = [row.frames[s.encoders[0]] for s in streams]
     counts = [token_count(s.connector, n) for s, n in zip(streams, frames, strict=True)]
-    slots = clip_line(tuple(streams), tuple(counts), tuple(frames))
+    slots = clip_positions(tuple(streams), tuple(counts), tuple(frames))
     summaries = [slot for slot, s in zip(slots, streams, strict=True) if s.integration == "plits"]
     in_sequence = torch.cat(summaries) if summaries else torch.empty(0)
     return counts, row.system_tokens + len(in_sequence) + sum(row.question_tokens), in_sequence, slots

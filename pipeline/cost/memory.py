@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19 holds on each rank under a rendered config: bytes, by arithmetic, without DeepSpeed or a GPU."""
+"""What DeepSpeed 0.19 holds on each rank under a ds_config config: bytes, by arithmetic, without DeepSpeed or a GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ZeroMemory:
 
 
 def zero_memory(
-    rendered: Mapping[str, Any],
+    ds_config: Mapping[str, Any],
     groups: Sequence[Sequence[int]],
     frozen: Sequence[int],
     *,
@@ -60,13 +60,13 @@ def zero_memory(
     """Counts what a run holds.
 
     Args:
-        rendered: from `pipeline.engine.render`.
+        ds_config: from `pipeline.engine.build_ds_config`.
         groups: elements of each trained parameter, by parameter group.
         frozen: elements of each parameter that is not trained.
     """
-    policy = rendered["zero_optimization"]
-    stage, accumulates = policy["stage"], rendered["gradient_accumulation_steps"] > 1
-    b = 2 if rendered["bf16"]["enabled"] or rendered["fp16"]["enabled"] else FP32
+    policy = ds_config["zero_optimization"]
+    stage, accumulates = policy["stage"], ds_config["gradient_accumulation_steps"] > 1
+    b = 2 if ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"] else FP32
     trained = sum(map(sum, groups))
     largest = max((n for group in groups for n in group), default=0)
     # Without its fused form Adam makes two temporaries of one tensor at a time.
@@ -112,12 +112,12 @@ def zero_memory(
             + b * (partition + others) * (policy.get("offload_param", {}).get("device") == "cpu"),
         )
 
-    aligned = 2 * world_size
-    padded = [math.ceil(sum(group) / aligned) * aligned for group in groups]
+    format_table = 2 * world_size
+    padded = [math.ceil(sum(group) / format_table) * format_table for group in groups]
     flat, partition = sum(padded), sum(padded) // world_size
     parameters, states = b * (flat + sum(frozen)), (MASTER + ADAM_STATES) * partition
     largest_partition = max(padded, default=0) // world_size
-    if stage == 1 and rendered["bf16"]["enabled"]:
+    if stage == 1 and ds_config["bf16"]["enabled"]:
         # DeepSpeed's BF16_Optimizer: gradients in both precisions, reduced all together through a copy of each.
         return ZeroMemory(
             parameters=parameters,

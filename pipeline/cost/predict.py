@@ -16,7 +16,7 @@ from pipeline.cost.extraction import FEATURE_BYTES
 from pipeline.cost.flops import RowShape, count_operations, sequence_shape, training_flops
 from pipeline.cost.memory import zero_memory
 from pipeline.cost.workload import ModelSize, model_size, row_shape
-from pipeline.engine import render
+from pipeline.engine import build_ds_config
 
 GIB, GB, TERA = 2**30, 1e9, 1e12
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -64,9 +64,9 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
         raise UserError("gpu.peak_tflops", f"says nothing of {train.precision}", "add it to the cluster file")
     row = row_shape(config, workload)
     micro, accumulation = _micro_batches(config, cluster, size, row)
-    rendered = render(train.zero, train, world_size=cluster.gpus, accumulation=accumulation, on_gpu=on_gpu)
+    ds_config = build_ds_config(train.zero, train, world_size=cluster.gpus, accumulation=accumulation, on_gpu=on_gpu)
     b = ELEMENT_BYTES[train.precision]
-    held = zero_memory(rendered, size.groups, size.frozen, world_size=cluster.gpus, on_gpu=on_gpu)
+    held = zero_memory(ds_config, size.groups, size.frozen, world_size=cluster.gpus, on_gpu=on_gpu)
 
     count = partial(activation_bytes, size.config, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
     checkpointing = train.gradient_checkpointing
@@ -84,7 +84,7 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
     }
 
     rows = micro * accumulation
-    seconds = _seconds(config, cluster, workload, rendered, rows)
+    seconds = _seconds(config, cluster, workload, ds_config, rows)
     busy_s = seconds["passes"] + seconds["optimizer"]
     hidden = cluster.overlap * seconds["communication"]
     step_s = max(busy_s + seconds["communication"] - hidden, seconds["communication"], seconds["reading"])
@@ -104,12 +104,12 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
 
 
 def _seconds(
-    config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig, rendered: dict[str, Any], rows: int
+    config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig, ds_config: dict[str, Any], rows: int
 ) -> dict[str, float]:
     """What a step of so many rows on each rank takes by itself; `passes` are made of `products`, `traffic` of all other
     operations through the memory, and `launches` by the host, which a GPU hides as long as it is busy."""
     train, gpu, size, row = config.train, cluster.gpu, model_size(config, workload), row_shape(config, workload)
-    b, on_gpu, passes = ELEMENT_BYTES[train.precision], gpu.device == "cuda", rendered["gradient_accumulation_steps"]
+    b, on_gpu, passes = ELEMENT_BYTES[train.precision], gpu.device == "cuda", ds_config["gradient_accumulation_steps"]
     flops, counted = training_flops(size.config, row, train.trainable), count_operations(size.config, row)
     kept = activation_bytes(size.config, row, element_bytes=b, trainable=train.trainable, on_gpu=on_gpu)
     touched = PASS_TRAFFIC * (kept.kept + kept.loss)
@@ -127,8 +127,8 @@ def _seconds(
         "traffic": traffic,
         "launches": launches,
         "passes": max(products + traffic, launches) if on_gpu else products + traffic + launches,
-        "optimizer": _optimizer_s(rendered, size, cluster, b),
-        "communication": _communication_s(rendered, size, cluster, b),
+        "optimizer": _optimizer_s(ds_config, size, cluster, b),
+        "communication": _communication_s(ds_config, size, cluster, b),
         "reading": FEATURE_BYTES * frames * rows * cluster.gpus_per_node / (cluster.disk_gb_s * GB),
     }
 
@@ -154,9 +154,9 @@ def _why_not(memory: dict[str, int], host: int, cluster: ClusterConfig) -> str:
     return ""
 
 
-def _optimizer_s(rendered: dict[str, Any], size: ModelSize, cluster: ClusterConfig, b: int) -> float:
+def _optimizer_s(ds_config: dict[str, Any], size: ModelSize, cluster: ClusterConfig, b: int) -> float:
     """Adam is bound by memory: of the GPU, or of the host that ranks of a node share."""
-    policy = rendered["zero_optimization"]
+    policy = ds_config["zero_optimization"]
     own = size.trained / (cluster.gpus if policy["stage"] else 1)
     traffic = own * (ADAM_TRAFFIC[cluster.gpu.device == "cuda"] + b)
     if "offload_optimizer" not in policy:
@@ -165,12 +165,12 @@ def _optimizer_s(rendered: dict[str, Any], size: ModelSize, cluster: ClusterConf
     return traffic * cluster.gpus_per_node / (cluster.host_memory_gb_s * GB) + through_link
 
 
-def _communication_s(rendered: dict[str, Any], size: ModelSize, cluster: ClusterConfig, b: int) -> float:
+def _communication_s(ds_config: dict[str, Any], size: ModelSize, cluster: ClusterConfig, b: int) -> float:
     """Bytes through the slowest link of a ring over all ranks (all-gather and reduce-scatter move (W - 1) / W of the
     whole through every link, all-reduce twice that) over its bandwidth."""
     if cluster.gpus == 1:
         return 0.0
-    policy, passes = rendered["zero_optimization"], rendered["gradient_accumulation_steps"]
+    policy, passes = ds_config["zero_optimization"], ds_config["gradient_accumulation_steps"]
     gradients, stage = b * size.trained, policy["stage"]
     tensors = len(size.frozen) + sum(map(len, size.groups))
     calls = 1 + passes * size.trained // policy["reduce_bucket_size"] if stage in (1, 2) else 1

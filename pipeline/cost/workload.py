@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.config import ExperimentConfig, ModelConfig, TrainConfig
-from pipeline.config.cluster import EncoderWork, WorkloadConfig
+from pipeline.config.cluster import EncoderCost, WorkloadConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.cost.flops import RowShape, training_flops
@@ -56,7 +56,7 @@ def model_size(config: ExperimentConfig, workload: WorkloadConfig) -> ModelSize:
 class _Sized:
     """What the size of a model depends on; equal by value, so that a search builds each model once."""
 
-    def __init__(self, model: ModelConfig, train: TrainConfig, encoders: dict[str, EncoderWork]) -> None:
+    def __init__(self, model: ModelConfig, train: TrainConfig, encoders: dict[str, EncoderCost]) -> None:
         self.model, self.train, self.encoders = model, train, encoders
         shapes = {name: (work.width, work.grid) for name, work in encoders.items()}
         self.key = repr((model, train.trainable, train.lora, shapes))
@@ -110,7 +110,7 @@ def measure_workload(config: ExperimentConfig) -> WorkloadConfig:
         questions=len(selected),
         clip_s=float(np.mean(features.table.duration_s[sample])),
         encoders={
-            name: EncoderWork(frame_rate_hz=e.frame_rate_hz, width=e.width, grid=e.grid)
+            name: EncoderCost(frame_rate_hz=e.frame_rate_hz, width=e.width, grid=e.grid)
             for name, e in contract.encoders.items()
         },
         system_tokens=before,

@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 
 AUDIO_TOKEN = "<audio>"
-IGNORE = -100  # label of a token without loss, as in torch and transformers
+IGNORE_INDEX = -100  # label of a token without loss, as in torch and transformers
 _CACHED_CONVERSATIONS = 100_000
 _TOKENISED_AT_ONCE = 10_000
 _QUESTION, _ANSWER = "[[question]]", "[[answer]]"
@@ -127,13 +127,13 @@ class Chat:
             UserError: a conversation is longer than max_text_tokens, or holds the placeholder.
         """
         ids = list(self.prefix) if audio else self.prefix[:-1]
-        labels, segments = [IGNORE] * len(ids), [0] * len(ids)
+        labels, segments = [IGNORE_INDEX] * len(ids), [0] * len(ids)
         for number, question in enumerate(questions, start=1):
             rest, prompt_length = self._rest(question)
             self._check_length(len(self.prefix) + len(rest), f"question '{question.question_id}'")
             unlabelled = prompt_length if self._loss_on == "answer" else 1
             ids += rest
-            labels += [IGNORE] * unlabelled + rest[unlabelled:]
+            labels += [IGNORE_INDEX] * unlabelled + rest[unlabelled:]
             segments += [number if len(questions) > 1 else 0] * len(rest)
         return Row(*(np.array(values, np.int64) for values in (ids, labels, segments)))
 

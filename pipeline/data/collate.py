@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.core.feature_contract import Question
-from pipeline.data.chat_template import IGNORE, Row
+from pipeline.data.chat_template import IGNORE_INDEX, Row
 from pipeline.data.feature_set import Clip
 
 Batch = dict[str, Any]
@@ -53,7 +53,7 @@ def collate(
     tokens = {
         "input_ids": np.full(shape, pad_token_id, np.int64),
         "attention_mask": np.zeros(shape, np.int64),
-        "labels": np.full(shape, IGNORE, np.int64),
+        "labels": np.full(shape, IGNORE_INDEX, np.int64),
         "segment_ids": np.zeros(shape, np.int64),
     }
     for number, example in enumerate(examples):

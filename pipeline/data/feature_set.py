@@ -25,7 +25,7 @@ from pipeline.core.feature_contract import (
     require_encoders,
     require_same_features,
 )
-from pipeline.data.mds_reader import REPAIR, Column, copy_file
+from pipeline.data.mds_reader import REPAIR, MdsReader, copy_file
 
 
 @dataclass(frozen=True)
@@ -123,9 +123,9 @@ class FeatureSet:
         self._features = {name: self._open(name, FEATURE_COLUMNS, cache_bytes) for name in encoders}
         self.table = self._read_table()
 
-    def _open(self, name: str, columns: dict[str, str], cache_bytes: int | None) -> Column:
+    def _open(self, name: str, columns: dict[str, str], cache_bytes: int | None) -> MdsReader:
         place = f"{self._place}/{name}"
-        column = Column(place, columns, None if self._cache is None else self._cache / name, cache_bytes)
+        column = MdsReader(place, columns, None if self._cache is None else self._cache / name, cache_bytes)
         if len(column) != self.contract.clips:
             raise UserError(place, f"holds {len(column)} clips, features.json says {self.contract.clips}", REPAIR)
         return column

@@ -19,10 +19,10 @@ from pipeline.core.ranks import read_ranks
 from pipeline.data.chat_template import Chat
 from pipeline.data.collate import Batch, Example, collate
 from pipeline.data.feature_set import FeatureSet, open_mixture
-from pipeline.data.sampler import Ints, Mixture, Order, Visit, VisitOrder, cut
+from pipeline.data.sampler import Ints, MixtureSampler, PackedExample, PackedSampler, Sampler, split_micro_batches
 
 _PREFETCHED_BATCHES = 4  # per worker
-_PREFETCHED_VISITS = 256  # at a time, from a far feature set
+_PREFETCHED_EXAMPLES = 256  # at a time, from a far feature set
 _PREFETCH_PAUSE_S = 0.2
 
 
@@ -34,7 +34,7 @@ class TrainingLoader:
         chat: writes the conversations.
         data: selection, mixture, packing, shuffling and workers.
         seed: of the order.
-        visits_per_step: rows of a global batch, over all ranks.
+        examples_per_step: rows of a global batch, over all ranks.
         micro_batch_size: rows of one batch, at most.
         micro_batch_tokens: positions of one batch, padding included, at most; None for no such bound. Every text is
             tokenised once for it, which takes a minute or two for five million questions.
@@ -53,7 +53,7 @@ class TrainingLoader:
         data: DataConfig,
         *,
         seed: int,
-        visits_per_step: int,
+        examples_per_step: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
@@ -65,8 +65,8 @@ class TrainingLoader:
         selections = [features.table.select(data.tasks, data.datasets)]
         for number, (this, other) in enumerate(zip(self._sets[1:], data.mixture, strict=True)):
             selections.append(this.table.select(other.tasks, other.datasets, f"data.mixture.{number}"))
-        orders = [
-            VisitOrder(
+        samplers = [
+            PackedSampler(
                 this.table.clip,
                 selected,
                 this.shard_sizes,
@@ -77,30 +77,30 @@ class TrainingLoader:
             for this, selected in zip(self._sets, selections, strict=True)
         ]
         shares = [other.share for other in data.mixture]
-        self.order: Order = Mixture(orders, shares, seed) if shares else orders[0]
+        self.sampler: Sampler = MixtureSampler(samplers, shares, seed) if shares else samplers[0]
         sizes = [this.shard_sizes for this in self._sets]
         settings = f"{data.questions_per_sequence} {data.shuffle_block_clips} {seed} {sizes} {shares}"
         choice = b" ".join(selected.tobytes() for selected in selections)
         self._fingerprint = hashlib.sha256(settings.encode() + choice).hexdigest()[:16]
         self._data = data
         self._examples = _Rows(self._sets, chat, feature_dtype)
-        self._visits_per_step = visits_per_step
+        self._examples_per_step = examples_per_step
         self._lengths = _Lengths(self._sets, chat, micro_batch_size, micro_batch_tokens, audio_positions)
         self._rank, self._world_size = rank, world_size
         per_pass = world_size if micro_batch_tokens else micro_batch_size * world_size
-        if visits_per_step % per_pass:
+        if examples_per_step % per_pass:
             raise UserError(
                 "train.global_batch_size",
-                f"{visits_per_step} sequences do not divide into {per_pass // world_size} x {world_size} ranks",
+                f"{examples_per_step} sequences do not divide into {per_pass // world_size} x {world_size} ranks",
                 f"use a multiple of {per_pass} sequences",
             )
-        self._start = 0  # visits consumed before the current iterator
+        self._start = 0  # packed examples consumed before the current iterator
         self._yielded = 0  # steps since
 
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in which every selected question of `data.train` is seen once."""
-        return self.order.visits_per_epoch / self._visits_per_step
+        return self.sampler.examples_per_epoch / self._examples_per_step
 
     @property
     def tasks(self) -> list[str]:
@@ -109,7 +109,7 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Goes on from the loaded state; a second iterator goes on after the last step that was yielded."""
-        self._start, self._yielded = self._visits_consumed, 0
+        self._start, self._yielded = self._examples_consumed, 0
         plan, counted = tee(self._plan(self._start))
         stopped = threading.Event()
         if any(this.is_cached for this in self._sets):
@@ -123,38 +123,41 @@ class TrainingLoader:
         finally:
             stopped.set()
 
-    def _plan(self, start: int) -> Iterator[list[list[Visit]]]:
-        # A global batch is the next visits whatever the number of ranks; their order in it has no effect on the loss.
+    def _plan(self, start: int) -> Iterator[list[list[PackedExample]]]:
+        # A global batch holds the next packed examples whatever the number of ranks is; their order within it does not
+        # change the loss.
         while True:
-            visits = self.order.visits(start, start + self._visits_per_step)
-            yield cut(visits, self._lengths.of, self._lengths.rows, rank=self._rank, world_size=self._world_size)
-            start += self._visits_per_step
+            packed_examples = self.sampler.packed_examples(start, start + self._examples_per_step)
+            yield split_micro_batches(
+                packed_examples, self._lengths.of, self._lengths.rows, rank=self._rank, world_size=self._world_size
+            )
+            start += self._examples_per_step
 
     def _prefetch(self, position: int, stopped: threading.Event) -> None:
         """Downloads the shards that are read next, a quarter of a block ahead; each rank of a node its share."""
-        order = copy.deepcopy(self.order)  # remembers epochs of its own
+        order = copy.deepcopy(self.sampler)  # remembers epochs of its own
         ranks = read_ranks()
         while not stopped.is_set():
-            if position >= self._visits_consumed + self._data.shuffle_block_clips // 4:
+            if position >= self._examples_consumed + self._data.shuffle_block_clips // 4:
                 stopped.wait(_PREFETCH_PAUSE_S)
                 continue
-            for visit in order.visits(position, position + _PREFETCHED_VISITS):
+            for packed in order.packed_examples(position, position + _PREFETCHED_EXAMPLES):
                 try:
-                    self._sets[visit.source].prefetch(visit.clip, ranks.local_rank, ranks.local_world_size)
+                    self._sets[packed.source].prefetch(packed.clip, ranks.local_rank, ranks.local_world_size)
                 except UserError:
                     return  # the row that needs this shard says so
-            position += _PREFETCHED_VISITS
+            position += _PREFETCHED_EXAMPLES
 
     @property
-    def _visits_consumed(self) -> int:
-        return self._start + self._yielded * self._visits_per_step
+    def _examples_consumed(self) -> int:
+        return self._start + self._yielded * self._examples_per_step
 
     def state_dict(self) -> dict[str, Any]:
         """Visits consumed by complete steps; the same on every rank, and not affected by what is prefetched."""
-        return {"visits": self._visits_consumed, "order": self._fingerprint}
+        return {"packed_examples": self._examples_consumed, "order": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on after that many visits.
+        """Goes on after that many packed examples.
 
         Raises:
             UserError: the state belongs to another order (set, selection, packing, shuffling or seed).
@@ -165,7 +168,7 @@ class TrainingLoader:
                 "is not the order of questions that the checkpoint was written with",
                 "resume with the same feature set, tasks, datasets, questions_per_sequence, shuffle_block_clips, seed",
             )
-        self._start, self._yielded = state["visits"], 0
+        self._start, self._yielded = state["packed_examples"], 0
 
 
 def evaluation_batches(
@@ -190,12 +193,12 @@ def evaluation_batches(
         micro_batch_size, micro_batch_tokens, audio_positions: as of `TrainingLoader`.
     """
     clip = features.table.clip
-    rows = [Visit(int(clip[question]), np.array([question])) for question in selected]
-    rows += [Visit(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % world_size)
+    rows = [PackedExample(int(clip[question]), np.array([question])) for question in selected]
+    rows += [PackedExample(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % world_size)
     lengths = _Lengths([features], chat, micro_batch_size, micro_batch_tokens, audio_positions)
     if micro_batch_tokens is not None:
         lengths.count(selected)
-    plan = cut(rows, lengths.of, lengths.rows, rank=rank, world_size=world_size)
+    plan = split_micro_batches(rows, lengths.of, lengths.rows, rank=rank, world_size=world_size)
     yield from _load(_Rows([features], chat, feature_dtype), iter(plan), workers)
 
 
@@ -215,17 +218,17 @@ class _Lengths:
         self._audio_positions = audio_positions
         self._tokens: dict[int, Ints] = {}  # of each question of a set, behind the prefix
 
-    def of(self, visit: Visit) -> float:
-        """Positions of a visit's row; without a bound on them its characters, which order rows as well."""
-        this = self._sets[visit.source]
+    def of(self, packed: PackedExample) -> float:
+        """Positions of a packed's row; without a bound on them its characters, which order rows as well."""
+        this = self._sets[packed.source]
         if self._most_tokens is None:
-            return float(this.table.characters[visit.questions].sum())
-        if visit.source not in self._tokens:
-            self._tokens[visit.source] = np.array(list(self._chat.lengths(this.questions())), np.int64)
+            return float(this.table.characters[packed.questions].sum())
+        if packed.source not in self._tokens:
+            self._tokens[packed.source] = np.array(list(self._chat.lengths(this.questions())), np.int64)
         audio = 0
         if self._audio_positions is not None and not this.is_text:
-            audio = self._audio_positions(this.table.duration_s[visit.clip])
-        return float(len(self._chat.prefix) - 1 + audio + self._tokens[visit.source][visit.questions].sum())
+            audio = self._audio_positions(this.table.duration_s[packed.clip])
+        return float(len(self._chat.prefix) - 1 + audio + self._tokens[packed.source][packed.questions].sum())
 
     def count(self, selected: Ints) -> None:
         """Tokenises these questions of the first set, where no others will be asked for."""
@@ -253,10 +256,10 @@ class _Rows(Dataset[Batch | UserError]):
         self._chat = chat
         self._feature_dtype = feature_dtype
 
-    def __getitem__(self, visits: Sequence[Visit]) -> Batch | UserError:
+    def __getitem__(self, packed_examples: Sequence[PackedExample]) -> Batch | UserError:
         try:
             return collate(
-                [self._example(visit) for visit in visits],
+                [self._example(packed) for packed in packed_examples],
                 pad_token_id=self._chat.pad_token_id,
                 widths=self._sets[0].widths,
                 feature_dtype=self._feature_dtype,
@@ -264,16 +267,16 @@ class _Rows(Dataset[Batch | UserError]):
         except UserError as error:
             return error
 
-    def _example(self, visit: Visit) -> Example:
-        this = self._sets[visit.source]
-        clip = this.clip(visit.clip)
-        questions = [clip.questions[number] for number in this.table.number[visit.questions]]
+    def _example(self, packed: PackedExample) -> Example:
+        this = self._sets[packed.source]
+        clip = this.clip(packed.clip)
+        questions = [clip.questions[number] for number in this.table.number[packed.questions]]
         if this.is_text:
             return Example(self._chat.row(questions, audio=False), questions, None, {})
-        return Example(self._chat.row(questions), questions, clip, this.features(visit.clip, clip.clip_id))
+        return Example(self._chat.row(questions), questions, clip, this.features(packed.clip, clip.clip_id))
 
 
-def _load(rows: _Rows, plan: Iterator[list[Visit]], workers: int) -> Iterator[Batch]:
+def _load(rows: _Rows, plan: Iterator[list[PackedExample]], workers: int) -> Iterator[Batch]:
     loader = DataLoader(
         rows,
         sampler=plan,  # any iterable of indices; ours are whole micro-batches

@@ -33,7 +33,7 @@ _DOWNLOAD_TIMEOUT_S = 120.0
 _EVICTIONS = 8  # how often another process may remove a shard between its check and its use
 
 
-class Column:
+class MdsReader:
     """Random access to the samples of one MDS folder. Each shard's size and hash are checked once, before its first
     sample is used (streaming itself checks what it downloads only: a flipped byte on a disk would decode silently).
 

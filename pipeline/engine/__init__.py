@@ -1,7 +1,7 @@
 """The one door to DeepSpeed. Callers see losses, steps, checkpoints and plain dicts; nothing in here knows audio."""
 
 from pipeline.engine.checkpoint_io import Snapshot, start_resharding, trained_weights
-from pipeline.engine.ds_config import ADAM_EPSILON, POLICIES, render, zero_stage
+from pipeline.engine.ds_config import ADAM_EPSILON, POLICIES, build_ds_config, zero_stage
 from pipeline.engine.engine import Engine
 from pipeline.engine.parameter_groups import ParameterGroup, parameter_groups
 from pipeline.engine.process_group import (
@@ -22,6 +22,7 @@ __all__ = [
     "Engine",
     "ParameterGroup",
     "Snapshot",
+    "build_ds_config",
     "from_main_rank",
     "gathered",
     "init_process_group",
@@ -31,7 +32,6 @@ __all__ = [
     "on_gpu",
     "parameter_groups",
     "partitioned_loading",
-    "render",
     "require_same_everywhere",
     "start_resharding",
     "trained_weights",

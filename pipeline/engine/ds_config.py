@@ -1,5 +1,5 @@
 """Renders DeepSpeed's config: `ds_configs/*.json` hold ZeRO policy only; batch, rate and precision come from the config
-tree, and `render` is the one place where the two meet."""
+tree, and `build_ds_config` is the one place where the two meet."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ POLICY_KEYS = ("zero_optimization", "aio")
 ADAM_EPSILON = 1e-8
 
 
-def render(policy: str, train: TrainConfig, *, world_size: int, accumulation: int, on_gpu: bool) -> dict[str, Any]:
+def build_ds_config(
+    policy: str, train: TrainConfig, *, world_size: int, accumulation: int, on_gpu: bool
+) -> dict[str, Any]:
     """The final DeepSpeed config. Every key that matters is written out, since DeepSpeed's defaults move.
 
     Args:
@@ -38,7 +40,7 @@ def render(policy: str, train: TrainConfig, *, world_size: int, accumulation: in
     # Gradients add up in fp32 over micro-batches, so that accumulation does not change the result; DeepSpeed's
     # stage 0 can only add up in the model's own precision.
     accumulation_dtype = train.precision if stage == 0 else "fp32"
-    rendered = {
+    ds_config = {
         "train_batch_size": train.micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
@@ -97,8 +99,8 @@ def render(policy: str, train: TrainConfig, *, world_size: int, accumulation: in
         "log_level": "warning",
         **policy_values,
     }
-    _refuse_auto(rendered, "", policy)
-    return rendered
+    _refuse_auto(ds_config, "", policy)
+    return ds_config
 
 
 def _read_policy(policy: str) -> dict[str, Any]:
@@ -129,6 +131,6 @@ def _refuse_auto(values: Mapping[str, Any], prefix: str, policy: str) -> None:
             raise UserError(policy, f'{prefix}{key} is "auto", which DeepSpeed does not resolve', "write a value")
 
 
-def zero_stage(rendered: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a rendered config."""
-    return int(rendered["zero_optimization"]["stage"])
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a ds_config config."""
+    return int(ds_config["zero_optimization"]["stage"])

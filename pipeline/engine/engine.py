@@ -25,33 +25,33 @@ class Engine:
     Args:
         model: returns an object with a scalar `.loss`; parameters that are not in `groups` must be frozen.
         groups: what is optimized.
-        rendered: from `render`.
+        ds_config: from `build_ds_config`.
     """
 
-    def __init__(self, model: torch.nn.Module, groups: Sequence[ParameterGroup], rendered: dict[str, Any]) -> None:
+    def __init__(self, model: torch.nn.Module, groups: Sequence[ParameterGroup], ds_config: dict[str, Any]) -> None:
         import deepspeed
         import torch
 
         self._torch = torch
         self.groups = [group for group in groups if group.parameters]
-        self.accumulation: int = rendered["gradient_accumulation_steps"]
-        self.stage = zero_stage(rendered)
+        self.accumulation: int = ds_config["gradient_accumulation_steps"]
+        self.stage = zero_stage(ds_config)
         # In fp32 without ZeRO DeepSpeed neither reports the gradient norm nor refuses one that is not finite, so that
         # norm, check and clipping are done here.
-        self._plain = self.stage == 0 and not rendered["bf16"]["enabled"] and not rendered["fp16"]["enabled"]
-        self._clipping: float = rendered["gradient_clipping"]
+        self._plain = self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]
+        self._clipping: float = ds_config["gradient_clipping"]
         if self._plain:
-            rendered = {**rendered, "gradient_clipping": 0.0}
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
         optimizer_groups = [
             {"params": list(g.parameters), "lr": g.learning_rate, "weight_decay": g.weight_decay, "name": g.name}
             for g in self.groups
         ]
-        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=optimizer_groups, config=rendered)
+        self._engine, *_ = deepspeed.initialize(model=model, model_parameters=optimizer_groups, config=ds_config)
         self.world_size: int = torch.distributed.get_world_size()
         self.device: torch.device = self._engine.device
         # Counts travel between hosts on CPU tensors: agreeing on them never waits for the accelerator.
         self._control: Any = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
-        self._swaps_states = rendered["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
+        self._swaps_states = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
         self._frozen_checksum = ""
         self.gradient_norm = math.nan
         self.skipped_steps = 0
@@ -100,21 +100,21 @@ class Engine:
         return self._engine(**batch).loss
 
     def backward(
-        self, batch: Mapping[str, Any], *, last: bool, look: Callable[[Any], None] | None = None
+        self, batch: Mapping[str, Any], *, last: bool, on_output: Callable[[Any], None] | None = None
     ) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its detached loss, still on the device.
 
         Args:
             last: of the optimizer step, whose number of micro-batches may vary from step to step.
-            look: is given what the model returned.
+            on_output: is given what the model returned.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         output = self._engine(**batch)
         self._engine.backward(output.loss)
         if not last:
             self._engine.step()
-        if look is not None:
-            look(output)
+        if on_output is not None:
+            on_output(output)
         return output.loss.detach()
 
     def groups_without_gradient(self) -> list[str]:

@@ -35,14 +35,14 @@ def init_process_group(ranks: Ranks, timeout_s: float) -> None:
 
 
 @contextmanager
-def partitioned_loading(rendered: Mapping[str, Any]) -> Iterator[None]:
+def partitioned_loading(ds_config: Mapping[str, Any]) -> Iterator[None]:
     """Under ZeRO-3 cuts up what transformers loads in here weight by weight, so that no rank ever holds all of it."""
-    if zero_stage(rendered) < 3:
+    if zero_stage(ds_config) < 3:
         yield
         return
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    kept_alive = HfDeepSpeedConfig(dict(rendered))  # transformers itself keeps a weak reference
+    kept_alive = HfDeepSpeedConfig(dict(ds_config))  # transformers itself keeps a weak reference
     try:
         yield
     finally:

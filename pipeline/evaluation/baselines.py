@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.core.errors import UserError
 from pipeline.data.feature_set import FeatureSet
-from pipeline.evaluation.scoring import CommonestAnswers
+from pipeline.evaluation.scoring import MajorityBaseline
 
 SWAP_SEED = 0
 
@@ -45,7 +45,7 @@ def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
     return {clip: cycle[place - 1] for cycle in cycles for place, clip in enumerate(cycle)}
 
 
-def commonest_answers(features: FeatureSet) -> CommonestAnswers:
-    """The answers of a training set, counted; see `scoring.CommonestAnswers`."""
+def majority_baseline(features: FeatureSet) -> MajorityBaseline:
+    """The answers of a training set, counted; see `scoring.MajorityBaseline`."""
     questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
-    return CommonestAnswers((question.task, question.question, question.answer) for question in questions)
+    return MajorityBaseline((question.task, question.question, question.answer) for question in questions)

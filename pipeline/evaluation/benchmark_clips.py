@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from pipeline.core.feature_contract import Question
 from pipeline.data.feature_set import Clip, QuestionTable
 from pipeline.evaluation.benchmarks import Benchmark
-from pipeline.inference.encode_audio import Ears, duration_s
+from pipeline.inference.encode_audio import AudioEncoders, duration_s
 
 
 class AudioClips:
     """The questions of a benchmark, grouped by audio file.
 
     Args:
-        ears: makes the encoders, when the first file is to be heard.
+        audio_encoders: makes the encoders, when the first file is to be heard.
 
     Attributes:
         table: as that of a feature set; of tasks and datasets it tells nothing.
@@ -29,10 +29,10 @@ class AudioClips:
         UserError: an audio file that cannot be opened.
     """
 
-    def __init__(self, benchmark: Benchmark, ears: Callable[[], Ears]) -> None:
+    def __init__(self, benchmark: Benchmark, audio_encoders: Callable[[], AudioEncoders]) -> None:
         self.benchmark = benchmark
-        self._make_ears = ears
-        self._ears: Ears | None = None
+        self._make_audio_encoders = audio_encoders
+        self._audio_encoders: AudioEncoders | None = None
         files: dict[Path, list[Question]] = {}
         domains: dict[Path, str] = {}
         for item in benchmark.items:
@@ -65,6 +65,6 @@ class AudioClips:
         Raises:
             UserError: audio that cannot be decoded, or an encoder that cannot be had.
         """
-        if self._ears is None:
-            self._ears = self._make_ears()
-        return self._ears.hear(self._files[index]).features
+        if self._audio_encoders is None:
+            self._audio_encoders = self._make_audio_encoders()
+        return self._audio_encoders.encode(self._files[index]).features

@@ -1,6 +1,6 @@
-"""Many questions about prepared clips, answered: by several processes, each clip heard once, no question asked twice.
+"""Generates answers to many questions, in several processes: each clip is encoded once, no question is asked twice.
 
-Owns groups of clips, processes and the journal; which clips are heard, and what an answer is worth, it is not told."""
+Owns groups of clips, processes and the journal. Does not know why a clip was chosen or how answers are scored."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluation.benchmark_clips import AudioClips
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.scoring import Prediction
-from pipeline.inference.encode_audio import Ears
-from pipeline.inference.responder import Answerer, load_answerer, load_config_of
+from pipeline.inference.encode_audio import AudioEncoders
+from pipeline.inference.responder import Responder, load_config_of, load_responder
 
-Heard = Mapping[int, int]  # clip whose questions are asked -> clip that is heard meanwhile (itself, but for a control)
+AudioAssignment = Mapping[
+    int, int
+]  # clip whose questions are asked -> clip that is audio_of meanwhile (itself, but for a control)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Job:
     place: str
     cache: Path | None
     weights: dict[str, str]
-    heard: Heard
+    audio_of: AudioAssignment
     batch_size: int
     journal: Path
     nproc: int
@@ -84,7 +86,7 @@ def open_questions(place: str, model: Path, cache: Path | None, weights: Mapping
         weights: encoder -> where its weights are, for those that moved.
 
     Raises:
-        UserError: as `FeatureSet`, `Benchmark` and `Ears`; or features of another encoder.
+        UserError: as `FeatureSet`, `Benchmark` and `AudioEncoders`; or features of another encoder.
     """
     config, description = load_config_of(model)
     fingerprints = description.feature_fingerprints
@@ -95,7 +97,7 @@ def open_questions(place: str, model: Path, cache: Path | None, weights: Mapping
         return features
     contracts = read_encoders(model, fingerprints, config.data.train)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AudioClips(BENCHMARKS[kind](Path(folder)), lambda: Ears(contracts, weights, device))
+    return AudioClips(BENCHMARKS[kind](Path(folder)), lambda: AudioEncoders(contracts, weights, device))
 
 
 def open_set(place: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
@@ -109,7 +111,7 @@ def open_set(place: str, encoders: Sequence[str], cache: Path | None) -> Feature
     return FeatureSet(place, encoders, cache)
 
 
-def spread(count: int, limit: int | None) -> list[int]:
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
     """`limit` of `count` numbers, evenly over all; None means all."""
     if limit is None or limit >= count:
         return list(range(count))
@@ -128,7 +130,7 @@ def predictions_of(features: Questions, answers: Mapping[int, str]) -> list[Pred
     return predictions
 
 
-class Asker:
+class AnswerGenerator:
     """Asks what the journal does not answer yet. Killed at any moment and started again, it goes on from there.
 
     The answers do not depend on the number of processes, nor on an interruption: clips are grouped in the same way, and
@@ -155,7 +157,12 @@ class Asker:
         self._model_fingerprint = _fingerprint_of(model)
 
     def __call__(
-        self, questions: Questions, place: str, heard: Heard, cache: Path | None, weights: Mapping[str, str]
+        self,
+        questions: Questions,
+        place: str,
+        audio_of: AudioAssignment,
+        cache: Path | None,
+        weights: Mapping[str, str],
     ) -> dict[int, str]:
         """Number of the question -> answer, for all questions about these clips, as far as the shares are done.
 
@@ -167,7 +174,7 @@ class Asker:
             BrokenProcessPool: a process was killed.
         """
         identity = questions.contract.dump() if isinstance(questions, FeatureSet) else questions.identity
-        parts = [self._model_fingerprint, self._max_new_tokens, sorted(heard.items()), identity]
+        parts = [self._model_fingerprint, self._max_new_tokens, sorted(audio_of.items()), identity]
         fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         job = Job(
             self.model,
@@ -175,7 +182,7 @@ class Asker:
             place,
             cache,
             dict(weights),
-            heard,
+            audio_of,
             self._batch_size,
             self._journal,
             self._nproc,
@@ -190,30 +197,30 @@ class Asker:
 
 
 @contextmanager
-def open_asker(
+def open_answer_generator(
     model: Path, max_new_tokens: int, batch_size: int, journal: Path, nproc: int, share: Share = EVERYTHING
-) -> Iterator[Asker]:
-    """An asker with its processes, each of which keeps its copy of the model."""
+) -> Iterator[AnswerGenerator]:
+    """An generator with its processes, each of which keeps its copy of the model."""
     journal.mkdir(parents=True, exist_ok=True)
     if nproc == 1:
-        yield Asker(model, max_new_tokens, batch_size, journal, None, nproc, share)
+        yield AnswerGenerator(model, max_new_tokens, batch_size, journal, None, nproc, share)
         return
     context = multiprocessing.get_context("spawn")  # CUDA and torch's threads do not survive a fork
     with ProcessPoolExecutor(nproc, mp_context=context) as pool:
-        yield Asker(model, max_new_tokens, batch_size, journal, pool, nproc, share)
+        yield AnswerGenerator(model, max_new_tokens, batch_size, journal, pool, nproc, share)
 
 
-def ask(
-    answerer: Answerer,
+def generate_answers(
+    responder: Responder,
     features: Questions,
-    heard: Heard,
+    audio_of: AudioAssignment,
     batch_size: int,
     *,
     hidden: Collection[IntegrationKind] = (),
     share: Share = EVERYTHING,
     finished: Collection[int] = (),
 ) -> Iterator[dict[int, str]]:
-    """Asks every question about the clips in `heard`, longest audio first, so that rows of a batch are alike.
+    """Asks every question about the clips in `audio_of`, longest audio first, so that rows of a batch are alike.
 
     A clip is encoded once for all its questions, whatever the batch size.
 
@@ -224,12 +231,12 @@ def ask(
     Yields:
         number of the question -> answer, for the clips of one group.
     """
-    questions: dict[int, list[int]] = {clip: [] for clip in heard}
+    questions: dict[int, list[int]] = {clip: [] for clip in audio_of}
     for question, clip in enumerate(features.table.clip.tolist()):
-        if clip in heard:
+        if clip in audio_of:
             questions[clip].append(question)
     duration_s = features.table.duration_s
-    order = sorted((clip for clip in heard if questions[clip]), key=lambda clip: (-duration_s[heard[clip]], clip))
+    order = sorted((clip for clip in audio_of if questions[clip]), key=lambda clip: (-duration_s[audio_of[clip]], clip))
     groups = _groups(order, [len(questions[clip]) for clip in order], batch_size)[share.number :: share.count]
     done = set(finished)
     left = [group for group in groups if any(not done.issuperset(questions[clip]) for clip in group)]
@@ -237,14 +244,14 @@ def ask(
     console = Console(stderr=True, quiet=share.number > 0)
     for group in track(left, f"{count} questions", console=console):
         clips = [features.clip(clip) for clip in group]
-        audio = [features.features(heard[clip], features.clip(heard[clip]).clip_id) for clip in group]
-        prefix = answerer.hear(audio, hidden)
+        audio = [features.features(audio_of[clip], features.clip(audio_of[clip]).clip_id) for clip in group]
+        prefix = responder.prefill(audio, hidden)
         asked = [(question, row) for row, clip in enumerate(group) for question in questions[clip]]
         answers: dict[int, str] = {}
         for first in range(0, len(asked), batch_size):
             batch = asked[first : first + batch_size]
             texts = [clips[row].questions[features.table.number[question]].question for question, row in batch]
-            replies = answerer.answer(prefix, texts, [row for _, row in batch])
+            replies = responder.answer(prefix, texts, [row for _, row in batch])
             answers |= {question: reply for (question, _), reply in zip(batch, replies, strict=True)}
         yield answers
 
@@ -267,11 +274,13 @@ def _work(job: Job, share: Share) -> None:
     parent = os.getppid()
     if job.nproc > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.nproc))
-    answerer = _answerer(job.model, job.max_new_tokens, share.number)
+    responder = _responder(job.model, job.max_new_tokens, share.number)
     features = open_questions(job.place, job.model, job.cache, job.weights)
     finished = read_journal(job)
     with (job.journal / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="utf-8") as file:
-        for answers in ask(answerer, features, job.heard, job.batch_size, share=share, finished=finished):
+        for answers in generate_answers(
+            responder, features, job.audio_of, job.batch_size, share=share, finished=finished
+        ):
             file.write("".join(json.dumps([job.fingerprint, *answer]) + "\n" for answer in answers.items()))
             file.flush()
             if job.nproc > 1 and os.getppid() != parent:
@@ -279,8 +288,8 @@ def _work(job: Job, share: Share) -> None:
 
 
 @lru_cache(maxsize=1)
-def _answerer(model: Path, max_new_tokens: int, number: int) -> Answerer:
-    return load_answerer(model, max_new_tokens, number)
+def _responder(model: Path, max_new_tokens: int, number: int) -> Responder:
+    return load_responder(model, max_new_tokens, number)
 
 
 def read_journal(job: Job) -> dict[int, str]:

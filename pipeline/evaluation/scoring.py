@@ -19,7 +19,7 @@ NUMBER_MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)[-+](?=\d)")  # 3.5, 4:30,
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was answered to one question, beside the right `answer`; `verdict` of a benchmark of its own rules."""
+    """One generated answer beside the right `answer`; benchmarks with rules of their own set `benchmark_correct`."""
 
     question_id: str
     clip_id: str
@@ -28,15 +28,15 @@ class Prediction:
     question: str
     answer: str
     prediction: str
-    verdict: bool | None = None
+    benchmark_correct: bool | None = None
 
     @property
-    def correct(self) -> bool:
-        return exact_match(self.prediction, self.answer) if self.verdict is None else self.verdict
+    def is_correct(self) -> bool:
+        return exact_match(self.prediction, self.answer) if self.benchmark_correct is None else self.benchmark_correct
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types, the verdict included."""
-        return {**{k: v for k, v in asdict(self).items() if k != "verdict"}, "correct": self.correct}
+        """Plain JSON types, the benchmark_correct included."""
+        return {**{k: v for k, v in asdict(self).items() if k != "benchmark_correct"}, "correct": self.is_correct}
 
 
 def normalise(text: str) -> str:
@@ -93,7 +93,7 @@ def _score_by(predictions: Sequence[Prediction], key: Callable[[Prediction], str
 def _score_group(predictions: Sequence[Prediction], seed: int) -> dict[str, Any]:
     if not predictions:
         raise ValueError("there is nothing to score")
-    verdicts = np.array([prediction.correct for prediction in predictions], dtype=np.float64)
+    verdicts = np.array([prediction.is_correct for prediction in predictions], dtype=np.float64)
     clips = [prediction.clip_id for prediction in predictions]
     return {
         "accuracy": float(verdicts.mean()),
@@ -124,7 +124,7 @@ def bootstrap_ci95(values: npt.NDArray[np.float64], clips: Sequence[str], seed: 
     return float(low), float(high)
 
 
-class CommonestAnswers:
+class MajorityBaseline:
     """What one can answer without listening: the commonest training answer to the same wording of the same task.
 
     An unknown wording gets the commonest answer of its task, an unknown task the commonest of all. Ties go to the
@@ -141,13 +141,13 @@ class CommonestAnswers:
             by_wording[task, normalise(question)][normalised] += 1
             by_task[task][normalised] += 1
             overall[normalised] += 1
-        self._by_wording = {key: _commonest(counts) for key, counts in by_wording.items()}
-        self._by_task = {task: _commonest(counts) for task, counts in by_task.items()}
-        self._overall = _commonest(overall) if overall else ""
+        self._by_wording = {key: _majority(counts) for key, counts in by_wording.items()}
+        self._by_task = {task: _majority(counts) for task, counts in by_task.items()}
+        self._overall = _majority(overall) if overall else ""
 
     def __call__(self, task: str, question: str) -> str:
         return self._by_wording.get((task, normalise(question)), self._by_task.get(task, self._overall))
 
 
-def _commonest(counts: Counter[str]) -> str:
+def _majority(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer))

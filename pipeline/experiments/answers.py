@@ -24,7 +24,7 @@ there is none. *The same*: every answer and the validation loss are equal to the
 number of comparisons: of twenty without any difference, one is expected to be called better or worse. The interval of
 an accuracy is over its own seeds and clips; of a variant with one seed over clips alone, and says little."""
 
-Verdicts = Mapping[str, Sequence[Any]]  # columns question_id, clip_id, correct
+Correctness = Mapping[str, Sequence[Any]]  # columns question_id, clip_id, correct
 Interval = tuple[float, float, float]  # value, low, high
 
 
@@ -68,15 +68,15 @@ class Answer:
 
 
 def answer(
-    sweep: SweepConfig, runs: Sequence[TrainedRun], benchmark: str, verdicts_of: Callable[[TrainedRun], Verdicts]
+    sweep: SweepConfig, runs: Sequence[TrainedRun], benchmark: str, correctness_of: Callable[[TrainedRun], Correctness]
 ) -> list[Answer]:
     """Every question of the sweep, answered as far as its trials are finished.
 
     Args:
-        verdicts_of: which questions of the benchmark a run answered right.
+        correctness_of: which questions of the benchmark a run answered right.
     """
     finished = {run.name: run for run in runs if run.status == "FINISHED" and benchmark in run.evaluations}
-    correct = {name: verdicts_of(run) for name, run in finished.items()}
+    correct = {name: correctness_of(run) for name, run in finished.items()}
     answers = [Answer(asked, _variants(asked, sweep.seeds, finished, benchmark)) for asked in sweep.questions or []]
     places = [(a, v) for a, each in enumerate(answers) for v in range(1, len(each.variants)) if _pairs(each, v)]
     compared = [_difference(answers[a].variants[0], answers[a].variants[v], correct) for a, v in places]
@@ -108,7 +108,7 @@ def _pairs(answered: Answer, place: int) -> list[tuple[TrainedRun, TrainedRun]]:
     return [(first[seed], other[seed]) for seed in first if seed in other]
 
 
-def _difference(first: Variant, other: Variant, correct: Mapping[str, Verdicts]) -> tuple[list[float], float]:
+def _difference(first: Variant, other: Variant, correct: Mapping[str, Correctness]) -> tuple[list[float], float]:
     """Of each seed, and the half width of the mean's interval over clips."""
     seeds = [seed for seed in first.runs if seed in other.runs]
     right = [[correct[v.runs[seed].name]["correct"] for seed in seeds] for v in (other, first)]
@@ -117,7 +117,7 @@ def _difference(first: Variant, other: Variant, correct: Mapping[str, Verdicts])
     return [other.by_seed[seed] - first.by_seed[seed] for seed in seeds], (high - low) / 2
 
 
-def _judged(answered: Answer, place: int, difference: Interval | None, correct: Mapping[str, Verdicts]) -> Variant:
+def _judged(answered: Answer, place: int, difference: Interval | None, correct: Mapping[str, Correctness]) -> Variant:
     variant = answered.variants[place]
     if place == 0:
         return replace(variant, verdict="" if variant.runs else "not run")
@@ -130,6 +130,6 @@ def _judged(answered: Answer, place: int, difference: Interval | None, correct: 
     return replace(variant, difference=difference, verdict=verdict)
 
 
-def _repeats(one: TrainedRun, other: TrainedRun, correct: Mapping[str, Verdicts]) -> bool:
+def _repeats(one: TrainedRun, other: TrainedRun, correct: Mapping[str, Correctness]) -> bool:
     loss = "validation/loss"
     return correct[one.name] == correct[other.name] and one.metrics.get(loss) == other.metrics.get(loss)

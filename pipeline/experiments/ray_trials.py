@@ -1,5 +1,5 @@
-"""Places the trials of a sweep on a Ray cluster: a placement group for each, which starts a DeepSpeed job of its own.
-Needs a file system that all nodes share."""
+"""Places the trials of a sweep on a Ray cluster: a placement group for each, which starts a
+DeepSpeed job of its own. Needs a file system that all nodes share."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
 from pipeline.core.errors import UserError
-from pipeline.core.files import write
+from pipeline.core.files import atomic_write
 from pipeline.launch.subprocesses import CommandFailed, run_logged
 
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
@@ -238,7 +238,7 @@ def run_trial(
     except CommandFailed as failure:
         return {**result, "status": "FAILED", "error": str(failure).splitlines()[-1]}
     result["status"] = "FINISHED"
-    write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
+    atomic_write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
     return result
 
 

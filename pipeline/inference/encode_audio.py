@@ -16,7 +16,7 @@ from data_prep.audio.decode import AudioFile, Reject, WavStream
 from data_prep.config import LogMelConfig
 from data_prep.encoders.base import Encoder
 from data_prep.encoders.build import build_encoder, config_of, describe_encoder
-from data_prep.encoders.inputs import PreparedWindow, cut, decode
+from data_prep.encoders.inputs import PreparedWindow, cut_windows, decode
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
@@ -34,7 +34,7 @@ class Sound:
     duration_s: float
 
 
-class Ears:
+class AudioEncoders:
     """The encoders that made the features which a model was trained on.
 
     Args:
@@ -63,7 +63,7 @@ class Ears:
                 raise UserError(f"encoder '{name}'", fault, "give the same weights with --encoder NAME=FOLDER")
             self._encoders[name] = build_encoder(config, found, device)
 
-    def hear(self, file: Path) -> Sound:
+    def encode(self, file: Path) -> Sound:
         """Features of an audio file, as preparation makes them.
 
         Raises:
@@ -71,7 +71,7 @@ class Ears:
         """
         return _encode(file, self._encoders)
 
-    def listen(self, source: BinaryIO) -> Iterator[dict[str, list[NDArray[np.float16]]]]:
+    def encode_stream(self, source: BinaryIO) -> Iterator[dict[str, list[NDArray[np.float16]]]]:
         """Features of audio that still arrives, as a WAV: encoder -> windows that each further second completes.
 
         A thread takes the samples as they come, up to READ_AHEAD_S before they are wanted: a microphone cannot wait
@@ -88,7 +88,7 @@ class Ears:
             fault = f"cannot be heard ({reject.detail})"
             raise UserError(place, fault, "pipe a WAV into it: ffmpeg -i SOURCE -c:a pcm_s16le -f wav -") from None
         segments = read_ahead(stream.segments(), READ_AHEAD_S)
-        for windows in cut(segments, stream.sample_rate_hz, self._encoders):
+        for windows in cut_windows(segments, stream.sample_rate_hz, self._encoders):
             yield _features(windows, self._encoders, place)
 
 

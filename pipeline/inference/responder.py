@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import Chat, load_tokenizer
-from pipeline.model import LiveAudio, Look, PalConfig, PalForCausalLM, Prefix, look
+from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
 
 Features = Mapping[str, NDArray[np.float16]]
@@ -47,7 +47,7 @@ def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
     return load_config(ExperimentConfig, folder / run_dir.CONFIG), PalConfig.from_pretrained(folder)
 
 
-def load_answerer(folder: Path, max_new_tokens: int, number: int = 0) -> Answerer:
+def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Responder:
     """The model of an exported folder, on a GPU where there is one, with the prompt that it was trained with.
 
     Args:
@@ -62,10 +62,10 @@ def load_answerer(folder: Path, max_new_tokens: int, number: int = 0) -> Answere
     longest = model.config.language_model.max_position_embeddings
     chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=longest)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    return Answerer(model.to(device), chat, max_new_tokens)
+    return Responder(model.to(device), chat, max_new_tokens)
 
 
-class Answerer:
+class Responder:
     """A model, its prompt and its device.
 
     Attributes:
@@ -81,7 +81,7 @@ class Answerer:
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
     @torch.inference_mode()
-    def hear(self, clips: Sequence[Features], hidden: Collection[IntegrationKind] = ()) -> Prefix:
+    def prefill(self, clips: Sequence[Features], hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
         """Reads the prompts' beginning with each of these clips, for any number of questions.
 
         Args:
@@ -91,7 +91,7 @@ class Answerer:
         return self.model.read_prefix(ids, None, *self._audio(clips), hidden=hidden)
 
     @torch.inference_mode()
-    def hear_live(self, live: LiveAudio, hidden: Collection[IntegrationKind] = ()) -> Prefix:
+    def prefill_stream(self, live: StreamingAudio, hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
         """The same with what is kept of audio that still arrives; for questions until more of it is taken."""
         return self.model.prefix_of(
             torch.tensor([self.chat.prefix], device=self.model.device), None, live, hidden=hidden
@@ -100,7 +100,7 @@ class Answerer:
     @torch.inference_mode()
     def answer(
         self,
-        prefix: Prefix,
+        prefix: PrefixCache,
         questions: Sequence[str],
         rows: Sequence[int],
         streamer: BaseStreamer | None = None,
@@ -131,7 +131,7 @@ class Answerer:
         )
         return [self.chat.decode(ids) for ids in generated.tolist()]
 
-    def answer_aloud(self, prefix: Prefix, question: str, write: Callable[[str], None]) -> Answer:
+    def answer_aloud(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
         """The answer to one question about the first clip of `prefix`; `write` is given the text as it comes.
 
         Raises:
@@ -143,7 +143,7 @@ class Answerer:
         first, last, tokens = words.times_s[0], words.times_s[-1], len(words.times_s)
         return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
 
-    def look(self, features: Features, question: str, answer: str) -> Look:
+    def attention_mass(self, features: Features, question: str, answer: str) -> AttentionMass:
         """Where in the clip and its text the tokens look that predict this answer.
 
         Raises:
@@ -151,9 +151,9 @@ class Answerer:
         """
         row = self.chat.row([Question(question_id=question, question=question, answer=answer)])
         ids, labels = (torch.from_numpy(x)[None].to(self.model.device) for x in (row.input_ids, row.labels))
-        return look(self.model, ids, labels, *self._audio([features]))
+        return probe_attention(self.model, ids, labels, *self._audio([features]))
 
-    def moments(self, look: Look) -> dict[str, NDArray[np.float32]]:
+    def moments(self, look: AttentionMass) -> dict[str, NDArray[np.float32]]:
         """Pathway -> attention to each of its audio tokens, in order of time, summed over layers.
 
         Streams whose tokens stand for no particular moment (`qformer`) are left out.

@@ -1,4 +1,4 @@
-"""Audio that still arrives, heard window by window. Owns when to ask; what is kept of it, `LiveAudio` knows."""
+"""Audio that still arrives, heard window by window. Owns when to ask; what is kept of it, `StreamingAudio` knows."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import BinaryIO
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.inference.encode_audio import Ears
-from pipeline.inference.responder import Answerer
-from pipeline.model import LiveAudio
+from pipeline.inference.encode_audio import AudioEncoders
+from pipeline.inference.responder import Responder
+from pipeline.model import StreamingAudio
 
 
-def keep_newest(answerer: Answerer, ears: Ears, keep_s: float) -> LiveAudio:
+def keep_newest(responder: Responder, audio_encoders: AudioEncoders, keep_s: float) -> StreamingAudio:
     """Nothing yet of a clip of which the newest `keep_s` seconds will be kept.
 
     Raises:
         UserError: a model that cannot hear bit by bit.
     """
-    return LiveAudio(answerer.model, {name: int(keep_s * rate_hz) for name, rate_hz in ears.frame_rates_hz.items()})
+    return StreamingAudio(
+        responder.model, {name: int(keep_s * rate_hz) for name, rate_hz in audio_encoders.frame_rates_hz.items()}
+    )
 
 
-def listen(live: LiveAudio, ears: Ears, source: BinaryIO, every_s: float) -> Iterator[float]:
+def listen(live: StreamingAudio, audio_encoders: AudioEncoders, source: BinaryIO, every_s: float) -> Iterator[float]:
     """Fills `live` from a WAV that arrives, and stops to be asked: every `every_s` seconds, and at the end.
 
     Audio counts as heard when its window is complete: 30 s of most encoders.
@@ -34,14 +36,14 @@ def listen(live: LiveAudio, ears: Ears, source: BinaryIO, every_s: float) -> Ite
         UserError: no WAV, or one without a frame.
     """
     like = live.language_model
-    frames = dict.fromkeys(ears.frame_rates_hz, 0)
+    frames = dict.fromkeys(audio_encoders.frame_rates_hz, 0)
     heard_s = asked_s = 0.0
-    for windows in ears.listen(source):
+    for windows in audio_encoders.encode_stream(source):
         for name, parts in windows.items():
             for features in parts:
                 frames[name] += len(features)
                 live.push(name, torch.from_numpy(features).to(like.device, like.dtype))
-        heard_s = min(frames[name] / rate_hz for name, rate_hz in ears.frame_rates_hz.items())
+        heard_s = min(frames[name] / rate_hz for name, rate_hz in audio_encoders.frame_rates_hz.items())
         if heard_s >= (asked_s // every_s + 1) * every_s:
             asked_s = heard_s
             yield heard_s

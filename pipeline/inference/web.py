@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind
-from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, Ears, Sound, spectrogram
-from pipeline.inference.responder import Answerer
-from pipeline.model import Prefix
+from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, AudioEncoders, Sound, spectrogram
+from pipeline.inference.responder import Responder
+from pipeline.model import PrefixCache
 from pipeline.plots import plot_spectrogram
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
@@ -42,7 +42,7 @@ FORGOTTEN_AFTER_S = 3600  # a visitor's clip: on disk, and what the model keeps 
 
 
 @dataclass
-class Heard:
+class EncodedClip:
     """A visitor's clip, heard once.
 
     Attributes:
@@ -51,7 +51,7 @@ class Heard:
     """
 
     sound: Sound
-    prefixes: dict[frozenset[IntegrationKind], Prefix] = field(default_factory=dict)
+    prefixes: dict[frozenset[IntegrationKind], PrefixCache] = field(default_factory=dict)
     rows: list[list[str]] = field(default_factory=list)
 
 
@@ -62,11 +62,11 @@ class Page:
         name: of the model, for the heading.
     """
 
-    def __init__(self, answerer: Answerer, ears: Ears, name: str) -> None:
-        self._answerer, self._ears, self._name = answerer, ears, name
-        self._pathways = sorted({spec.integration for spec in answerer.model.specs})
+    def __init__(self, responder: Responder, audio_encoders: AudioEncoders, name: str) -> None:
+        self._responder, self._audio_encoders, self._name = responder, audio_encoders, name
+        self._pathways = sorted({spec.integration for spec in responder.model.specs})
 
-    def hear(self, file: str | None) -> tuple[Heard | None, Figure | None, str, str, str, list[list[str]]]:
+    def hear(self, file: str | None) -> tuple[EncodedClip | None, Figure | None, str, str, str, list[list[str]]]:
         """Hears a clip that was dropped or recorded.
 
         Returns:
@@ -77,17 +77,22 @@ class Page:
             return None, None, "", *NOTHING_ASKED
         path = Path(file)
         try:
-            sound = self._ears.hear(path)
+            sound = self._audio_encoders.encode(path)
             columns = spectrogram(path)
         except UserError as error:
             return None, None, f"⚠️ **{path.name}** {error.fault}; {error.remedy}.", *NOTHING_ASKED
-        heard = Heard(sound)
+        heard = EncodedClip(sound)
         kept_mib = self._prefix(heard, self._pathways).nbytes / 2**20
         picture = plot_spectrogram(columns, sound.duration_s, SPECTROGRAM_HIGHEST_HZ, path.name)
-        return heard, picture, f"Heard {sound.duration_s:.1f} s; {kept_mib:.1f} MiB kept for questions.", *NOTHING_ASKED
+        return (
+            heard,
+            picture,
+            f"EncodedClip {sound.duration_s:.1f} s; {kept_mib:.1f} MiB kept for questions.",
+            *NOTHING_ASKED,
+        )
 
     def ask(
-        self, heard: Heard | None, question: str, pathways: Collection[IntegrationKind]
+        self, heard: EncodedClip | None, question: str, pathways: Collection[IntegrationKind]
     ) -> Iterator[tuple[str, str, list[list[str]]]]:
         """Line about the question, answer as far as it has come, table."""
         if heard is None:
@@ -99,7 +104,7 @@ class Page:
         prefix = self._prefix(heard, pathways)
         pieces: SimpleQueue[str | None] = SimpleQueue()
         with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(self._answerer.answer_aloud, prefix, question, pieces.put)
+            asked = thread.submit(self._responder.answer_aloud, prefix, question, pieces.put)
             asked.add_done_callback(lambda _: pieces.put(None))
             text = ""
             while (piece := pieces.get()) is not None:
@@ -116,7 +121,7 @@ class Page:
         yield "", text, heard.rows
 
     def ask_again(
-        self, heard: Heard | None, pathways: Collection[IntegrationKind]
+        self, heard: EncodedClip | None, pathways: Collection[IntegrationKind]
     ) -> Iterator[tuple[str, str, list[list[str]]]]:
         """The newest question, with other pathways; nothing where none was asked."""
         if heard is not None and heard.rows:
@@ -160,20 +165,20 @@ class Page:
             pathways.input(self.ask_again, [heard, pathways], told, trigger_mode="always_last", **ONE_AT_A_TIME)
         return page
 
-    def _prefix(self, heard: Heard, pathways: Collection[IntegrationKind]) -> Prefix:
+    def _prefix(self, heard: EncodedClip, pathways: Collection[IntegrationKind]) -> PrefixCache:
         hidden = frozenset(self._pathways) - frozenset(pathways)
         if hidden not in heard.prefixes:
-            heard.prefixes[hidden] = self._answerer.hear([heard.sound.features], hidden)
+            heard.prefixes[hidden] = self._responder.prefill([heard.sound.features], hidden)
         return heard.prefixes[hidden]
 
     def _label(self, kind: IntegrationKind) -> str:
         """A pathway, and what the model gets through it."""
-        streams = [spec for spec in self._answerer.model.specs if spec.integration == kind]
+        streams = [spec for spec in self._responder.model.specs if spec.integration == kind]
         heard = [("a summary of " if s.summary_of is not None else "") + " and ".join(s.encoders) for s in streams]
         return f"{kind.upper()}: {', '.join(heard)}, {PLACES[kind]}"
 
 
-def serve(answerer: Answerer, ears: Ears, name: str, host: str, port: int) -> None:
+def serve(responder: Responder, audio_encoders: AudioEncoders, name: str, host: str, port: int) -> None:
     """Serves the page until Ctrl-C.
 
     Args:
@@ -183,7 +188,7 @@ def serve(answerer: Answerer, ears: Ears, name: str, host: str, port: int) -> No
         UserError: nothing can be served at this address.
     """
     warnings.filterwarnings("ignore", module="gradio")  # of its own use of other libraries
-    page = Page(answerer, ears, name).build()
+    page = Page(responder, audio_encoders, name).build()
     try:
         page.launch(
             server_name=host,

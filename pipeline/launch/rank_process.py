@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import EXIT_FAILURE
-from pipeline.core.files import write
+from pipeline.core.files import atomic_write
 
 CONSOLE = "pal> "
 RANKS = "ranks"  # folder of an output: one file for each rank of the latest job, where it runs
 FAILURES = "failures"  # likewise, for each rank that ended with an error, why
-ASKED = "launcher.asked"  # file of an output: what the parent asks of ranks on other hosts
+STOP_REQUEST = "launcher.asked"  # file of an output: what the parent asks of ranks on other hosts
 SAVE, END = "save", "end"
-ASKED_EVERY_S = 1.0
+STOP_REQUEST_POLL_S = 1.0
 _OTHERS_S = 5.0  # that other ranks get to find out that they lost one
 SUPERVISED = "PAL_SUPERVISED"
 MARKED = "PYTHON_PAL_MARKED"  # the launcher takes variables to other hosts by how their names begin, this one too
@@ -34,13 +34,13 @@ def lost_ranks(output: Path) -> str:
     step = max((failure["step"] for failure in failures if failure["step"] is not None), default=None)
     when = "" if step is None else f" after step {step}"
     if failures and not silent:
-        who = named([failure["rank"] for failure in failures], ranks)
+        who = ranks_by_host([failure["rank"] for failure in failures], ranks)
         return f"{who} lost the other ranks{when}: is the network between them down, or did one never start?"
-    who = named(silent, ranks) if silent else "the launcher"
+    who = ranks_by_host(silent, ranks) if silent else "the launcher"
     return f"{who} died or hung without a word{when}: killed, or out of memory?"
 
 
-def named(numbers: Sequence[int], ranks: Mapping[int, dict[str, Any]]) -> str:
+def ranks_by_host(numbers: Sequence[int], ranks: Mapping[int, dict[str, Any]]) -> str:
     """`rank 2, 3 on worker-2`; without the host where there is only one."""
     by_host: dict[str, list[str]] = {}
     for number in sorted(numbers):
@@ -54,12 +54,12 @@ def failures_of(output: Path) -> list[dict[str, Any]]:
 
 
 def ranks_of(output: Path) -> dict[int, dict[str, Any]]:
-    """What the ranks of the latest job wrote of themselves in `present`, by rank."""
+    """What the ranks of the latest job wrote of themselves in `register_rank`, by rank."""
     records = [json.loads(file.read_text(encoding="utf-8")) for file in (output / RANKS).glob("*.json")]
     return {record["rank"]: record for record in records}
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     """Prints a line for the person who watches the job."""
     prefix = CONSOLE if MARKED in os.environ else ""
     print(f"{prefix}{line}", flush=True)
@@ -78,28 +78,28 @@ def watch_parent(stop: Callable[[], None]) -> None:
     threading.Thread(target=listen, name="parent", daemon=True).start()
 
 
-def watch_asked(output: Path, stop: Callable[[], None]) -> None:
+def watch_stop_request(output: Path, stop: Callable[[], None]) -> None:
     """The same on a host that the parent's pipes do not reach."""
     if SUPERVISED in os.environ or MARKED not in os.environ:
         return
 
     def look() -> None:
-        while (asked := (output / ASKED).read_text()) != END:
+        while (asked := (output / STOP_REQUEST).read_text()) != END:
             if asked == SAVE:
                 stop()
-            time.sleep(ASKED_EVERY_S)
+            time.sleep(STOP_REQUEST_POLL_S)
         os._exit(EXIT_FAILURE)
 
     threading.Thread(target=look, name="parent", daemon=True).start()
 
 
-def present(output: Path, rank: int) -> None:
+def register_rank(output: Path, rank: int) -> None:
     """Writes down where this rank runs, and forgets how it ended before."""
     (output / FAILURES / f"rank-{rank}.json").unlink(missing_ok=True)
     _write(output / RANKS / f"rank-{rank}.json", {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
 
 
-def forget_ranks(output: Path, world_size: int) -> None:
+def remove_stale_records(output: Path, world_size: int) -> None:
     """Removes what an earlier job with more ranks left of those that this one does not have."""
     for folder in (RANKS, FAILURES):
         for file in (output / folder).glob("rank-*.json"):
@@ -107,7 +107,7 @@ def forget_ranks(output: Path, world_size: int) -> None:
                 file.unlink()
 
 
-def leave(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
+def record_exit(output: Path, rank: int, step: int | None, code: int, message: str, *, lost_peer: bool = False) -> int:
     """Records why this rank ends, for the parent; without one, says it on stderr, and which ranks are silent.
 
     Returns `code`.
@@ -130,4 +130,4 @@ def leave(output: Path, rank: int, step: int | None, code: int, message: str, *,
 
 def _write(file: Path, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(record).encode())  # whole: it is read while its rank may be killed
+    atomic_write(file, json.dumps(record).encode())  # whole: it is read while its rank may be killed

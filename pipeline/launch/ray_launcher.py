@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         group = placement_group([{"CPU": 1, **({"GPU": 1} if arguments.gpu else {})}] * arguments.ranks)
         try:
             if not job.wait_for_room(group):
-                return rank_process.leave(arguments.output, 0, None, EXIT_STOPPED, "stopped before it began")
+                return rank_process.record_exit(arguments.output, 0, None, EXIT_STOPPED, "stopped before it began")
             job.start(group, arguments.ranks, int(arguments.gpu))
             return job.follow()
         finally:
@@ -167,7 +167,7 @@ class _Job:
             if self._stopped.is_set():
                 return False
             if not told:
-                rank_process.say(f"waiting until the cluster has room for {group.bundle_count} ranks")
+                rank_process.report(f"waiting until the cluster has room for {group.bundle_count} ranks")
                 told = True
         return True
 
@@ -208,7 +208,7 @@ class _Job:
             return said
         except RayError as error:
             fault = f"Ray has lost it on node {self._places[rank].host}: {_last_line(error)}"
-            return rank_process.leave(self._output, rank, None, EXIT_FAILURE, fault)
+            return rank_process.record_exit(self._output, rank, None, EXIT_FAILURE, fault)
 
     def end(self) -> None:
         for actor in self._actors:

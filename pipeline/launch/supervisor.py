@@ -19,20 +19,20 @@ from pathlib import Path
 
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from pipeline.core.ranks import free_port
-from pipeline.core.redact import masked, secrets_here
+from pipeline.core.redact import environment_secrets, redact
 from pipeline.launch.rank_process import (
-    ASKED,
-    ASKED_EVERY_S,
     CONSOLE,
     END,
     FAILURES,
     MARKED,
     RANKS,
     SAVE,
+    STOP_REQUEST,
+    STOP_REQUEST_POLL_S,
     SUPERVISED,
     failures_of,
     lost_ranks,
-    named,
+    ranks_by_host,
     ranks_of,
 )
 
@@ -122,8 +122,8 @@ def supervise(
     for folder in (FAILURES, RANKS):
         for left_over in (output / folder).glob("*.json"):
             left_over.unlink()
-    (output / ASKED).write_text("")  # now, because a shared file system is slow to show a new file
-    secrets = secrets_here()
+    (output / STOP_REQUEST).write_text("")  # now, because a shared file system is slow to show a new file
+    secrets = environment_secrets()
     with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
             command,
@@ -140,7 +140,7 @@ def supervise(
                 threading.Thread(target=_end_after_failure, args=(process, output), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:
-                line = masked(line, secrets)
+                line = redact(line, secrets)
                 with contextlib.suppress(OSError):  # a full disk must not end the job
                     log.write(line.encode())
                 _, marked, said = line.partition(CONSOLE)  # pdsh puts the host before it
@@ -148,7 +148,7 @@ def supervise(
                     show(said)
             code = process.wait()
     code, message = _explain(code, output)
-    return code, masked(message, secrets)
+    return code, redact(message, secrets)
 
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
@@ -174,7 +174,7 @@ def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[N
             _end(process, output)
             return
         asked = True
-        _ask(output, SAVE)
+        _request(output, SAVE)
         print("saving a checkpoint before ending (again: end at once)", file=sys.stderr, flush=True)
         assert process.stdin is not None
         with contextlib.suppress(OSError):
@@ -192,13 +192,13 @@ def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[N
             _end(process, output)
 
 
-def _ask(output: Path, what: str) -> None:
+def _request(output: Path, what: str) -> None:
     with contextlib.suppress(OSError):  # a full disk: ranks of this host are asked through their pipes
-        (output / ASKED).write_text(what)
+        (output / STOP_REQUEST).write_text(what)
 
 
 def _end(process: subprocess.Popen[str], output: Path) -> None:
-    _ask(output, END)
+    _request(output, END)
     os.killpg(process.pid, signal.SIGKILL)
 
 
@@ -210,7 +210,7 @@ def _end_after_failure(process: subprocess.Popen[str], output: Path) -> None:
                 process.wait(_LAST_WORDS_S)
             except subprocess.TimeoutExpired:
                 _end(process, output)
-        time.sleep(ASKED_EVERY_S)
+        time.sleep(STOP_REQUEST_POLL_S)
 
 
 def _explain(code: int, output: Path) -> tuple[int, str]:
@@ -225,7 +225,7 @@ def _explain(code: int, output: Path) -> tuple[int, str]:
         if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
             return first["code"], first["message"]
         at = "" if first["step"] is None else f" at step {first['step']}"
-        who = named([first["rank"]], ranks_of(output))
+        who = ranks_by_host([first["rank"]], ranks_of(output))
         return EXIT_FAILURE, f"{who} failed{at}: {first['message']} (see {log})"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)

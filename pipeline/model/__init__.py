@@ -2,29 +2,29 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.model.attention_probe import KINDS, Look, look
+from pipeline.model.attention_probe import KINDS, AttentionMass, probe_attention
 from pipeline.model.configuration import PalConfig
 from pipeline.model.lora import add_lora, lora_parameters, merge_lora
 from pipeline.model.modeling import PalForCausalLM
 from pipeline.model.parameters import TrainableSet, count_parameters, set_trainable
-from pipeline.model.prefix_cache import Prefix
-from pipeline.model.streaming_audio import LiveAudio
+from pipeline.model.prefix_cache import PrefixCache
+from pipeline.model.streaming_audio import StreamingAudio
 
 AutoConfig.register(PalConfig.model_type, PalConfig)
 AutoModelForCausalLM.register(PalConfig, PalForCausalLM)
 
 __all__ = [
     "KINDS",
-    "LiveAudio",
-    "Look",
+    "AttentionMass",
     "PalConfig",
     "PalForCausalLM",
-    "Prefix",
+    "PrefixCache",
+    "StreamingAudio",
     "TrainableSet",
     "add_lora",
     "count_parameters",
-    "look",
     "lora_parameters",
     "merge_lora",
+    "probe_attention",
     "set_trainable",
 ]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from pipeline.model.attention_inputs import AttentionContext
+from pipeline.model.attention_inputs import AttentionInputs
 from pipeline.model.attention_ops import KeysValues, attend, attention_weights
-from pipeline.model.packing import Unpacking
+from pipeline.model.packing import PackedQuestions
 
 # No mask builder is registered under this name, so transformers makes no mask of its own.
 ATTENTION_NAME = "pal"
@@ -24,7 +24,7 @@ def pal_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    pal: AttentionContext,
+    pal: AttentionInputs,
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -36,7 +36,7 @@ def pal_attention(
     Args:
         query: (B, heads, Nq, head_dim); key and value: (B, kv_heads, Nk, head_dim), rotated already.
         attention_mask: None; masks come from `pal`.
-        pal: the context of this forward pass.
+        pal: the attention_inputs of this forward pass.
 
     Returns:
         (B, Nq, heads, head_dim), and no weights.
@@ -45,20 +45,20 @@ def pal_attention(
     window = pal.effective_window(sliding_window)
     active = pal.audio.clips.lal[layer]
     blocks, nothing = [(key, value)], None
-    if active and pal.audio.stand_in:
+    if active and pal.audio.dummy_clip:
         # Every rank runs every trainable module in every step, or a collective operation would wait for ever.
         k, v = pal.audio.clips.lal_keys_values(layer)
         active, nothing = (), (k.sum() + v.sum()) * 0
     elif active:
         blocks.insert(0, pal.audio.lal(layer))
     settings: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
-    if pal.watch is not None:
+    if pal.hook is not None:
         mask = pal.mask(active, window, query, flex=False)
         assert not isinstance(mask, BlockMask)
-        pal.watch(layer, attention_weights(query, blocks, mask, scaling=scaling, softcap=softcap))
+        pal.hook(layer, attention_weights(query, blocks, mask, scaling=scaling, softcap=softcap))
     flex = dropout == 0 and pal.prefers_flex(active, query)
-    if pal.unpacking is not None and not flex:
-        out = _attend_unpacked(pal, pal.unpacking, active, query, blocks, window, settings)
+    if pal.packed_questions is not None and not flex:
+        out = _attend_unpacked(pal, pal.packed_questions, active, query, blocks, window, settings)
     else:
         out = attend(query, blocks, pal.mask(active, window, query, flex=flex), **settings)
     out = out.transpose(1, 2)
@@ -66,8 +66,8 @@ def pal_attention(
 
 
 def _attend_unpacked(
-    pal: AttentionContext,
-    unpacking: Unpacking,
+    pal: AttentionInputs,
+    packed_questions: PackedQuestions,
     active: tuple[int, ...],
     query: Tensor,
     blocks: Sequence[KeysValues],
@@ -76,20 +76,24 @@ def _attend_unpacked(
 ) -> Tensor:
     """Prefixes as rows, and each packed question as another: no pair of two questions is computed."""
     *beside, (key, value) = blocks
-    prefix = (unpacking.prefix_of(key), unpacking.prefix_of(value))
+    prefix = (packed_questions.prefix_of(key), packed_questions.prefix_of(value))
     out_prefix = None
-    if unpacking.prefix:
-        q = unpacking.prefix_of(query)
+    if packed_questions.prefix:
+        q = packed_questions.prefix_of(query)
         out_prefix = attend(q, [*beside, prefix], pal.prefixes.mask(active, window, q, flex=False), **settings)
-    q = unpacking.own(query)
-    keys = [*map(unpacking.of_rows, beside), unpacking.of_rows(prefix), (unpacking.own(key), unpacking.own(value))]
+    q = packed_questions.own(query)
+    keys = [
+        *map(packed_questions.of_rows, beside),
+        packed_questions.of_rows(prefix),
+        (packed_questions.own(key), packed_questions.own(value)),
+    ]
     out_own = attend(q, keys, pal.questions.mask(active, window, q, flex=False), **settings)
-    return unpacking.pack(out_prefix, out_own, query)
+    return packed_questions.pack(out_prefix, out_own, query)
 
 
 def flamingo_hook(decoder_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Before a decoder layer: the gated cross-attention blocks of its flamingo streams (a forward-pre-hook)."""
-    pal: AttentionContext = kwargs["pal"]
+    pal: AttentionInputs = kwargs["pal"]
     attention: Any = decoder_layer.self_attn
     layer: int = attention.layer_idx
     hidden, *rest = args

@@ -14,7 +14,7 @@ KINDS = ("text", "lal", "plits")
 
 
 @dataclass(frozen=True)
-class Look:
+class AttentionMass:
     """Mean attention of the tokens that predict one answer.
 
     Attributes:
@@ -27,13 +27,13 @@ class Look:
 
 
 @torch.no_grad()
-def look(
+def probe_attention(
     model: PalForCausalLM,
     input_ids: Tensor,
     labels: Tensor,
     audio_features: dict[str, Tensor],
     audio_lengths: dict[str, Tensor],
-) -> Look:
+) -> AttentionMass:
     """Runs one conversation about one clip and watches every layer (arXiv 2506.10423 v3, figure 5).
 
     Args:
@@ -44,14 +44,14 @@ def look(
     """
     if any(spec.integration == "flamingo" for spec in model.specs):
         raise UserError("model", "attends to audio apart from text (flamingo)", "probe a model of PLITS or LAL streams")
-    audio = model.audio_keys(model.audio_tokens(audio_features, audio_lengths))
+    audio = model.audio_kv(model.audio_tokens(audio_features, audio_lengths))
     layout = model.layout(audio.audio, input_ids, torch.ones_like(input_ids), None, labels)
     in_sequence = layout.places.audio[0]
     counts = [int(n.sum()) for n in audio.audio.counts]
     mass: list[Tensor] = []
     tokens = [torch.zeros(len(audio.lal), count) for count in counts]
 
-    def watch(layer: int, weights_BHQK: Tensor) -> None:
+    def hook(layer: int, weights_BHQK: Tensor) -> None:
         weights_HK = weights_BHQK[0, :, layout.predictors].mean(1).float()
         beside = weights_HK.shape[1] - len(in_sequence)
         own = weights_HK[:, beside:]
@@ -68,6 +68,6 @@ def look(
         inputs_embeds=model.embed(layout, audio.audio),
         position_ids=layout.places.position.clamp(min=0),
         use_cache=False,
-        pal=model.attention_context(layout, audio, watch),
+        pal=model.attention_inputs(layout, audio, hook),
     )
-    return Look(torch.stack(mass), tokens)
+    return AttentionMass(torch.stack(mass), tokens)

@@ -22,12 +22,12 @@ from pipeline.model.families import (
     score_softcap,
     sliding_window,
 )
-from pipeline.model.layers import recomputed
-from pipeline.model.mask import Rule, additive_mask
-from pipeline.model.positions import AudioPlaces, clip_places, send, streams_at_layer
+from pipeline.model.layers import recompute
+from pipeline.model.mask import MaskRule, additive_mask
+from pipeline.model.positions import AudioTokenLayout, clip_token_layouts, streams_at_layer, to_device
 
 
-class AudioKeys:
+class AudioKV:
     """What a batch of clips gives to each layer. It depends on no text, so any number of prompts can share it.
 
     LAL's keys and values are computed when a layer asks for them: gradient checkpointing of the layer then covers
@@ -86,7 +86,7 @@ class AudioKeys:
             return self._keys_values(layer, projection.finish(x) if last else x)
 
         x = projection.input(tokens) if last else projection(tokens)
-        return [recomputed(keys_values, half) for half in (x.tensor_split(2) if torch.is_grad_enabled() else [x])]
+        return [recompute(keys_values, half) for half in (x.tensor_split(2) if torch.is_grad_enabled() else [x])]
 
     def flamingo_keys_values(self, layer: int, stream: int) -> KeysValues:
         """(N, heads, head_dim) keys and values of one flamingo stream at this layer."""
@@ -95,7 +95,7 @@ class AudioKeys:
         block: Any = self.streams[stream].layer_blocks[str(layer)]
         return block.attention.keys_values(self.audio.tokens[stream])
 
-    def remember(self) -> AudioKeys:
+    def remember(self) -> AudioKV:
         """Computes all layers now and keeps them, for decoding. Returns itself."""
         self._lal = {layer: self.lal_keys_values(layer) for layer, active in self.lal.items() if active}
         self.remember_flamingo()
@@ -136,7 +136,7 @@ class AudioKeys:
 
         No text takes part, so all layers are computed before the first one of the text.
         """
-        places = clip_places(tuple(s.spec for s in self.streams), self.audio.counts, self.audio.frames)
+        places = clip_token_layouts(tuple(s.spec for s in self.streams), self.audio.counts, self.audio.frames)
         carried: list[Tensor | None] = [None for _ in self.streams]
         for layer, active in self.lal.items():
             if not active:
@@ -158,7 +158,7 @@ class AudioKeys:
     def _hidden(self) -> int:
         return self.language_model.config.hidden_size
 
-    def _query_layer(self, layer: int, audio: AudioPlaces, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _query_layer(self, layer: int, audio: AudioTokenLayout, carry: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values, and `carry` plus what this layer's audio queries found; all flat."""
         config = self.language_model.config
         decoder_layer = self.language_model.model.layers[layer]
@@ -167,30 +167,30 @@ class AudioKeys:
         k_NHE, v_NHE = project_keys_values(attention, self.family, x_ND)
         q_NHE = project_heads(attention, self.family, "q", x_ND)
         source, places = audio.source, audio.places.to(x_ND.device)
-        here = send(source, x_ND.device)
+        here = to_device(source, x_ND.device)
         rows = [x[here] for x in (q_NHE, k_NHE, v_NHE)]
         cos, sin = rope(self.language_model, layer, x_ND, places.position)
         q, k, v = (x.transpose(1, 2) for x in (rotate(rows[0], cos, sin), rotate(rows[1], cos, sin), rows[2]))
-        mask = additive_mask(Rule(sliding_window(config, layer)), places, places, q.dtype)
+        mask = additive_mask(MaskRule(sliding_window(config, layer)), places, places, q.dtype)
         out = attend(q, [(k, v)], mask, scaling=attention.scaling, softcap=score_softcap(config))
-        valid = send(audio.places.valid.flatten().nonzero()[:, 0], x_ND.device)
+        valid = to_device(audio.places.valid.flatten().nonzero()[:, 0], x_ND.device)
         flat = out.transpose(1, 2).flatten(2).flatten(0, 1)[valid]
         # Rows hold the clips' tokens stream by stream; back to the order of the flat tokens.
         found = attention.o_proj(torch.zeros_like(flat).index_copy(0, here.flatten()[valid], flat))
         return k_NHE, v_NHE, carry + found
 
 
-class PlacedKeys:
+class PositionedKV:
     """Audio keys in the rows of one batch of text: gathered, and rotated to their positions.
 
     Args:
         beside: places of the keys, by the set of streams (see `Layout.beside`).
     """
 
-    def __init__(self, clips: AudioKeys, beside: dict[tuple[int, ...], AudioPlaces]) -> None:
+    def __init__(self, clips: AudioKV, beside: dict[tuple[int, ...], AudioTokenLayout]) -> None:
         self.clips = clips
         self.beside = beside
-        self.stand_in = clips.audio.stand_in
+        self.dummy_clip = clips.audio.dummy_clip
         self._lal: dict[int, KeysValues] = {}
         self._rope: dict[tuple[str, tuple[int, ...]], KeysValues] = {}
 
@@ -209,12 +209,12 @@ class PlacedKeys:
         """(B, S, heads, head_dim) keys and values of one flamingo stream at this layer."""
         return self.beside[(stream,)].rows(self.clips.flamingo_keys_values(layer, stream))
 
-    def remember(self) -> PlacedKeys:
+    def remember(self) -> PositionedKV:
         """Computes all layers now and keeps them, for decoding. Returns itself.
 
         One layer after the other: the clips keep no second, not rotated copy of LAL's keys.
         """
-        if self.stand_in:
+        if self.dummy_clip:
             self.clips.remember()
             return self
         self.clips.remember_flamingo()
@@ -226,9 +226,9 @@ class PlacedKeys:
         """Memory of what is kept for decoding."""
         return self.clips.nbytes + sum(x.nbytes for pair in self._lal.values() for x in pair)
 
-    def pick(self, rows: Tensor) -> PlacedKeys:
+    def pick(self, rows: Tensor) -> PositionedKV:
         """The keys of these rows, in this order; what all rows share stays shared."""
-        picked = PlacedKeys(self.clips, {key: audio.pick(rows) for key, audio in self.beside.items()})
+        picked = PositionedKV(self.clips, {key: audio.pick(rows) for key, audio in self.beside.items()})
         for layer, (k, v) in self._lal.items():
             picked._lal[layer] = (k, v) if len(k) == 1 else (k[rows], v[rows])
         return picked

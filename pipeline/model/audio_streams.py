@@ -68,17 +68,17 @@ class AudioTokens:
     Attributes:
         tokens: (N, width) of all clips, one after the other.
         counts, frames: (num_clips,) tokens of each clip, and the frames they were made of; on the CPU.
-        stand_in: the batch holds no clip; one frame of silence is there so that every rank runs every module.
+        dummy_clip: the batch holds no clip; one frame of silence is there so that every rank runs every module.
     """
 
     tokens: list[Tensor]
     counts: list[Tensor]
     frames: list[Tensor]
-    stand_in: bool
+    dummy_clip: bool
 
     @property
     def num_clips(self) -> int:
-        return 0 if self.stand_in or not self.counts else len(self.counts[0])
+        return 0 if self.dummy_clip or not self.counts else len(self.counts[0])
 
 
 def audio_tokens(
@@ -99,9 +99,9 @@ def audio_tokens(
     """
     cpu_lengths = {name: n.cpu() for name, n in (lengths or {}).items()}
     specs = [s.spec for s in streams]
-    stand_in = not any(len(n) for n in cpu_lengths.values())
+    dummy_clip = not any(len(n) for n in cpu_lengths.values())
     given = features or {}
-    if stand_in:
+    if dummy_clip:
         given = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
         cpu_lengths = {name: torch.ones(1, dtype=torch.long) for name in encoder_widths}
         for stream in streams:
@@ -116,7 +116,7 @@ def audio_tokens(
         tokens.append(stream.connector([given[name].to(like.dtype) for name in stream.spec.encoders], own))
         counts.append(stream.connector.token_counts(own))
         frames.append(own[0])
-    return AudioTokens(tokens, counts, frames, stand_in)
+    return AudioTokens(tokens, counts, frames, dummy_clip)
 
 
 def check_features(

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.streams import Connector
 from pipeline.model.layers import CrossAttention, Mlp
 from pipeline.model.lfst import LfstConnector
-from pipeline.model.positions import send
+from pipeline.model.positions import to_device
 
 # BLIP-2's Q-Former (arXiv 2301.12597, section 3.1), as audio models use it; 32 queries are in `streams.Connector`.
 QFORMER_LAYERS, QFORMER_HEADS, QFORMER_HIDDEN_SIZE = 12, 12, 768
@@ -112,7 +112,7 @@ class QFormerConnector(OneEncoderConnector):
     def forward(self, features: Sequence[Tensor], lengths: Sequence[Tensor]) -> Tensor:
         frames = self.frames_norm(self.frames_in(features[0]))
         frames_CFH = pad_sequence(list(frames.split(lengths[0].tolist())), batch_first=True)
-        seen_C1F = send((torch.arange(frames_CFH.shape[1]) < lengths[0][:, None])[:, None], frames.device)
+        seen_C1F = to_device((torch.arange(frames_CFH.shape[1]) < lengths[0][:, None])[:, None], frames.device)
         x_CQH = self.queries.expand(len(frames_CFH), -1, -1)
         for block in self.blocks:
             x_CQH = block(x_CQH, frames_CFH, seen_C1F.expand(-1, x_CQH.shape[1], -1))

@@ -14,10 +14,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind
-from pipeline.model.attention_inputs import AttentionContext
-from pipeline.model.audio_kv import AudioKeys
-from pipeline.model.positions import Places
-from pipeline.model.prefix_cache import Prefix, pieces
+from pipeline.model.attention_inputs import AttentionInputs
+from pipeline.model.audio_kv import AudioKV
+from pipeline.model.positions import TokenMetadata
+from pipeline.model.prefix_cache import PrefixCache, pieces
 
 
 @dataclass
@@ -25,14 +25,14 @@ class Decoding:
     """What stays fixed while one batch of prompts is answered.
 
     Attributes:
-        prompt: context of the prompts, prefixes included, with the audio keys and values of all layers.
+        prompt: attention_inputs of the prompts, prefixes included, with the audio keys and values of all layers.
         next_position: (rows,) position of the first new token of each prompt.
         prefix, prefix_rows: what was read before, and (rows,) which row of it each prompt goes on from; or None.
     """
 
-    prompt: AttentionContext
+    prompt: AttentionInputs
     next_position: Tensor
-    prefix: Prefix | None = None
+    prefix: PrefixCache | None = None
     prefix_rows: Tensor | None = None
 
     def begin(self, cache: Cache, rows: int) -> None:
@@ -40,7 +40,7 @@ class Decoding:
         if self.prefix is not None and self.prefix_rows is not None:
             self.prefix.fill(cache, self.prefix_rows.repeat_interleave(rows // len(self.prefix_rows)))
 
-    def context(self, seen: int, new: int, rows: int) -> tuple[AttentionContext, Tensor]:
+    def attention_inputs(self, seen: int, new: int, rows: int) -> tuple[AttentionInputs, Tensor]:
         """Context and position ids (rows, new) of the next `new` entries after `seen` cached ones.
 
         Beams are rows that follow one another, and take each other's place within one prompt only: what belongs to a
@@ -54,10 +54,10 @@ class Decoding:
         step = torch.arange(max(0, seen + new - prompt.position.shape[1]), device=next_position.device)
         position = next_position[:, None] + step
         valid = torch.ones_like(position, dtype=torch.bool)
-        answer = Places(position, torch.zeros_like(position), valid, torch.zeros_like(valid))
-        key = Places.concat([prompt, answer])
+        answer = TokenMetadata(position, torch.zeros_like(position), valid, torch.zeros_like(valid))
+        key = TokenMetadata.concat([prompt, answer])
         query = key.map(lambda x: x[:, seen:])
-        context = AttentionContext(
+        attention_inputs = AttentionInputs(
             query,
             key,
             audio,
@@ -67,20 +67,20 @@ class Decoding:
             # The few tokens of a question behind its prefix: FlexAttention would compile for every new length.
             attention_path="auto" if seen == 0 else "sdpa",
         )
-        return context, query.position.clamp(min=0)
+        return attention_inputs, query.position.clamp(min=0)
 
 
 class PalGeneration:
     """The part of `PalForCausalLM` that writes answers."""
 
     @torch.no_grad()
-    def encode_audio(self: Any, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]) -> AudioKeys:
+    def encode_audio(self: Any, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]) -> AudioKV:
         """Everything that decoding needs of some clips, computed once for any number of prompts.
 
         Raises:
             UserError: features are unfit.
         """
-        return self.audio_keys(self.audio_tokens(audio_features, audio_lengths)).remember()
+        return self.audio_kv(self.audio_tokens(audio_features, audio_lengths)).remember()
 
     @torch.no_grad()
     def read_prefix(
@@ -91,7 +91,7 @@ class PalGeneration:
         audio_lengths: dict[str, Tensor],
         *,
         hidden: Collection[IntegrationKind] = (),
-    ) -> Prefix:
+    ) -> PrefixCache:
         """Reads the beginnings of conversations, with all that depends on their clips, for any number of questions.
 
         Args:
@@ -102,7 +102,7 @@ class PalGeneration:
         Raises:
             UserError: placeholders and clips disagree, or features are unfit.
         """
-        audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
         return self.prefix_of(input_ids, attention_mask, audio, hidden=hidden)
 
     @torch.no_grad()
@@ -110,19 +110,19 @@ class PalGeneration:
         self: Any,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        audio: AudioKeys,
+        audio: AudioKV,
         *,
         hidden: Collection[IntegrationKind] = (),
-    ) -> Prefix:
+    ) -> PrefixCache:
         """`read_prefix` with clips whose audio tokens are there already; takes LAL's keys and values out of `audio`."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         layout = self.layout(audio.audio, input_ids, mask, pad_left=True).hide(self.specs, hidden)
-        context = self.attention_context(layout, audio)
-        context.audio.remember()
+        attention_inputs = self.attention_inputs(layout, audio)
+        attention_inputs.audio.remember()
         audio.release()
         cache = DynamicCache()
         x_BTD, position_ids = self.embed(layout, audio.audio), layout.places.position.clamp(min=0)
-        for part, piece in pieces(context, x_BTD):
+        for part, piece in pieces(attention_inputs, x_BTD):
             self.language_model.model(
                 inputs_embeds=x_BTD[:, piece],
                 position_ids=position_ids[:, piece],
@@ -130,7 +130,7 @@ class PalGeneration:
                 use_cache=True,
                 pal=part,
             )
-        return Prefix(context, layout.next_position, cache)
+        return PrefixCache(attention_inputs, layout.next_position, cache)
 
     @torch.no_grad()
     def generate(
@@ -140,9 +140,9 @@ class PalGeneration:
         audio_features: dict[str, Tensor] | None = None,
         audio_lengths: dict[str, Tensor] | None = None,
         *,
-        audio: AudioKeys | None = None,
+        audio: AudioKV | None = None,
         clips: Tensor | None = None,
-        prefix: Prefix | None = None,
+        prefix: PrefixCache | None = None,
         prefix_rows: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
@@ -169,15 +169,15 @@ class PalGeneration:
             inputs_embeds, decoding = self._after_prefix(input_ids, mask, prefix, prefix_rows.to(input_ids.device))
         else:
             if audio is None:
-                audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+                audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
             elif clips is None and audio.audio.num_clips == 1:
                 placeholders = int((mask.bool() & (input_ids == self.config.audio_token_id)).sum())
                 clips = torch.zeros(placeholders, dtype=torch.long)
             layout = self.layout(audio.audio, input_ids, mask, clips=clips, pad_left=True)
             shared = replace(layout, beside={key: places.shared() for key, places in layout.beside.items()})
-            context = self.attention_context(shared, audio)
-            context.audio.remember()
-            inputs_embeds, decoding = self.embed(layout, audio.audio), Decoding(context, layout.next_position)
+            attention_inputs = self.attention_inputs(shared, audio)
+            attention_inputs.audio.remember()
+            inputs_embeds, decoding = self.embed(layout, audio.audio), Decoding(attention_inputs, layout.next_position)
         # Both mixins come after this class in the model's bases; transformers' own loop runs here.
         return super().generate(  # type: ignore[misc]
             inputs_embeds=inputs_embeds,
@@ -188,7 +188,7 @@ class PalGeneration:
         )
 
     def _after_prefix(
-        self: Any, input_ids: Tensor, mask: Tensor, prefix: Prefix, rows: Tensor
+        self: Any, input_ids: Tensor, mask: Tensor, prefix: PrefixCache, rows: Tensor
     ) -> tuple[Tensor, Decoding]:
         """Embedded rests of prompts, padding moved to the left, and how they go on from their prefixes."""
         order = mask.argsort(dim=1, stable=True)
@@ -198,17 +198,17 @@ class PalGeneration:
         start = prefix.next_position[rows]
         position = torch.where(valid, start[:, None] + valid.long().cumsum(1) - 1, -1)
         nothing = torch.zeros_like(valid)
-        own = Places(position, torch.zeros_like(position), valid, nothing)
-        key = Places.concat([prefix.context.key.pick(rows), own])
-        context = AttentionContext(
+        own = TokenMetadata(position, torch.zeros_like(position), valid, nothing)
+        key = TokenMetadata.concat([prefix.attention_inputs.key.pick(rows), own])
+        attention_inputs = AttentionInputs(
             key,
             key,
-            prefix.context.audio.pick(rows),
+            prefix.attention_inputs.audio.pick(rows),
             plain_causal=False,
-            max_position=prefix.context.max_position + ids.shape[1],
-            system_text_sees_audio=prefix.context.system_text_sees_audio,
+            max_position=prefix.attention_inputs.max_position + ids.shape[1],
+            system_text_sees_audio=prefix.attention_inputs.system_text_sees_audio,
         )
-        return self.get_input_embeddings()(ids), Decoding(context, start + valid.sum(1), prefix, rows)
+        return self.get_input_embeddings()(ids), Decoding(attention_inputs, start + valid.sum(1), prefix, rows)
 
     def prepare_inputs_for_generation(
         self,
@@ -237,13 +237,13 @@ class PalGeneration:
         rows, new, _ = inputs_embeds.shape
         if past_key_values.get_seq_length() == 0:
             decoding.begin(past_key_values, rows)
-        context, position_ids = decoding.context(past_key_values.get_seq_length(), new, rows)
+        attention_inputs, position_ids = decoding.attention_inputs(past_key_values.get_seq_length(), new, rows)
         hidden_BTD = self.language_model.model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=True,
-            pal=context,
+            pal=attention_inputs,
         ).last_hidden_state
         return CausalLMOutputWithPast(
             logits=self.vocabulary_logits(hidden_BTD[:, -1:]), past_key_values=past_key_values

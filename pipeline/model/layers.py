@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
     """`function(*inputs)`, of which only the inputs are kept for the backward pass.
 
     Without reentrance: the reentrant form drops gradients of what the function reaches by other ways than its inputs.
@@ -36,7 +36,7 @@ class Mlp(nn.Module):
 
     def forward(self, x_NW: Tensor) -> Tensor:
         # Recomputation stops as soon as the activation is there again: the matrix product is not repeated.
-        return recomputed(self.finish, self.input(x_NW))
+        return recompute(self.finish, self.input(x_NW))
 
     def finish(self, h_NI: Tensor) -> Tensor:
         """What follows `input`."""
@@ -96,6 +96,6 @@ class FlamingoBlock(nn.Module):
         self.ffn_gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_BTD: Tensor, keys_values: tuple[Tensor, Tensor], seen_BTS: Tensor) -> Tensor:
-        heard = self.attention.attend(self.attention_norm(x_BTD), keys_values, seen_BTS)
-        x_BTD = x_BTD + heard * self.attention_gate.tanh()
+        attended = self.attention.attend(self.attention_norm(x_BTD), keys_values, seen_BTS)
+        x_BTD = x_BTD + attended * self.attention_gate.tanh()
         return x_BTD + self.ffn(self.ffn_norm(x_BTD)) * self.ffn_gate.tanh()

@@ -13,8 +13,15 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind, Stream
-from pipeline.model.packing import Unpacking, find_unpacking
-from pipeline.model.positions import AudioPlaces, Places, beside_sets, clip_line, place_beside, send
+from pipeline.model.packing import PackedQuestions, find_packed_questions
+from pipeline.model.positions import (
+    AudioTokenLayout,
+    TokenMetadata,
+    arrange_in_rows,
+    clip_positions,
+    stream_sets,
+    to_device,
+)
 
 IGNORED_LABEL = -100
 
@@ -36,15 +43,15 @@ class Layout:
         next_position: (B,) position of the first token to be generated.
         max_position: the largest position of the batch.
         reuses_clips: placeholders do not take the clips in their order, each once: `sequence_sources` picks.
-        unpacking: how to attend to packed questions as rows of their own; None where nothing is packed.
+        packed_questions: how to attend to packed questions as rows of their own; None where nothing is packed.
         plain_causal: memory order alone gives the mask of the sequence (no segments, no padding on the left).
     """
 
     token_ids: Tensor
-    places: Places
+    places: TokenMetadata
     sequence_entries: tuple[Tensor, ...]
     sequence_sources: tuple[Tensor, ...]
-    beside: dict[tuple[int, ...], AudioPlaces]
+    beside: dict[tuple[int, ...], AudioTokenLayout]
     input_entries: Tensor
     predictors: Tensor
     targets: Tensor
@@ -52,7 +59,7 @@ class Layout:
     next_position: Tensor
     max_position: int
     reuses_clips: bool
-    unpacking: Unpacking | None
+    packed_questions: PackedQuestions | None
     plain_causal: bool
 
     def to(self, device: torch.device) -> Layout:
@@ -60,7 +67,7 @@ class Layout:
             return self
 
         def move(value: Tensor) -> Tensor:
-            return send(value, device)
+            return to_device(value, device)
 
         return Layout(
             move(self.token_ids),
@@ -75,7 +82,7 @@ class Layout:
             move(self.next_position),
             self.max_position,
             self.reuses_clips,
-            None if self.unpacking is None else self.unpacking.to(device),
+            None if self.packed_questions is None else self.packed_questions.to(device),
             self.plain_causal,
         )
 
@@ -130,7 +137,7 @@ def build_layout(
             "put one placeholder into a row for each of its clips",
         )
     lines = [
-        clip_line(streams, tuple(int(n[c]) for n in token_counts), tuple(int(n[c]) for n in frame_counts))
+        clip_positions(streams, tuple(int(n[c]) for n in token_counts), tuple(int(n[c]) for n in frame_counts))
         for c in clips.tolist()
     ]
     in_sequence = [i for i, s in enumerate(streams) if s.integration == "plits"]
@@ -186,14 +193,14 @@ def build_layout(
     flats = [torch.cat(parts) if parts else empty for parts in flat]
     counts = [int(n.sum()) for n in token_counts]
     predictors, target_entries = _targets(out["labels"], out["segment"], out_valid)
-    places = Places(out["position"], out["segment"], out_valid, out_audio)
+    places = TokenMetadata(out["position"], out["segment"], out_valid, out_audio)
     return Layout(
         token_ids=out["token_ids"],
         places=places,
         sequence_entries=tuple(torch.cat(e) if e else empty[:, 0] for e in sequence_entries),
         sequence_sources=tuple(f[:, 3] if s.integration == "plits" else empty[:, 0]
                                for f, s in zip(flats, streams, strict=True)),
-        beside={key: place_beside(key, flats, counts, batch) for key in beside_sets(streams)},
+        beside={key: arrange_in_rows(key, flats, counts, batch) for key in stream_sets(streams)},
         input_entries=(start + entries - 1).clamp(min=0) + torch.arange(batch)[:, None] * total,
         predictors=predictors,
         targets=out["labels"].flatten()[target_entries],
@@ -201,7 +208,7 @@ def build_layout(
         next_position=torch.where(valid, position + slots, 0).amax(1),
         max_position=int(position.max() + slots.max()) if position.numel() else 0,
         reuses_clips=not torch.equal(clips, torch.arange(num_clips)),
-        unpacking=find_unpacking(places),
+        packed_questions=find_packed_questions(places),
         plain_causal=bool((out["segment"] == 0).all()) and (not pad_left or bool((lengths == total).all())),
     )  # fmt: skip
 

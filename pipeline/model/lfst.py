@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeline.core.errors import UserError
 from pipeline.core.streams import Connector
 from pipeline.model.layers import CrossAttention, Mlp
-from pipeline.model.positions import send
+from pipeline.model.positions import to_device
 
 # Sizes of Cambrian-1; the query grid is (time, frequency) cells per window, 96 tokens in 10 s with the newlines.
 LFST_LAYERS, LFST_HEADS, LFST_HIDDEN_SIZE = 3, 16, 1024
@@ -125,16 +125,16 @@ class LfstConnector(nn.Module):
         for e, (x_NW, n) in enumerate(zip(features, lengths, strict=True)):
             h_NH = self.encoders_in[e](x_NW)
             if e == 0:
-                clip_of_frame = send(torch.repeat_interleave(torch.arange(len(n)), n), device)
+                clip_of_frame = to_device(torch.repeat_interleave(torch.arange(len(n)), n), device)
                 sums = torch.zeros(len(n), h_NH.shape[1], dtype=h_NH.dtype, device=device)
-                mean_CH = sums.index_add(0, clip_of_frame, h_NH) / send(n, device)[:, None]
+                mean_CH = sums.index_add(0, clip_of_frame, h_NH) / to_device(n, device)[:, None]
             window, valid = self._windows(e, h_NH, n, clip_of_step, step_in_clip)
             windows.append(window)
             seen.append(valid)
-        context_RH = mean_CH[send(clip_of_step, device)].repeat_interleave(self.bands, dim=0)
+        context_RH = mean_CH[to_device(clip_of_step, device)].repeat_interleave(self.bands, dim=0)
         x_RH = self.latent.expand(len(context_RH), -1)
         for layer in self.layers:
-            x_RH = layer(x_RH, context_RH, windows, send(torch.cat(seen, dim=1), device))
+            x_RH = layer(x_RH, context_RH, windows, to_device(torch.cat(seen, dim=1), device))
         tokens_SBW = self.project(x_RH).unflatten(0, (-1, self.bands))
         newline = self.newline.expand(len(tokens_SBW), 1, -1)
         return torch.cat([tokens_SBW, newline], dim=1).flatten(0, 1)
@@ -151,7 +151,7 @@ class LfstConnector(nn.Module):
         frame = torch.where(valid[:, :, None], frame, 0)
         cells = frame.unflatten(2, (self.bands, w_f)).transpose(1, 2).reshape(-1, w_t * w_f)
         seen = valid[:, None, :, None].expand(-1, self.bands, -1, w_f).reshape(-1, w_t * w_f)
-        window = h_NH[send(cells, h_NH.device)]
+        window = h_NH[to_device(cells, h_NH.device)]
         if str(encoder) in self.window_positions:
             window = window + self.window_positions[str(encoder)]
         return window, seen

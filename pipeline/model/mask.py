@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from pipeline.model.positions import Places
+from pipeline.model.positions import TokenMetadata
 
 
-class Rule(NamedTuple):
+class MaskRule(NamedTuple):
     """A query sees a key of its own conversation or of the shared prefix, not after its own position.
 
     Attributes:
@@ -22,7 +22,7 @@ class Rule(NamedTuple):
     window: int | None = None
     system_text_sees_audio: bool = False
 
-    def sees(self, query: Places, key: Places) -> Tensor:
+    def sees(self, query: TokenMetadata, key: TokenMetadata) -> Tensor:
         """Bool, element by element; the tensors of `query` and `key` broadcast against each other."""
         later = key.position > query.position
         if self.system_text_sees_audio:
@@ -33,19 +33,19 @@ class Rule(NamedTuple):
         return seen
 
 
-def visible(rule: Rule, query: Places, key: Places) -> Tensor:
+def visible(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> Tensor:
     """(B, Nq, Nk) bool."""
     return rule.sees(query.map(lambda x: x[:, :, None]), key.map(lambda x: x[:, None, :]))
 
 
-def additive_mask(rule: Rule, query: Places, key: Places, dtype: torch.dtype) -> Tensor:
+def additive_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata, dtype: torch.dtype) -> Tensor:
     """(B, 1, Nq, Nk): 0 where seen, -inf elsewhere; padding as a query sees everything, so that it stays finite."""
     hidden = ~visible(rule, query, key) & query.valid[:, :, None]
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     return mask.masked_fill_(hidden, float("-inf"))[:, None]
 
 
-def block_mask(rule: Rule, query: Places, key: Places) -> BlockMask:
+def block_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> BlockMask:
     """The same for FlexAttention, which skips blocks without a visible pair. No dense mask exists on a GPU."""
 
     def sees(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.core.streams import Stream, check_streams
 from pipeline.model.attention import ATTENTION_NAME, flamingo_hook
-from pipeline.model.attention_inputs import AttentionContext, AttentionPath
-from pipeline.model.audio_kv import AudioKeys, PlacedKeys
+from pipeline.model.attention_inputs import AttentionInputs, AttentionPath
+from pipeline.model.audio_kv import AudioKV, PositionedKV
 from pipeline.model.audio_streams import AudioStream, AudioTokens, audio_tokens, initialise
 from pipeline.model.configuration import PalConfig
 from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
@@ -194,13 +194,13 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             return self._decoding_step(input_ids, inputs_embeds, past_key_values, decoding)
         assert input_ids is not None
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        audio = self.audio_keys(self.audio_tokens(audio_features, audio_lengths))
+        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
         layout = self.layout(audio.audio, input_ids, mask, segment_ids, labels)
         hidden_BTD = self.language_model.model(
             inputs_embeds=self.embed(layout, audio.audio),
             position_ids=layout.places.position.clamp(min=0),
             use_cache=False,
-            pal=self.attention_context(layout, audio),
+            pal=self.attention_inputs(layout, audio),
         ).last_hidden_state
         hidden_ND = hidden_BTD.flatten(0, 1)
         if labels is None:
@@ -218,9 +218,9 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         like: Any = self.get_input_embeddings().weight
         return audio_tokens(self.audio_streams, self.config.encoder_widths, audio_features, audio_lengths, like)
 
-    def audio_keys(self, audio: AudioTokens) -> AudioKeys:
+    def audio_kv(self, audio: AudioTokens) -> AudioKV:
         """What these clips give to the layers."""
-        return AudioKeys(
+        return AudioKV(
             self.language_model,
             self.audio_streams,
             audio,
@@ -248,8 +248,8 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             None if labels is None else labels.cpu(),
             audio_token_id=self.config.audio_token_id,
             streams=self.specs,
-            token_counts=[none] * len(self.specs) if audio.stand_in else audio.counts,
-            frame_counts=[none] * len(self.specs) if audio.stand_in else audio.frames,
+            token_counts=[none] * len(self.specs) if audio.dummy_clip else audio.counts,
+            frame_counts=[none] * len(self.specs) if audio.dummy_clip else audio.frames,
             clips=clips,
             pad_left=pad_left,
         )
@@ -262,7 +262,7 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
         for i, spec in enumerate(self.specs):
             if spec.integration != "plits":
                 continue
-            if audio.stand_in:
+            if audio.dummy_clip:
                 x_BTD = x_BTD + audio.tokens[i].sum() * 0
                 continue
             x_ND = audio.tokens[i]
@@ -272,20 +272,20 @@ class PalForCausalLM(PalGeneration, PreTrainedModel, GenerationMixin):
             x_BTD = x_BTD.flatten(0, 1).index_copy(0, layout.sequence_entries[i], x_ND).view_as(x_BTD)
         return x_BTD
 
-    def attention_context(
-        self, layout: Layout, audio: AudioKeys, watch: Callable[[int, Tensor], None] | None = None
-    ) -> AttentionContext:
-        """The context of a pass over all entries of a layout; `watch` is given every layer's attention weights."""
-        return AttentionContext(
+    def attention_inputs(
+        self, layout: Layout, audio: AudioKV, hook: Callable[[int, Tensor], None] | None = None
+    ) -> AttentionInputs:
+        """The context of a pass over all entries of a layout; `hook` is given every layer's attention weights."""
+        return AttentionInputs(
             layout.places,
             layout.places,
-            PlacedKeys(audio, layout.beside),
+            PositionedKV(audio, layout.beside),
             plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
             max_position=layout.max_position,
             system_text_sees_audio=self.config.system_text_sees_audio,
             attention_path=self.attention_path,
-            unpacking=layout.unpacking,
-            watch=watch,
+            packed_questions=layout.packed_questions,
+            hook=hook,
         )
 
     def vocabulary_logits(self, hidden_ND: Tensor) -> Tensor:

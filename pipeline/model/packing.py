@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.model.attention_ops import KeysValues
-from pipeline.model.positions import Places, send
+from pipeline.model.positions import TokenMetadata, to_device
 
 
 @dataclass(frozen=True)
-class Unpacking:
+class PackedQuestions:
     """Where the questions of packed rows lie; Q questions of at most N entries behind prefixes of at most P.
 
     Attributes:
@@ -31,18 +31,20 @@ class Unpacking:
     entry: Tensor
     valid: Tensor
 
-    def to(self, device: torch.device) -> Unpacking:
-        return Unpacking(self.prefix, send(self.row, device), send(self.entry, device), send(self.valid, device))
+    def to(self, device: torch.device) -> PackedQuestions:
+        return PackedQuestions(
+            self.prefix, to_device(self.row, device), to_device(self.entry, device), to_device(self.valid, device)
+        )
 
-    def prefix_places(self, places: Places) -> Places:
+    def prefix_metadata(self, places: TokenMetadata) -> TokenMetadata:
         """Of the prefixes, (B, P); entries of questions that reach into these columns are not valid."""
         prefix = places.map(lambda x: x[:, : self.prefix])
-        return Places(prefix.position, prefix.segment, prefix.valid & (prefix.segment == 0), prefix.audio)
+        return TokenMetadata(prefix.position, prefix.segment, prefix.valid & (prefix.segment == 0), prefix.audio)
 
-    def own_places(self, places: Places) -> Places:
+    def question_metadata(self, places: TokenMetadata) -> TokenMetadata:
         """Of the questions' own entries, (Q, N)."""
         own = places.map(lambda x: x.flatten()[self.entry])
-        return Places(own.position, own.segment, self.valid, own.audio)
+        return TokenMetadata(own.position, own.segment, self.valid, own.audio)
 
     def prefix_of(self, x_BHTE: Tensor) -> Tensor:
         """Heads of the prefixes, (B, heads, P, head_dim)."""
@@ -66,7 +68,7 @@ class Unpacking:
         return flat.view(batch, total, heads, width).transpose(1, 2)
 
 
-def find_unpacking(places: Places) -> Unpacking | None:
+def find_packed_questions(places: TokenMetadata) -> PackedQuestions | None:
     """How to unpack rows; None where a prefix does not come first in its row, or nothing is packed.
 
     Args:
@@ -90,4 +92,4 @@ def find_unpacking(places: Places) -> Unpacking | None:
         entry[q, : len(columns)] = row * total + columns
         own[q, : len(columns)] = True
     rows = torch.tensor([row for row, _ in questions])
-    return Unpacking(int(in_prefix.sum(1).max()), rows, entry, own)
+    return PackedQuestions(int(in_prefix.sum(1).max()), rows, entry, own)

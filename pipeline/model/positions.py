@@ -1,4 +1,4 @@
-"""Places of queries and keys: position, segment and kind, in rows. What the visibility rule reads."""
+"""TokenMetadata of queries and keys: position, segment and kind, in rows. What the visibility rule reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeline.core.streams import Stream
 
 
-def send(value: Tensor, device: torch.device) -> Tensor:
+def to_device(value: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. What comes from the host is pinned first: a copy from other memory waits for the device."""
     if value.device.type == "cpu" and device.type == "cuda":
         value = value.pin_memory()
@@ -20,7 +20,7 @@ def send(value: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Places:
+class TokenMetadata:
     """What the visibility rule reads of queries or keys; every tensor is (B, N).
 
     Attributes:
@@ -35,29 +35,29 @@ class Places:
     valid: Tensor
     audio: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Places:
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenMetadata:
         """The function on every tensor."""
-        return Places(*(function(getattr(self, f.name)) for f in fields(self)))
+        return TokenMetadata(*(function(getattr(self, f.name)) for f in fields(self)))
 
-    def to(self, device: torch.device) -> Places:
-        return self.map(lambda x: send(x, device))
+    def to(self, device: torch.device) -> TokenMetadata:
+        return self.map(lambda x: to_device(x, device))
 
-    def expand(self, rows: int) -> Places:
+    def expand(self, rows: int) -> TokenMetadata:
         """The same places for each of `rows` rows, where there is but one."""
         return self.map(lambda x: x.expand(rows, -1))
 
-    def pick(self, rows: Tensor) -> Places:
+    def pick(self, rows: Tensor) -> TokenMetadata:
         """These rows, in this order."""
         return self.map(lambda x: x[rows])
 
     @staticmethod
-    def concat(parts: Sequence[Places]) -> Places:
+    def concat(parts: Sequence[TokenMetadata]) -> TokenMetadata:
         """Keys of several origins in one memory order."""
-        return Places(*(torch.cat([getattr(p, f.name) for p in parts], dim=1) for f in fields(Places)))
+        return TokenMetadata(*(torch.cat([getattr(p, f.name) for p in parts], dim=1) for f in fields(TokenMetadata)))
 
 
 @dataclass(frozen=True)
-class AudioPlaces:
+class AudioTokenLayout:
     """The keys beside the sequence that one set of streams gives.
 
     Attributes:
@@ -66,7 +66,7 @@ class AudioPlaces:
         regular: `source` only cuts the flat tokens into rows of equal length, so a view does.
     """
 
-    places: Places
+    places: TokenMetadata
     source: Tensor
     regular: bool
 
@@ -77,29 +77,31 @@ class AudioPlaces:
             return first.unflatten(0, self.source.shape), second.unflatten(0, self.source.shape)
         return first[self.source], second[self.source]
 
-    def shared(self) -> AudioPlaces:
+    def shared(self) -> AudioTokenLayout:
         """One row in place of all, if all rows are the same (many questions about one clip)."""
         tables = (self.source, self.places.position, self.places.segment, self.places.valid)
         if not all(bool((t == t[:1]).all()) for t in tables):
             return self
-        return AudioPlaces(self.places.map(lambda x: x[:1]), self.source[:1], False)
+        return AudioTokenLayout(self.places.map(lambda x: x[:1]), self.source[:1], False)
 
-    def pick(self, rows: Tensor) -> AudioPlaces:
+    def pick(self, rows: Tensor) -> AudioTokenLayout:
         """These rows, in this order; places that all rows share stay one row."""
         if len(self.source) == 1:
             return self
-        return AudioPlaces(self.places.pick(rows), self.source[rows], False)
+        return AudioTokenLayout(self.places.pick(rows), self.source[rows], False)
 
-    def hide(self) -> AudioPlaces:
+    def hide(self) -> AudioTokenLayout:
         """The same keys, seen by no query."""
         places = replace(self.places, valid=torch.zeros_like(self.places.valid))
         return replace(self, places=places)
 
-    def to(self, device: torch.device) -> AudioPlaces:
-        return AudioPlaces(self.places.to(device), send(self.source, device), self.regular)
+    def to(self, device: torch.device) -> AudioTokenLayout:
+        return AudioTokenLayout(self.places.to(device), to_device(self.source, device), self.regular)
 
 
-def place_beside(key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence[int], batch: int) -> AudioPlaces:
+def arrange_in_rows(
+    key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence[int], batch: int
+) -> AudioTokenLayout:
     """Sorts the flat tokens of these streams into rows, padded on the right."""
     base = 0
     parts = []
@@ -120,7 +122,7 @@ def place_beside(key: tuple[int, ...], flats: Sequence[Tensor], counts: Sequence
     valid[row, column] = True
     position = torch.where(valid, tables[0], 0)
     regular = bool(valid.all()) and len(row) == base and torch.equal(flat[:, 3], torch.arange(base))
-    return AudioPlaces(Places(position, tables[1], valid, torch.ones_like(valid)), tables[2], regular)
+    return AudioTokenLayout(TokenMetadata(position, tables[1], valid, torch.ones_like(valid)), tables[2], regular)
 
 
 def streams_at_layer(streams: Sequence[Stream], integration: str, layer: int) -> tuple[int, ...]:
@@ -129,7 +131,7 @@ def streams_at_layer(streams: Sequence[Stream], integration: str, layer: int) ->
 
 
 @lru_cache(maxsize=4096)
-def clip_line(streams: tuple[Stream, ...], counts: tuple[int, ...], frames: tuple[int, ...]) -> tuple[Tensor, ...]:
+def clip_positions(streams: tuple[Stream, ...], counts: tuple[int, ...], frames: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Slots of one clip's tokens on its line of positions.
 
     Streams take slots one after the other, in the order listed; summary streams are interleaved with the stream
@@ -169,24 +171,26 @@ def _is_interleaved(streams: Sequence[Stream], index: int) -> bool:
     return streams[stream.summary_of].integration != "flamingo" and streams[stream.summary_of].summary_of is None
 
 
-def clip_places(
+def clip_token_layouts(
     streams: tuple[Stream, ...], token_counts: Sequence[Tensor], frame_counts: Sequence[Tensor]
-) -> dict[tuple[int, ...], AudioPlaces]:
-    """Places of audio tokens among those of their own clip: a row for each clip, slots as positions."""
+) -> dict[tuple[int, ...], AudioTokenLayout]:
+    """TokenMetadata of audio tokens among those of their own clip: a row for each clip, slots as positions."""
     num_clips = len(token_counts[0])
     flat: list[list[Tensor]] = [[] for _ in streams]
     begin = [0 for _ in streams]
     for clip in range(num_clips):
-        line = clip_line(streams, tuple(int(n[clip]) for n in token_counts), tuple(int(n[clip]) for n in frame_counts))
+        line = clip_positions(
+            streams, tuple(int(n[clip]) for n in token_counts), tuple(int(n[clip]) for n in frame_counts)
+        )
         for i, slot in enumerate(line):
             source = begin[i] + torch.arange(len(slot))
             begin[i] += len(slot)
             flat[i].append(torch.stack([torch.full_like(slot, clip), slot, torch.zeros_like(slot), source], dim=1))
     flats = [torch.cat(parts) for parts in flat]
-    return {key: place_beside(key, flats, begin, num_clips) for key in beside_sets(streams)}
+    return {key: arrange_in_rows(key, flats, begin, num_clips) for key in stream_sets(streams)}
 
 
-def beside_sets(streams: Sequence[Stream]) -> set[tuple[int, ...]]:
+def stream_sets(streams: Sequence[Stream]) -> set[tuple[int, ...]]:
     """Sets of streams whose keys enter a layer together: LAL's in one attention, each flamingo stream in its own."""
     together = {streams_at_layer(streams, "lal", layer) for s in streams for layer in s.audio_layers} - {()}
     return together | {(i,) for i, s in enumerate(streams) if s.integration == "flamingo"}

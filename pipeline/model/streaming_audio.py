@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.model.attention_ops import KeysValues
-from pipeline.model.audio_kv import AudioKeys
+from pipeline.model.audio_kv import AudioKV
 from pipeline.model.audio_streams import AudioTokens
 
 if TYPE_CHECKING:
     from pipeline.model.modeling import PalForCausalLM
 
 
-class LiveAudio(AudioKeys):
+class StreamingAudio(AudioKV):
     """The newest audio of one clip without an end, as `prefix_of` reads it.
 
     LAL's keys and values depend on no text and on no other audio, and are kept not rotated. So what is left when the
@@ -36,7 +36,7 @@ class LiveAudio(AudioKeys):
 
     def __init__(self, model: PalForCausalLM, most_tokens: Mapping[str, int]) -> None:
         _require_independent_tokens(model)
-        nothing = AudioTokens([], [], [], stand_in=False)
+        nothing = AudioTokens([], [], [], dummy_clip=False)
         settings = {"norm_audio_tokens": model.config.norm_audio_tokens, "audio_queries": False}
         super().__init__(model.language_model, model.audio_streams, nothing, **settings)
         self._most_tokens = most_tokens
@@ -55,7 +55,7 @@ class LiveAudio(AudioKeys):
                 while len(windows) > 1 and _count(windows) > self._most_tokens[encoder]:
                     windows.popleft()
         counts = [torch.tensor([_count(windows)]) for windows in self._windows]
-        self.audio = AudioTokens([], counts, counts, stand_in=False)
+        self.audio = AudioTokens([], counts, counts, dummy_clip=False)
 
     def _lal_parts(self, layer: int, stream: int) -> list[KeysValues]:
         return [window[layer] for window in self._windows[stream]]

@@ -99,12 +99,12 @@ def plot_accuracy_against(points: Sequence[Point], x_label: str, title: str) -> 
     return figure
 
 
-def plot_accuracy_by_domain(runs: Sequence[Bars], commonest_answer: Mapping[str, float], title: str) -> Figure:
+def plot_accuracy_by_domain(runs: Sequence[Bars], majority_baseline: Mapping[str, float], title: str) -> Figure:
     """Bars by domain: solid with the clip's own audio, hatched with another clip's; a line for the guess that never
     listens.
 
     Args:
-        commonest_answer: domain -> accuracy of the commonest training answer (0 to 1).
+        majority_baseline: domain -> accuracy of the commonest training answer (0 to 1).
     """
     domains = sorted({domain for run in runs for domain in run.accuracy})
     figure, axes = new_figure(title, "domain", "accuracy (%), 95 % interval", width=max(7.0, 2.2 + 2.3 * len(domains)))
@@ -128,8 +128,8 @@ def plot_accuracy_by_domain(runs: Sequence[Bars], commonest_answer: Mapping[str,
                     label=run.label + (", swapped audio" if part else "") if place == 0 else "",
                 )
     for place, domain in enumerate(domains):
-        if domain in commonest_answer:
-            guess = commonest_answer[domain]
+        if domain in majority_baseline:
+            guess = majority_baseline[domain]
             label = "commonest answer" if place == 0 else ""
             axes.hlines(guess, place - 0.45, place + 0.45, colors="black", linestyles="--", linewidth=1.5, label=label)
     axes.set_xticks(range(len(domains)), domains)

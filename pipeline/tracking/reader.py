@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import read_yaml
 from pipeline.core.errors import UserError, nearest
-from pipeline.tracking.writer import EVALUATIONS, SWEEP, VERDICTS
+from pipeline.tracking.writer import CORRECTNESS, EVALUATIONS, SWEEP
 
 if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
     from mlflow import MlflowClient
@@ -133,10 +133,10 @@ def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, 
         return read_yaml(Path(file)), found[0].data.tags
 
 
-def read_verdicts(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
+def read_correctness(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
     """Which questions of a benchmark a run answered right: columns `question_id`, `clip_id`, `correct`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = client.download_artifacts(run.run_id, f"{VERDICTS}/{benchmark}.json", folder)
+        file = client.download_artifacts(run.run_id, f"{CORRECTNESS}/{benchmark}.json", folder)
         verdicts: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
         return verdicts
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import TrackingConfig, default_tracking_uri
-from pipeline.core.files import write
+from pipeline.core.files import atomic_write
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +29,7 @@ PARENT = "parent_run"  # file of an output folder: the id of the run that `open_
 EVALUATIONS = "evaluation"  # artifacts of a run: one <benchmark>.json each, from `pal evaluate` to `pal report`
 MACHINE_TAG = "pal.machine"  # of a sweep's run
 SWEEP = "sweep.yaml"  # artifact of a sweep's run: its resolved config
-VERDICTS = "verdicts"  # likewise, which questions were answered right
+CORRECTNESS = "verdicts"  # likewise, which questions were answered right
 FOLDERS = "checkpoints"  # artifacts of a run: the folders of `Tracker.log_folders`
 SHIP_EVERY_S = 2.0
 RETRY_EVERY_S = 15.0
@@ -194,7 +194,7 @@ def open_parent(config: TrackingConfig, output: Path, sweep: str, machine: str) 
     shipper, file = _Shipper(config, output), output / PARENT
     known = file.read_text(encoding="utf-8") if file.is_file() else None
     run_id = shipper.open_run(known, {}, {"pal.kind": "sweep", MACHINE_TAG: machine}, {SWEEP: sweep})
-    write(file, run_id.encode())
+    atomic_write(file, run_id.encode())
     return run_id
 
 
@@ -311,4 +311,4 @@ class _Shipper:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sent_bytes": 0, "sent_folders": []}
 
     def _write_state(self, **changes: Any) -> None:
-        write(self._output / STATE, json.dumps({**self._read_state(), **changes}).encode())
+        atomic_write(self._output / STATE, json.dumps({**self._read_state(), **changes}).encode())

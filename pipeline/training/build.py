@@ -24,12 +24,12 @@ from pipeline.data.feature_set import FeatureSet, open_feature_set
 from pipeline.data.loader import TrainingLoader
 from pipeline.engine import (
     Engine,
+    build_ds_config,
     gathered,
     limit_waiting,
     on_gpu,
     parameter_groups,
     partitioned_loading,
-    render,
     trained_weights,
 )
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What a trainer works with.
 
     Attributes:
@@ -60,7 +60,7 @@ class Parts:
     total_steps: int | None
 
 
-def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
+def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     """Builds everything of one rank. The process group must exist.
 
     Raises:
@@ -73,7 +73,7 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     tokenizer, chat = build_chat(config)
     positions = audio_positions(config, features.contract)
     loader = build_loader(config, features, chat, ranks, positions)
-    deepspeed_config = render(
+    deepspeed_config = build_ds_config(
         train.zero,
         train,
         world_size=ranks.world_size,
@@ -86,7 +86,7 @@ def assemble(config: ExperimentConfig, ranks: Ranks) -> Parts:
     engine = Engine(model, parameter_groups(model, train), deepspeed_config)
     limit_waiting(train.collective_timeout_s)
     steps = total_steps(train, loader)
-    return Parts(features, validation, model, tokenizer, chat, loader, positions, engine, deepspeed_config, steps)
+    return Components(features, validation, model, tokenizer, chat, loader, positions, engine, deepspeed_config, steps)
 
 
 def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Callable[[float], int]:
@@ -112,7 +112,7 @@ def build_loader(
         chat,
         config.data,
         seed=train.seed,
-        visits_per_step=train.global_batch_size // config.data.questions_per_sequence,
+        examples_per_step=train.global_batch_size // config.data.questions_per_sequence,
         micro_batch_size=train.micro_batch_size,
         micro_batch_tokens=train.micro_batch_tokens,
         audio_positions=positions,

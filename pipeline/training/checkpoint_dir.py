@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.core.errors import UserError
-from pipeline.core.files import sync, write
+from pipeline.core.files import atomic_write, fsync
 
 RECORD = "COMPLETE.json"
 VALIDATION = "validation.json"  # the validation loss of a checkpoint; written after it, as training goes on
@@ -93,19 +93,19 @@ def measure(temporary: Path, names: Sequence[str]) -> dict[str, FileRecord]:
     """Forces files to disk and records size and hash."""
     records = {}
     for name in names:
-        sync(temporary / name)
+        fsync(temporary / name)
         records[name] = _measure_file(temporary / name)
     return records
 
 
 def commit(temporary: Path, record: CheckpointRecord) -> Path:
     """Writes `COMPLETE.json` and gives the directory its name; after this returns the checkpoint survives anything."""
-    write(temporary / RECORD, f"{record.model_dump_json(indent=1)}\n".encode())
+    atomic_write(temporary / RECORD, f"{record.model_dump_json(indent=1)}\n".encode())
     final = temporary.parent / checkpoint_name(record.step)
     if final.exists():  # only a damaged one can be here: a whole one would have been resumed from
         shutil.rmtree(final)
     temporary.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
     return final
 
 
@@ -171,7 +171,7 @@ def lacking_space(folder: Path, num_bytes: float) -> str | None:
 
 def record_validation_loss(checkpoint: Path, loss: float) -> None:
     """Writes into a checkpoint how good it is, for `retain`."""
-    write(checkpoint / VALIDATION, f"{json.dumps({'loss': loss})}\n".encode())
+    atomic_write(checkpoint / VALIDATION, f"{json.dumps({'loss': loss})}\n".encode())
 
 
 def best_checkpoints(folder: Path) -> list[Path]:

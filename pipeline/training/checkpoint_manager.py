@@ -23,7 +23,7 @@ from pipeline.tracking.writer import Tracker
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.checkpoint_dir import CheckpointRecord, FileRecord
 from pipeline.training.run_dir import RunRecord
-from pipeline.training.throughput import Work
+from pipeline.training.throughput import Throughput
 
 _POLL_S = 0.2
 
@@ -37,12 +37,12 @@ class _Save:
     written: Future[dict[str, FileRecord]]
 
 
-class Keeper:
+class CheckpointManager:
     """Checkpoints of one engine and one loader in `config.output`. Every method is called by all ranks.
 
     Args:
         reshard: go on also from a checkpoint that another number of ranks wrote.
-        say: prints a line for the person who watches; called on rank 0 only.
+        log: prints a line for the person who watches; called on rank 0 only.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class Keeper:
         ranks: Ranks,
         engine: Engine,
         loader: TrainingLoader,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         reshard: bool = False,
     ) -> None:
         self._config, self._settings, self._output = config, config.train.checkpoint, config.output
-        self._ranks, self._engine, self._loader, self._say = ranks, engine, loader, say
+        self._ranks, self._engine, self._loader, self._log = ranks, engine, loader, log
         self._reshard = reshard
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
@@ -71,7 +71,7 @@ class Keeper:
         self._tracker = tracker
         self._tidy()
 
-    def save(self, step: int, seen_tokens: int, work: Work, run: RunRecord) -> None:
+    def save(self, step: int, seen_tokens: int, throughput: Throughput, run: RunRecord) -> None:
         """Begins the checkpoint of `step`, after the one before is done. A failure is told and the next save tried."""
         self.finish()
         temporary = checkpoint_dir.temporary_path(self._output, step)
@@ -91,7 +91,7 @@ class Keeper:
             config_sha256=run.sha256,
             data=self._loader.state_dict(),
             progress={
-                **asdict(work),
+                **asdict(throughput),
                 "seen_tokens": seen_tokens,
                 "skipped_steps": self._engine.skipped_steps,
             },
@@ -154,7 +154,7 @@ class Keeper:
         self._failure = None if failure is None else f"the checkpoint of step {step} is not saved: {failure}"
         if failure is not None:
             last_good = next((path.name for path in checkpoint_dir.list_checkpoints(self._output)), "none")
-            self._say(f"{self._failure}; last good one: {last_good}")
+            self._log(f"{self._failure}; last good one: {last_good}")
         return failure is not None
 
     def _begin(self, temporary: Path, step: int) -> None:
@@ -177,17 +177,17 @@ class Keeper:
 
     # ---- going on ---------------------------------------------------------------------------------------------------
 
-    def resume(self) -> tuple[int, int, Work]:
-        """Loads the newest good checkpoint; returns steps, text tokens seen and work done before, none without one.
+    def resume(self) -> tuple[int, int, Throughput]:
+        """Loads the newest good checkpoint; returns the steps, text tokens and work done so far.
 
         Raises:
             UserError: another number of ranks wrote it, the data has another order, or the language model is another.
             RuntimeError: what was loaded is not what was saved.
         """
-        found = checkpoint_dir.newest_good(self._output, self._say) if self._ranks.is_main else None
+        found = checkpoint_dir.newest_good(self._output, self._log) if self._ranks.is_main else None
         found = self._engine.gather_over_ranks(found)[0]
         if found is None:
-            return 0, 0, Work()
+            return 0, 0, Throughput()
         path, record = found
         if record.fits(self._ranks.world_size):
             self._engine.load(path)
@@ -199,11 +199,11 @@ class Keeper:
         self._loader.load_state_dict(record.data)
         progress = dict(record.progress)
         self._engine.skipped_steps = int(progress.pop("skipped_steps"))
-        self._say(f"resumed from {path} at step {record.step}")
-        return record.step, int(progress.pop("seen_tokens")), Work(**progress)
+        self._log(f"resumed from {path} at step {record.step}")
+        return record.step, int(progress.pop("seen_tokens")), Throughput(**progress)
 
     def _load_resharded(self, path: Path, record: CheckpointRecord) -> None:
-        self._say(f"converting {path} from {record.world_size} to {self._ranks.world_size} ranks")
+        self._log(f"converting {path} from {record.world_size} to {self._ranks.world_size} ranks")
         converted = checkpoint_dir.temporary_path(self._output, record.step)
         if self._ranks.is_main:
             shutil.rmtree(converted, ignore_errors=True)

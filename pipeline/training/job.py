@@ -50,8 +50,8 @@ def run_rank(
             if ranks.is_main:
                 for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
                     resources.enter_context(run_dir.lock(folder))
-                rank_process.forget_ranks(config.output, ranks.world_size)
-            rank_process.present(config.output, ranks.rank)
+                rank_process.remove_stale_records(config.output, ranks.world_size)
+            rank_process.register_rank(config.output, ranks.rank)
             from pipeline.training.trainer import Stopped, Trainer
 
             init_process_group(ranks, config.train.collective_timeout_s)
@@ -60,7 +60,7 @@ def run_rank(
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, lambda *_: stop.set())
             rank_process.watch_parent(stop.set)
-            rank_process.watch_asked(config.output, stop.set)
+            rank_process.watch_stop_request(config.output, stop.set)
             last = [*stages][-1]
             for name, stage in stages.items():
                 # Waits for rank 0, which writes what the stage before leaves behind.
@@ -69,12 +69,12 @@ def run_rank(
                     continue
                 check(stage, ranks.world_size, on_gpu=on_gpu(), reshard=reshard)
                 if name and ranks.is_main:
-                    rank_process.say(f"stage {name}, in {stage.output}")
-                trainer = Trainer(stage, ranks, rank_process.say, stop, reshard=reshard)
+                    rank_process.report(f"stage {name}, in {stage.output}")
+                trainer = Trainer(stage, ranks, rank_process.report, stop, reshard=reshard)
                 try:
                     trainer.fit()
                 except Stopped as stopped:
-                    return rank_process.leave(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
+                    return rank_process.record_exit(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
                 trainer.engine.close()
                 trainer = None
                 gc.collect()  # DeepSpeed's parts refer to each other; the next stage needs their memory
@@ -84,13 +84,13 @@ def run_rank(
             return 0
     except UserError as error:
         step = trainer.step if trainer else 0
-        return rank_process.leave(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
+        return rank_process.record_exit(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
     except Exception as error:  # the last place where a rank can say what happened to it
         traceback.print_exc()
         step = trainer.step if trainer else 0
         message = f"{type(error).__name__}: {error}"
         lost_peer = is_lost_peer(error)
-        return rank_process.leave(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
+        return rank_process.record_exit(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
 
 
 def write_figures(stages: Mapping[str, ExperimentConfig], file: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def rate_factor(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
+def lr_multiplier(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
     """Share of the peak rate in the step that makes `done` of `total` steps (or tokens) done: linear warm-up, then a
     cosine to `final_fraction`.
 

@@ -12,7 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, require_encoders, require_same_features
 from pipeline.core.ranks import Ranks
 from pipeline.core.streams import Stream
-from pipeline.engine import render
+from pipeline.engine import build_ds_config
 from pipeline.training import checkpoint_dir, run_dir
 
 _SAMPLED_ROWS = 256  # for the estimate of tokens per step
@@ -38,7 +38,7 @@ def check(
         UserError: the first fault found.
     """
     accumulation = config.gradient_accumulation_steps(world_size)
-    render(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
+    build_ds_config(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
     contract = load_contract(config.data.train)
     require_encoders(contract, config.model.encoders, config.data.train)
     if config.data.validation is not None:

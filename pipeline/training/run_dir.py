@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pipeline.config import ExperimentConfig
 from pipeline.config.flat import flatten
 from pipeline.core.errors import UserError
-from pipeline.core.files import write
+from pipeline.core.files import atomic_write
 from pipeline.training.checkpoint_dir import list_checkpoints
 
 RUN = "run.json"
@@ -94,7 +94,7 @@ def read_run(output: Path) -> RunRecord | None:
 
 def write_run(output: Path, record: RunRecord) -> None:
     output.mkdir(parents=True, exist_ok=True)
-    write(output / RUN, f"{record.model_dump_json(indent=1)}\n".encode())
+    atomic_write(output / RUN, f"{record.model_dump_json(indent=1)}\n".encode())
 
 
 def identity_of(output: Path | None) -> str | None:

@@ -15,8 +15,8 @@ GIB = 2**30
 
 
 @dataclass
-class Work:
-    """Work done in a span of time, on one rank or added up over ranks.
+class Throughput:
+    """Throughput done in a span of time, on one rank or added up over ranks.
 
     Attributes:
         wait_s: time spent waiting for data, within elapsed_s.
@@ -29,8 +29,8 @@ class Work:
     wait_s: float = 0.0
     elapsed_s: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: Throughput) -> Throughput:
+        return Throughput(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def rates(self, world_size: int) -> dict[str, float]:
         """Metrics of work added up over `world_size` ranks; empty when no time was measured."""
@@ -45,14 +45,14 @@ class Work:
         }
 
 
-WORK_FIELDS = tuple(f.name for f in fields(Work))
+THROUGHPUT_FIELDS = tuple(f.name for f in fields(Throughput))
 
 
-class Meter:
+class ThroughputMeter:
     """Measures this rank's work, lap by lap."""
 
     def __init__(self) -> None:
-        self._work = Work()
+        self._work = Throughput()
         self._since = time.perf_counter()
 
     def count(self, questions: int, text_tokens: int, audio_s: float) -> None:
@@ -74,10 +74,10 @@ class Meter:
         yield
         self._since += time.perf_counter() - start
 
-    def lap(self) -> Work:
-        """Work since the lap before."""
+    def lap(self) -> Throughput:
+        """Throughput since the lap before."""
         now = time.perf_counter()
-        work, self._work = self._work, Work()
+        work, self._work = self._work, Throughput()
         work.elapsed_s, self._since = now - self._since, now
         return work
 

@@ -15,19 +15,19 @@ import torch
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.config.flat import flatten
 from pipeline.core import provenance
-from pipeline.core.console import duration
+from pipeline.core.console import format_duration
 from pipeline.core.ranks import Ranks
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.loader import evaluation_batches
 from pipeline.model import count_parameters
 from pipeline.tracking.writer import Status, Tracker, read_metrics
 from pipeline.training import checkpoint_dir, run_dir
-from pipeline.training.build import assemble, feature_dtype, save_model, validation_questions
-from pipeline.training.checkpoint_manager import Keeper
-from pipeline.training.lr_schedule import rate_factor
+from pipeline.training.build import build_components, feature_dtype, save_model, validation_questions
+from pipeline.training.checkpoint_manager import CheckpointManager
+from pipeline.training.lr_schedule import lr_multiplier
 from pipeline.training.run_dir import RunRecord
 from pipeline.training.step_metrics import IGNORED_LABEL, TaskLosses, step_flops
-from pipeline.training.throughput import WORK_FIELDS, Meter, Work, peak_flops, peak_memory_gib
+from pipeline.training.throughput import THROUGHPUT_FIELDS, Throughput, ThroughputMeter, peak_flops, peak_memory_gib
 
 MODEL, SKIPPED = "model", "skipped.jsonl"
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
@@ -44,7 +44,7 @@ class Trainer:
 
     Args:
         config: checked before by `pipeline.train`.
-        say: prints a line for the person who watches; called on rank 0 only.
+        log: prints a line for the person who watches; called on rank 0 only.
         stop: set by whoever wants the run to end, saved, after the step under way.
         reshard: go on also from a checkpoint of another number of ranks.
 
@@ -56,30 +56,34 @@ class Trainer:
         self,
         config: ExperimentConfig,
         ranks: Ranks,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         stop: threading.Event,
         *,
         reshard: bool = False,
     ) -> None:
         self.config, self.train, self.ranks, self.output = config, config.train, ranks, config.output
-        self.say = say if ranks.is_main else lambda _: None
-        self.parts = assemble(config, ranks)
-        self.engine, self.loader, self.total_steps = self.parts.engine, self.parts.loader, self.parts.total_steps
+        self.log = log if ranks.is_main else lambda _: None
+        self.components = build_components(config, ranks)
+        self.engine, self.loader, self.total_steps = (
+            self.components.engine,
+            self.components.loader,
+            self.components.total_steps,
+        )
         self.goal = self.train.tokens or self.total_steps or 0  # in tokens or in steps
-        self.meter = Meter()
+        self.throughput_meter = ThroughputMeter()
         self.peak_flops = peak_flops(self.engine.device, self.train.precision, self.train.peak_tflops)
         self.skipped_in_a_row = 0
         self.gradients_checked = False
         self.stop = stop
         origin = run_dir.identity_of(config.starts_from)
-        identity = run_dir.run_identity(config, self.parts.features.contract.fingerprint, origin)
+        identity = run_dir.run_identity(config, self.components.features.contract.fingerprint, origin)
         self.run = run_dir.read_run(self.output) or RunRecord(identity=identity)
-        self.keeper = Keeper(config, ranks, self.engine, self.loader, self.say, reshard=reshard)
-        # Of all ranks since the run began, over resumes; `work` up to the last step that was logged.
-        self.step, self.seen_tokens, self.work = self.keeper.resume()
+        self.checkpoints = CheckpointManager(config, ranks, self.engine, self.loader, self.log, reshard=reshard)
+        # Of all ranks since the run began, over resumes; `throughput` up to the last step that was logged.
+        self.step, self.seen_tokens, self.throughput = self.checkpoints.resume()
         self.tracker = self._start_tracking() if ranks.is_main else None
         if self.tracker is not None and config.tracking.log_checkpoints:
-            self.keeper.upload_to(self.tracker)
+            self.checkpoints.upload_to(self.tracker)
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
@@ -92,28 +96,28 @@ class Trainer:
         status: Status = "FAILED"
         try:
             steps = iter(self.loader)
-            self.meter.lap()
+            self.throughput_meter.lap()
             while self.done < self.goal:
                 stop = self._optimizer_step(steps)
                 last = self.done >= self.goal
                 evaluate = last or self._due("evaluate_every_steps")
-                with self.meter.paused():
-                    self.keeper.poll()
+                with self.throughput_meter.paused():
+                    self.checkpoints.poll()
                     if stop or last or evaluate or self.step % self.train.checkpoint.every_steps == 0:
                         # Before validation, which might fail.
-                        self.keeper.save(self.step, self.seen_tokens, self.work, self.run)
+                        self.checkpoints.save(self.step, self.seen_tokens, self.throughput, self.run)
                 if stop and not last:
-                    self.keeper.require_saved()
+                    self.checkpoints.require_saved()
                     status = "KILLED"
                     raise Stopped(f"stopped by a signal at step {self.step}; saved, start it again to go on")
-                if evaluate and self.parts.validation is not None:
-                    self._validate(self.parts.validation)
-            self.keeper.require_saved()
+                if evaluate and self.components.validation is not None:
+                    self._validate(self.components.validation)
+            self.checkpoints.require_saved()
             figures = self._export()
             status = "FINISHED"
         finally:
             if self.tracker is not None and not self.tracker.close(status):
-                self.say(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
+                self.log(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
         return self._write_results(figures)
 
     @property
@@ -123,7 +127,7 @@ class Trainer:
 
     def _optimizer_step(self, steps: Iterator[list[Batch]]) -> bool:
         """One step on one global batch; returns whether a rank was asked to stop."""
-        with self.meter.waiting():
+        with self.throughput_meter.waiting():
             micro_batches = next(steps)
         answer_tokens = sum(_count_answer_tokens(batch) for batch in micro_batches)
         text_tokens = sum(_count_text_tokens(batch) for batch in micro_batches)
@@ -137,15 +141,15 @@ class Trainer:
         last = (seen_tokens if self.train.tokens else step) >= self.goal
         tasks = TaskLosses(self.loader.tasks) if step % self.train.log_every_steps == 0 or step == 1 or last else None
         for number, batch in enumerate(micro_batches, start=1):
-            look = None if tasks is None else partial(_add_losses, tasks, batch)
+            on_output = None if tasks is None else partial(_add_losses, tasks, batch)
             inputs = self._inputs(batch, num_items)
-            loss += self.engine.backward(inputs, last=number == len(micro_batches), look=look)
-            self.meter.count(len(batch["question_ids"]), _count_text_tokens(batch), sum(batch["audio_s"]))
+            loss += self.engine.backward(inputs, last=number == len(micro_batches), on_output=on_output)
+            self.throughput_meter.count(len(batch["question_ids"]), _count_text_tokens(batch), sum(batch["audio_s"]))
         if not self.gradients_checked:
             self._check_gradients(micro_batches)
         self.step, self.seen_tokens = step, seen_tokens
         schedule = self.train.warmup_fraction, self.train.final_learning_rate_fraction
-        factor = rate_factor(self.done, self.goal, *schedule)
+        factor = lr_multiplier(self.done, self.goal, *schedule)
         applied = self.engine.step(factor)
         if tasks is not None or not applied:
             self._log_step(loss, factor, micro_batches, tasks or TaskLosses([]))
@@ -181,14 +185,14 @@ class Trainer:
 
     def _validate(self, features: FeatureSet) -> None:
         """Records the mean loss of an answer token on held-out questions."""
-        with self.meter.paused(), self.engine.evaluating():
+        with self.throughput_meter.paused(), self.engine.evaluating():
             batches = evaluation_batches(
                 features,
-                self.parts.chat,
+                self.components.chat,
                 validation_questions(features, self.config),
                 micro_batch_size=self.train.micro_batch_size,
                 micro_batch_tokens=self.train.micro_batch_tokens,
-                audio_positions=self.parts.audio_positions,
+                audio_positions=self.components.audio_positions,
                 rank=self.ranks.rank,
                 world_size=self.ranks.world_size,
                 feature_dtype=feature_dtype(self.train),
@@ -200,23 +204,29 @@ class Trainer:
                 answer_tokens += _count_answer_tokens(batch)
             total_loss, total_tokens = self.engine.sum_over_ranks([float(loss), answer_tokens])
         self._record({"validation/loss": total_loss / total_tokens})
-        self.keeper.note_validation(self.step, total_loss / total_tokens)
-        self.say(f"{self._where}  validation loss {total_loss / total_tokens:.4f}")
+        self.checkpoints.note_validation(self.step, total_loss / total_tokens)
+        self.log(f"{self._where}  validation loss {total_loss / total_tokens:.4f}")
 
     # ---- what is told ---------------------------------------------------------------------------------------------
 
     def _log_step(self, loss: torch.Tensor, factor: float, micro_batches: list[Batch], tasks: TaskLosses) -> None:
         text_tokens = sum(map(_count_text_tokens, micro_batches))
-        flops = step_flops(self.parts.model.config, micro_batches, self.train.trainable) if self.peak_flops else 0
-        mine = [float(loss) * self.engine.loss_share, text_tokens, flops, *tasks.to_list(), *astuple(self.meter.lap())]
+        flops = step_flops(self.components.model.config, micro_batches, self.train.trainable) if self.peak_flops else 0
+        mine = [
+            float(loss) * self.engine.loss_share,
+            text_tokens,
+            flops,
+            *tasks.to_list(),
+            *astuple(self.throughput_meter.lap()),
+        ]
         mean_loss, step_tokens, step_operations, *others = self.engine.sum_over_ranks(mine)
-        work = Work(*others[-len(WORK_FIELDS) :])
-        rates = work.rates(self.ranks.world_size)
-        self.work += work
+        throughput = Throughput(*others[-len(THROUGHPUT_FIELDS) :])
+        rates = throughput.rates(self.ranks.world_size)
+        self.throughput += throughput
         if self.peak_flops is not None:
             # Of all steps since the last one that was logged, if they cost as much a token as this one.
-            operations = step_operations * work.text_tokens / step_tokens
-            rates["mfu"] = operations / (work.elapsed_s * self.peak_flops)
+            operations = step_operations * throughput.text_tokens / step_tokens
+            rates["mfu"] = operations / (throughput.elapsed_s * self.peak_flops)
         norm = float(self.engine.gradient_norm)
         self._record(
             {
@@ -229,13 +239,13 @@ class Trainer:
                 **{f"train/{name}": value for name, value in rates.items()},
             }
         )
-        elapsed_s = self.work.elapsed_s / self.ranks.world_size
-        self.say(
+        elapsed_s = self.throughput.elapsed_s / self.ranks.world_size
+        self.log(
             f"{self._where}  loss {mean_loss:7.4f}  "
             f"lr {self.train.learning_rate * factor:.2e}  grad {norm:6.3f}  "
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
             + (f"mfu {rates['mfu']:4.0%}  " if "mfu" in rates else "")
-            + f"{duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
+            + f"{format_duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
         )
 
     @property
@@ -251,7 +261,7 @@ class Trainer:
         if self.ranks.is_main:
             with file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"step": self.step, "by_rank": by_rank}) + "\n")
-        self.say(f"{self._where}  skipped: the gradient is not finite (batch in {file})")
+        self.log(f"{self._where}  skipped: the gradient is not finite (batch in {file})")
         if self.skipped_in_a_row >= self.train.max_skipped_steps:
             fault = f"{self.skipped_in_a_row} steps in a row had a gradient that is not finite"
             raise RuntimeError(f"{fault}; their batches are in {file}")
@@ -264,7 +274,7 @@ class Trainer:
         run_dir.write_run(self.output, self.run)
         resolved = dump_config(self.config)
         (self.output / run_dir.CONFIG).write_text(resolved, encoding="utf-8")
-        streams = self.parts.model.config.stream_specs()
+        streams = self.components.model.config.stream_specs()
         return Tracker(
             self.config.tracking,
             self.output,
@@ -272,7 +282,7 @@ class Trainer:
             params={
                 **flatten(self.config.model_dump(mode="json")),
                 "resolved.steps": self.total_steps,
-                **{f"resolved.{kind}_parameters": n for kind, n in count_parameters(self.parts.model).items()},
+                **{f"resolved.{kind}_parameters": n for kind, n in count_parameters(self.components.model).items()},
                 "resolved.audio_layers": [list(stream.audio_layers) for stream in streams],
                 "resolved.world_size": self.ranks.world_size,
             },
@@ -280,13 +290,13 @@ class Trainer:
                 "pal.kind": "train",
                 "pal.integration": self.config.model.integration,
                 **self.config.tracking.tags,
-                "pal.features": self.parts.features.contract.fingerprint,
+                "pal.features": self.components.features.contract.fingerprint,
                 **provenance.git_state(),
                 **{f"version.{name}": version for name, version in provenance.package_versions().items()},
             },
             artifacts={
                 run_dir.CONFIG: resolved,
-                "deepspeed.json": json.dumps(self.parts.deepspeed_config, indent=2),
+                "deepspeed.json": json.dumps(self.components.deepspeed_config, indent=2),
             },
             on_run_id=self._keep_run_id,
         )
@@ -304,11 +314,11 @@ class Trainer:
         state = self.engine.gathered_state()
         if state is None:
             return {}
-        save_model(self.parts.model, self.parts.tokenizer, self.config, self.output / MODEL, state)
+        save_model(self.components.model, self.components.tokenizer, self.config, self.output / MODEL, state)
         losses = [metrics["train/loss"] for _, metrics in read_metrics(self.output) if "train/loss" in metrics]
         figures = {
             "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),
-            **self.work.rates(self.ranks.world_size),
+            **self.throughput.rates(self.ranks.world_size),
             "peak_memory_gib": max(peaks),
             "text_tokens": self.seen_tokens,
         }

@@ -17,7 +17,7 @@ from pipeline.cost.memory import zero_memory
 from pipeline.cost.predict import predict
 from pipeline.cost.search import cheapest, search, verdicts
 from pipeline.cost.workload import model_size, row_shape, run_flops, total_steps
-from pipeline.engine import render
+from pipeline.engine import build_ds_config
 from pipeline.model import PalForCausalLM, set_trainable
 from pipeline.plan import main
 from tests.helpers.planned_jobs import WORKLOAD, make_batch, write_job
@@ -45,8 +45,8 @@ def cluster(name: str = "a100_80", **changes: Any) -> ClusterConfig:
 
 def held(policy: str, world_size: int) -> Any:
     train = TrainConfig(steps=1)
-    rendered = render(policy, train, world_size=world_size, accumulation=1, on_gpu=True)
-    return zero_memory(rendered, GROUPS, [], world_size=world_size, on_gpu=True)
+    ds_config = build_ds_config(policy, train, world_size=world_size, accumulation=1, on_gpu=True)
+    return zero_memory(ds_config, GROUPS, [], world_size=world_size, on_gpu=True)
 
 
 @pytest.mark.parametrize("gpus", [8, 64])

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # pytest finds the helpers by its own setting
 
 from pipeline.config import load_config
 from pipeline.config.cluster import ClusterConfig
-from pipeline.core.console import markdown
+from pipeline.core.console import markdown_table
 from pipeline.cost.predict import predict
 from tests.helpers.planned_jobs import STEPS, WORKLOAD, measure, write_job
 from tests.helpers.ranks import run_on_ranks
@@ -104,7 +104,7 @@ def main() -> None:
         )
     else:
         lines.append("Step times were not measured: the machine was shared, and ratios of times would say nothing.")
-    arguments.out.write_text("\n\n".join([*lines, markdown(headings, rows)]) + "\n", encoding="utf-8")
+    arguments.out.write_text("\n\n".join([*lines, markdown_table(headings, rows)]) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

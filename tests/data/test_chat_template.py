@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
-from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE, Chat, load_tokenizer
+from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE_INDEX, Chat, load_tokenizer
 from tests.helpers.feature_sets import CHATML, byte_tokenizer
 
 SYSTEM = "You listen."
@@ -76,7 +76,7 @@ def test_labels_decode_to_the_answer_and_the_end_of_its_turn(tokenizer):
     this = chat(tokenizer)
     for question in QUESTIONS:
         row = this.row([question])
-        labelled = row.labels[row.labels != IGNORE]
+        labelled = row.labels[row.labels != IGNORE_INDEX]
         assert this.decode(labelled) == question.answer.strip()
         assert labelled[-1] == this.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert (row.labels[-len(labelled) :] == row.input_ids[-len(labelled) :]).all()  # one run, at the end
@@ -104,7 +104,7 @@ def test_the_row_is_what_the_template_renders(chatml):
 def test_prompt_is_the_row_before_the_answer(tokenizer):
     this = chat(tokenizer)
     row = this.row(QUESTIONS[:1])
-    assert this.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE].tolist()
+    assert this.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE_INDEX].tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all_text"])
@@ -123,7 +123,7 @@ def test_packed_rows_equal_the_conversations_token_by_token(tokenizer, loss_on):
 def test_loss_on_all_text_leaves_out_the_prefix_and_the_first_token_after_the_audio(chatml):
     row = chat(chatml, loss_on="all_text").row(QUESTIONS[:1])
     start = len(chat(chatml).prefix) + 1
-    assert (row.labels[:start] == IGNORE).all()
+    assert (row.labels[:start] == IGNORE_INDEX).all()
     assert (row.labels[start:] == row.input_ids[start:]).all()
 
 

@@ -30,7 +30,16 @@ def chat(tmp_path_factory) -> Chat:
 
 
 def loader(
-    features, chat, rank=0, world_size=1, visits_per_step=8, seed=0, micro_batch_size=2, tokens=None, audio=None, **data
+    features,
+    chat,
+    rank=0,
+    world_size=1,
+    examples_per_step=8,
+    seed=0,
+    micro_batch_size=2,
+    tokens=None,
+    audio=None,
+    **data,
 ) -> TrainingLoader:
     config = DataConfig(train=features.folder, **{"questions_per_sequence": 2, **data})
     return TrainingLoader(
@@ -38,7 +47,7 @@ def loader(
         chat,
         config,
         seed=seed,
-        visits_per_step=visits_per_step,
+        examples_per_step=examples_per_step,
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=tokens,
         audio_positions=audio,
@@ -64,7 +73,7 @@ def take(loaders: list[TrainingLoader], num_steps: int) -> list[list[str]]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_exactly_once_an_epoch_at_any_world_size(features, chat, world_size, workers):
     loaders = [loader(features, chat, rank, world_size, workers=workers) for rank in range(world_size)]
-    per_epoch = loaders[0].order.visits_per_epoch
+    per_epoch = loaders[0].sampler.examples_per_epoch
     steps = take(loaders, per_epoch)  # eight epochs: whole ones end where a global batch ends
     seen = [question for step in steps for question in step]
     expected = [f"clip-{clip}/{number}" for clip, count in enumerate(COUNTS) for number in range(count)]
@@ -76,7 +85,7 @@ def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat
     two = [loader(features, chat, rank, 2, workers=rank) for rank in range(2)]
     assert take(two, 4) == straight[:4]
     states = [this.state_dict() for this in two]
-    assert states[0] == states[1] and states[0]["visits"] == 32
+    assert states[0] == states[1] and states[0]["packed_examples"] == 32
     four = [loader(features, chat, rank, 4) for rank in range(4)]
     for this in four:
         this.load_state_dict(states[0])
@@ -86,7 +95,7 @@ def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat
 def test_a_second_iterator_goes_on_where_the_first_was_left(features, chat):
     this = loader(features, chat, workers=1)
     first = next(iter(this))
-    assert len(first) == 4 and this.state_dict()["visits"] == 8  # whatever the workers have fetched ahead
+    assert len(first) == 4 and this.state_dict()["packed_examples"] == 8  # whatever the workers have fetched ahead
     assert take([this], 2) == take([loader(features, chat)], 3)[1:]
 
 
@@ -129,7 +138,10 @@ def test_features_take_the_dtype_asked_for(features, chat, dtype):
 
 
 def test_left_padding_for_generation(features, chat):
-    examples = [loader(features, chat)._examples._example(visit) for visit in loader(features, chat).order.visits(0, 4)]
+    examples = [
+        loader(features, chat)._examples._example(packed)
+        for packed in loader(features, chat).sampler.packed_examples(0, 4)
+    ]
     options = {"pad_token_id": chat.pad_token_id, "widths": WIDTHS, "feature_dtype": torch.float32}
     right, left = collate(examples, **options), collate(examples, pad_left=True, **options)
     for name in ("input_ids", "labels", "segment_ids"):
@@ -181,7 +193,7 @@ def test_a_users_error_comes_out_of_a_worker_as_itself(features, tmp_path, worke
 
 def test_a_global_batch_that_does_not_divide_is_named(features, chat):
     with pytest.raises(UserError, match="multiple of 8 sequences"):
-        loader(features, chat, world_size=4, visits_per_step=12)
+        loader(features, chat, world_size=4, examples_per_step=12)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -223,7 +235,7 @@ def test_a_bound_on_positions_changes_how_rows_meet_and_nothing_else(features, c
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens: is 40, and a row has \d+ positions"):
         next(iter(loader(features, chat, tokens=40)))
     with pytest.raises(UserError, match="multiple of 4 sequences"):
-        loader(features, chat, world_size=4, visits_per_step=6, tokens=500)
+        loader(features, chat, world_size=4, examples_per_step=6, tokens=500)
 
 
 def test_lengths_are_those_of_the_rows(features, chat):

@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FEATURE_COLUMNS, load_contract
 from pipeline.data.feature_set import FeatureSet
-from pipeline.data.mds_reader import Column, copy_file
+from pipeline.data.mds_reader import MdsReader, copy_file
 from tests.helpers.feature_sets import frames_of, write_feature_set
 
 COUNTS = [2] * 12  # six shards of two clips
@@ -23,11 +23,11 @@ def folder(tmp_path) -> Path:
     return write_feature_set(tmp_path / "far", COUNTS, clips_per_shard=2)
 
 
-def column(folder: Path, cache: Path, cache_bytes: int | None = None) -> Column:
-    return Column(f"{folder}/log_mel", FEATURE_COLUMNS, cache, cache_bytes)
+def column(folder: Path, cache: Path, cache_bytes: int | None = None) -> MdsReader:
+    return MdsReader(f"{folder}/log_mel", FEATURE_COLUMNS, cache, cache_bytes)
 
 
-def read(this: Column, indices: Sequence[int] | None = None) -> None:
+def read(this: MdsReader, indices: Sequence[int] | None = None) -> None:
     for index in range(len(COUNTS)) if indices is None else indices:
         assert (this[index]["features"] == frames_of(index, 8)).all()
 

@@ -4,83 +4,90 @@ import numpy as np
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.data.sampler import Mixture, Visit, VisitOrder, cut
+from pipeline.data.sampler import MixtureSampler, PackedExample, PackedSampler, split_micro_batches
 
 COUNTS = [3, 1, 7, 0, 6, 6, 2, 5, 12, 1, 4]
 CLIP = np.repeat(np.arange(len(COUNTS)), COUNTS)
 SHARDS = [3, 4, 4]
 
 
-def order(selected=None, questions_per_sequence=2, seed=0, block_clips=4, clip=CLIP, shards=SHARDS) -> VisitOrder:
+def order(selected=None, questions_per_sequence=2, seed=0, block_clips=4, clip=CLIP, shards=SHARDS) -> PackedSampler:
     selected = np.arange(len(clip)) if selected is None else selected
-    return VisitOrder(
+    return PackedSampler(
         clip, selected, shards, questions_per_sequence=questions_per_sequence, block_clips=block_clips, seed=seed
     )
 
 
-def keys(visits: list[Visit]) -> list[tuple[int, ...]]:
-    return [(visit.clip, *visit.questions.tolist()) for visit in visits]
+def keys(packed_examples: list[PackedExample]) -> list[tuple[int, ...]]:
+    return [(packed.clip, *packed.questions.tolist()) for packed in packed_examples]
 
 
 def steps(
-    order: VisitOrder | Mixture, world_size: int, start: int, num_steps: int, visits_per_step: int = 8
+    order: PackedSampler | MixtureSampler, world_size: int, start: int, num_steps: int, examples_per_step: int = 8
 ) -> list[list]:
-    """Global batches as sets of visits, put together from the ranks' micro-batches."""
+    """Global batches as sets of packed_examples, put together from the ranks' micro-batches."""
     found = []
-    for first in range(start, start + num_steps * visits_per_step, visits_per_step):
-        visits = order.visits(first, first + visits_per_step)
-        ranks = [cut(visits, length_of, lambda _: 2, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for first in range(start, start + num_steps * examples_per_step, examples_per_step):
+        packed_examples = order.packed_examples(first, first + examples_per_step)
+        ranks = [
+            split_micro_batches(packed_examples, length_of, lambda _: 2, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
         found.append(sorted(key for rank in ranks for batch in rank for key in keys(batch)))
     return found
 
 
-def length_of(visit: Visit) -> float:
-    return float((visit.questions % 5 + 1).sum())
+def length_of(packed: PackedExample) -> float:
+    return float((packed.questions % 5 + 1).sum())
 
 
 @pytest.mark.parametrize("questions_per_sequence", [1, 2, 6, 100])
 def test_every_selected_question_once_an_epoch(questions_per_sequence):
     selected = np.array([0, 2, 3, 5, 6, 8, 9, 10, 11, 17, 20, 25, 30, 31, 32, 33, 40, 46])
     this = order(selected, questions_per_sequence)
-    per_epoch = this.visits_per_epoch
+    per_epoch = this.examples_per_epoch
     for epoch in range(3):
-        visits = this.visits(epoch * per_epoch, (epoch + 1) * per_epoch)
-        assert sorted(np.concatenate([visit.questions for visit in visits])) == selected.tolist()
-        for visit in visits:
-            assert 1 <= len(visit.questions) <= questions_per_sequence
-            assert (CLIP[visit.questions] == visit.clip).all()
+        packed_examples = this.packed_examples(epoch * per_epoch, (epoch + 1) * per_epoch)
+        assert sorted(np.concatenate([packed.questions for packed in packed_examples])) == selected.tolist()
+        for packed in packed_examples:
+            assert 1 <= len(packed.questions) <= questions_per_sequence
+            assert (CLIP[packed.questions] == packed.clip).all()
 
 
 def test_as_few_visits_as_packing_allows():
-    assert order(questions_per_sequence=6).visits_per_epoch == sum(-(-count // 6) for count in COUNTS)
+    assert order(questions_per_sequence=6).examples_per_epoch == sum(-(-count // 6) for count in COUNTS)
 
 
 def test_epochs_and_seeds_differ_and_equal_ones_do_not():
     this = order()
-    first, second = (keys(this.visits(e * this.visits_per_epoch, (e + 1) * this.visits_per_epoch)) for e in (0, 1))
+    first, second = (
+        keys(this.packed_examples(e * this.examples_per_epoch, (e + 1) * this.examples_per_epoch)) for e in (0, 1)
+    )
     assert first != second
-    assert {frozenset(visit) for visit in first} != {frozenset(visit) for visit in second}  # other company, too
-    assert keys(order(seed=1).visits(0, 10)) != first[:10]
-    assert keys(order().visits(0, 10)) == first[:10]
+    assert {frozenset(packed) for packed in first} != {frozenset(packed) for packed in second}  # other company, too
+    assert keys(order(seed=1).packed_examples(0, 10)) != first[:10]
+    assert keys(order().packed_examples(0, 10)) == first[:10]
 
 
 def test_any_position_is_reached_without_the_ones_before():
-    whole = keys(order().visits(0, 100))
-    assert keys(order().visits(70, 100)) == whole[70:]
+    whole = keys(order().packed_examples(0, 100))
+    assert keys(order().packed_examples(70, 100)) == whole[70:]
 
 
 def test_visits_of_a_clip_are_spread_over_the_epoch():
     clip = np.repeat(np.arange(200), 6)
     this = order(clip=clip, questions_per_sequence=1, shards=[50] * 4, block_clips=100)
-    visits = this.visits(0, this.visits_per_epoch)
-    for sixth in range(6):  # one visit of each clip in each sixth of the epoch
-        assert Counter(visit.clip for visit in visits[sixth * 200 : (sixth + 1) * 200]) == Counter(range(200))
+    packed_examples = this.packed_examples(0, this.examples_per_epoch)
+    for sixth in range(6):  # one packed of each clip in each sixth of the epoch
+        assert Counter(packed.clip for packed in packed_examples[sixth * 200 : (sixth + 1) * 200]) == Counter(
+            range(200)
+        )
 
 
 def test_clips_with_few_visits_come_late_as_often_as_early():
     clip = np.concatenate([np.arange(1000), np.repeat(np.arange(1000, 2000), 4)])
     this = order(clip=clip, questions_per_sequence=1, shards=[2000], block_clips=10_000)
-    few = [visit.clip < 1000 for visit in this.visits(0, this.visits_per_epoch)]
+    few = [packed.clip < 1000 for packed in this.packed_examples(0, this.examples_per_epoch)]
     share = np.array(few).reshape(5, -1).mean(1)
     assert np.allclose(share, 0.2, atol=0.05)
 
@@ -88,7 +95,7 @@ def test_clips_with_few_visits_come_late_as_often_as_early():
 def test_a_block_keeps_to_its_shards():
     clip = np.arange(1000)
     this = order(clip=clip, questions_per_sequence=1, shards=[10] * 100, block_clips=50)
-    clips = np.array([visit.clip for visit in this.visits(0, 1000)])
+    clips = np.array([packed.clip for packed in this.packed_examples(0, 1000)])
     shards_per_block = [len(set(block // 10)) for block in clips.reshape(-1, 50)]
     assert shards_per_block == [5] * 20
     assert (np.diff(clips // 10) != 0).mean() > 0.5  # shuffled inside the block
@@ -100,19 +107,21 @@ def test_global_batches_are_the_same_at_any_world_size_and_after_resume(world_si
     expected = steps(order(), 1, 0, 12)
     assert steps(order(), world_size, 0, 12) == expected
     assert steps(order(), world_size, 5 * 8, 7) == expected[5:]
-    stream = keys(order().visits(0, 12 * 8))  # the last, incomplete batch of an epoch goes on in the next one
+    stream = keys(order().packed_examples(0, 12 * 8))  # the last, incomplete batch of an epoch goes on in the next one
     assert expected == [sorted(stream[k * 8 : (k + 1) * 8]) for k in range(12)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("budget", [5, 9, 20, 1000])
 def test_micro_batches_are_as_large_as_their_bound_lets_them_be(world_size, budget):
-    visits = order(questions_per_sequence=1).visits(0, 24)
+    packed_examples = order(questions_per_sequence=1).packed_examples(0, 24)
     ranks = [
-        cut(visits, length_of, lambda longest: int(budget // longest), rank=rank, world_size=world_size)
+        split_micro_batches(
+            packed_examples, length_of, lambda longest: int(budget // longest), rank=rank, world_size=world_size
+        )
         for rank in range(world_size)
     ]
-    assert sorted(keys(visits)) == sorted(key for rank in ranks for batch in rank for key in keys(batch))
+    assert sorted(keys(packed_examples)) == sorted(key for rank in ranks for batch in rank for key in keys(batch))
     for together in zip(*ranks, strict=True):  # what the ranks compute at the same time
         assert len({len(batch) for batch in together}) == 1
         assert all(len(batch) * max(map(length_of, batch)) <= budget for batch in together)
@@ -129,25 +138,27 @@ def test_an_empty_selection_is_named():
 
 def test_a_mixture_keeps_its_shares_and_the_orders_in_it():
     main, other, few = order(), order(seed=1), order(np.arange(3), 1)
-    mixed = Mixture([main, other, few], [0.25, 0.1], seed=0)
-    per_epoch = mixed.visits_per_epoch
-    assert per_epoch == round(main.visits_per_epoch / 0.65)
-    visits = mixed.visits(0, 3 * per_epoch)
-    assert keys(mixed.visits(per_epoch + 5, per_epoch + 9)) == keys(visits[per_epoch + 5 : per_epoch + 9])
+    mixed = MixtureSampler([main, other, few], [0.25, 0.1], seed=0)
+    per_epoch = mixed.examples_per_epoch
+    assert per_epoch == round(main.examples_per_epoch / 0.65)
+    packed_examples = mixed.packed_examples(0, 3 * per_epoch)
+    assert keys(mixed.packed_examples(per_epoch + 5, per_epoch + 9)) == keys(
+        packed_examples[per_epoch + 5 : per_epoch + 9]
+    )
     for epoch in range(3):
-        count = Counter(visit.source for visit in visits[epoch * per_epoch : (epoch + 1) * per_epoch])
-        assert count[0] == main.visits_per_epoch
+        count = Counter(packed.source for packed in packed_examples[epoch * per_epoch : (epoch + 1) * per_epoch])
+        assert count[0] == main.examples_per_epoch
         assert (count[1], count[2]) == (round(0.25 * per_epoch), round(0.1 * per_epoch))
-    for source, this in enumerate([main, other, few]):  # none skips or repeats a visit
-        own = [visit for visit in visits if visit.source == source]
-        assert keys(own) == keys(this.visits(0, len(own)))
-    turns = [[visit.source for visit in visits[epoch * per_epoch :][:per_epoch]] for epoch in (0, 1)]
+    for source, this in enumerate([main, other, few]):  # none skips or repeats a packed
+        own = [packed for packed in packed_examples if packed.source == source]
+        assert keys(own) == keys(this.packed_examples(0, len(own)))
+    turns = [[packed.source for packed in packed_examples[epoch * per_epoch :][:per_epoch]] for epoch in (0, 1)]
     assert turns[0] != turns[1]
 
 
 def test_a_mixture_is_the_same_at_any_world_size():
-    def mixed() -> Mixture:
-        return Mixture([order(), order(seed=1)], [0.3], seed=0)
+    def mixed() -> MixtureSampler:
+        return MixtureSampler([order(), order(seed=1)], [0.3], seed=0)
 
     expected = steps(mixed(), 1, 0, 12)
     assert steps(mixed(), 4, 0, 12) == expected

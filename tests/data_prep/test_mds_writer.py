@@ -7,7 +7,7 @@ from streaming.base.util import merge_index
 
 from data_prep.job import mds_writer
 from data_prep.job.commits import INDEX, merged_index, read_commit, sweep
-from data_prep.job.mds_writer import ColumnWriter, hash_file, read_partition
+from data_prep.job.mds_writer import MdsWriter, hash_file, read_partition
 from data_prep.job.store import LocalStore
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FEATURE_COLUMNS
@@ -19,7 +19,7 @@ def sample(i: int) -> dict:
 
 
 def test_samples_come_back_in_order_with_their_hashes(tmp_path):
-    writer = ColumnWriter(tmp_path / "p", FEATURE_COLUMNS)
+    writer = MdsWriter(tmp_path / "p", FEATURE_COLUMNS)
     for i in range(5):
         writer.write(sample(i))
     files = writer.finish()
@@ -34,7 +34,7 @@ def test_samples_come_back_in_order_with_their_hashes(tmp_path):
 
 def test_a_sample_above_the_shard_size_leaves_no_empty_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(mds_writer, "SHARD_BYTES", 2000)
-    writer = ColumnWriter(tmp_path / "p", FEATURE_COLUMNS)
+    writer = MdsWriter(tmp_path / "p", FEATURE_COLUMNS)
     for rows in (1000, 2, 1000):
         writer.write({"clip_id": str(rows), "features": np.ones((rows, 3), np.float16)})
     writer.finish()
@@ -44,7 +44,7 @@ def test_a_sample_above_the_shard_size_leaves_no_empty_shard(tmp_path, monkeypat
 
 
 def test_an_abandoned_partition_has_no_index(tmp_path):
-    writer = ColumnWriter(tmp_path / "p", FEATURE_COLUMNS)
+    writer = MdsWriter(tmp_path / "p", FEATURE_COLUMNS)
     writer.write(sample(0))
     writer.abandon()
     assert not (tmp_path / "p" / INDEX).exists()

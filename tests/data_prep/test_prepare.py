@@ -163,9 +163,9 @@ def test_attempts_are_counted_for_the_clip_that_was_alone(tmp_path):
     assert task.probe == 4  # after a second one the clips go alone
     task.probe = 6
     mourn(task)
-    assert (task.probe, task.killers) == (6, {})
+    assert (task.probe, task.poison_clips) == (6, {})
     mourn(task)
-    assert (task.probe, list(task.killers)) == (None, [6])
+    assert (task.probe, list(task.poison_clips)) == (None, [6])
 
 
 def test_a_partition_that_dies_without_a_culprit_ends_the_run(tmp_path):

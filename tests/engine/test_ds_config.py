@@ -1,4 +1,4 @@
-"""The rendered DeepSpeed config: every policy, one owner for each number; the learning-rate schedule."""
+"""The ds_config DeepSpeed config: every policy, one owner for each number; the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from pipeline.config import TrainConfig
 from pipeline.core.errors import UserError
-from pipeline.engine import POLICIES, render, zero_stage
-from pipeline.training.lr_schedule import rate_factor
+from pipeline.engine import POLICIES, build_ds_config, zero_stage
+from pipeline.training.lr_schedule import lr_multiplier
 
 SHIPPED = sorted(p.stem for p in POLICIES.glob("*.json"))
 
@@ -29,12 +29,12 @@ def leaves(values: dict[str, Any]) -> list[Any]:
 def test_deepspeed_accepts_every_policy(policy: str, precision: str) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    rendered = render(policy, train(precision=precision), world_size=1, accumulation=16, on_gpu=True)
-    read = DeepSpeedConfig(rendered)
-    assert read.zero_optimization_stage == zero_stage(rendered)
+    ds_config = build_ds_config(policy, train(precision=precision), world_size=1, accumulation=16, on_gpu=True)
+    read = DeepSpeedConfig(ds_config)
+    assert read.zero_optimization_stage == zero_stage(ds_config)
     assert (read.float16_config.enabled, read.bfloat16_config.enabled) == (precision == "fp16", precision == "bf16")
     assert read.gradient_clipping == 1.0
-    assert "auto" not in leaves(rendered)
+    assert "auto" not in leaves(ds_config)
 
 
 @pytest.mark.parametrize("policy", SHIPPED)
@@ -48,15 +48,15 @@ def test_policy_files_write_out_what_deepspeed_would_default(policy: str) -> Non
 
 
 def test_batch_arithmetic() -> None:
-    rendered = render("zero2", train(), world_size=2, accumulation=8, on_gpu=False)
-    assert rendered["train_batch_size"] == 64
-    assert rendered["train_micro_batch_size_per_gpu"] == 4
-    assert rendered["gradient_accumulation_steps"] == 8
+    ds_config = build_ds_config("zero2", train(), world_size=2, accumulation=8, on_gpu=False)
+    assert ds_config["train_batch_size"] == 64
+    assert ds_config["train_micro_batch_size_per_gpu"] == 4
+    assert ds_config["gradient_accumulation_steps"] == 8
 
 
 def test_optimizer_follows_the_device() -> None:
     def optimizer(policy: str, on_gpu: bool) -> dict[str, Any]:
-        return render(policy, train(), world_size=1, accumulation=1, on_gpu=on_gpu)["optimizer"]["params"]
+        return build_ds_config(policy, train(), world_size=1, accumulation=1, on_gpu=on_gpu)["optimizer"]["params"]
 
     assert optimizer("zero2", on_gpu=False)["torch_adam"] and not optimizer("zero2", on_gpu=False)["fused"]
     assert optimizer("zero2", on_gpu=True)["fused"]
@@ -65,7 +65,9 @@ def test_optimizer_follows_the_device() -> None:
 
 def test_clipping_off_is_written_as_zero() -> None:
     assert (
-        render("zero2", train(gradient_clipping=0), world_size=1, accumulation=1, on_gpu=False)["gradient_clipping"]
+        build_ds_config("zero2", train(gradient_clipping=0), world_size=1, accumulation=1, on_gpu=False)[
+            "gradient_clipping"
+        ]
         == 0
     )
 
@@ -83,23 +85,23 @@ def test_clipping_off_is_written_as_zero() -> None:
 def test_a_bad_policy_is_the_users_mistake(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(UserError, match=fault):
-        render(str(tmp_path / "mine.json"), train(), world_size=1, accumulation=1, on_gpu=False)
+        build_ds_config(str(tmp_path / "mine.json"), train(), world_size=1, accumulation=1, on_gpu=False)
 
 
 def test_an_unknown_policy_names_the_nearest() -> None:
     with pytest.raises(UserError, match="did you mean 'zero2'"):
-        render("zeor2", train(), world_size=1, accumulation=1, on_gpu=False)
+        build_ds_config("zeor2", train(), world_size=1, accumulation=1, on_gpu=False)
 
 
 def test_rate_warms_up_then_falls_to_its_final_share() -> None:
-    factors = [rate_factor(step, 100, 0.1, 0.2) for step in range(1, 101)]
+    factors = [lr_multiplier(step, 100, 0.1, 0.2) for step in range(1, 101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
     assert factors[-1] == pytest.approx(0.2)
-    assert rate_factor(1, 10, 0.0, 0.1) < 1.0  # no warm-up starts on the cosine
+    assert lr_multiplier(1, 10, 0.0, 0.1) < 1.0  # no warm-up starts on the cosine
 
 
 def test_compiled_layers_and_partitioned_parameters_exclude_each_other() -> None:
-    assert render("zero2", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
+    assert build_ds_config("zero2", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
     with pytest.raises(UserError, match=r"train\.compile: does not go with ZeRO-3"):
-        render("zero3", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
+        build_ds_config("zero3", train(compile=True), world_size=1, accumulation=1, on_gpu=False)

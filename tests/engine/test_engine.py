@@ -11,7 +11,7 @@ import torch
 
 from pipeline.core.ranks import read_ranks
 from pipeline.engine import ADAM_EPSILON, trained_weights
-from pipeline.training.lr_schedule import rate_factor
+from pipeline.training.lr_schedule import lr_multiplier
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import (
     CLIPPING,
@@ -47,7 +47,7 @@ def reference() -> tuple[Curve, dict[str, torch.Tensor]]:
     curve = []
     for step in range(STEPS):
         for group, peak in zip(optimizer.param_groups, (1e-2, 2e-2), strict=True):
-            group["lr"] = peak * rate_factor(step + 1, STEPS, 0.25, 0.1)
+            group["lr"] = peak * lr_multiplier(step + 1, STEPS, 0.25, 0.1)
         loss = model(**collate(rows(step))).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)

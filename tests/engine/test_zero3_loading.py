@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.ranks import read_ranks
 from pipeline.core.streams import Connector, Stream
-from pipeline.engine import Engine, ParameterGroup, init_process_group, partitioned_loading, render
+from pipeline.engine import Engine, ParameterGroup, build_ds_config, init_process_group, partitioned_loading
 from pipeline.model import PalForCausalLM, set_trainable
 from tests.helpers.jobs import write_experiment
 from tests.helpers.ranks import run_on_ranks
@@ -22,8 +22,8 @@ from tests.helpers.tiny_engine import settings
 def load(language_model: Path, policy: str) -> tuple[int, int, dict[str, torch.Tensor] | None]:
     """Elements of the language model that this rank holds before there is an engine, and all weights after."""
     train = settings(policy, 2)
-    rendered = render(policy, train, world_size=2, accumulation=1, on_gpu=False)
-    with partitioned_loading(rendered):
+    ds_config = build_ds_config(policy, train, world_size=2, accumulation=1, on_gpu=False)
+    with partitioned_loading(ds_config):
         model = PalForCausalLM.from_language_model(
             str(language_model),
             streams=(Stream(("log_mel",), "lal", Connector("mlp"), (0, 1)),),
@@ -34,7 +34,7 @@ def load(language_model: Path, policy: str) -> tuple[int, int, dict[str, torch.T
     parts = sum(parameter.ds_tensor.numel() for parameter in model.language_model.parameters() if whole == 0)
     set_trainable(model, "connector")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    engine = Engine(model, [ParameterGroup("all", trained, 1e-3, 0.0)], rendered)
+    engine = Engine(model, [ParameterGroup("all", trained, 1e-3, 0.0)], ds_config)
     return whole, parts, engine.gathered_state()
 
 

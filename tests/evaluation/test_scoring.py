@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from pipeline.evaluation.scoring import CommonestAnswers, Prediction, bootstrap_ci95, exact_match, normalise, score
+from pipeline.evaluation.scoring import MajorityBaseline, Prediction, bootstrap_ci95, exact_match, normalise, score
 
 
 def make(clip: int, correct: bool, *, task: str = "what", domain: str = "sound", number: int = 0) -> Prediction:
@@ -109,7 +109,7 @@ def test_bootstrap_covers_the_truth_about_19_times_in_20() -> None:
 
 
 def test_commonest_answer_by_wording_then_task_then_all() -> None:
-    guess = CommonestAnswers(
+    guess = MajorityBaseline(
         [
             ("what", "Which animal?", "Dog"),
             ("what", "Which animal?", "dog."),
@@ -123,4 +123,4 @@ def test_commonest_answer_by_wording_then_task_then_all() -> None:
     assert guess("what", "Which bird?") == "dog"
     assert guess("count", "How many?") == "2"  # a tie goes to the first in the alphabet
     assert guess("unknown", "Why?") == "dog"
-    assert CommonestAnswers([])("what", "Which?") == ""
+    assert MajorityBaseline([])("what", "Which?") == ""

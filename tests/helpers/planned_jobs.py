@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from pipeline.config import ExperimentConfig, validate_config
-from pipeline.config.cluster import EncoderWork, WorkloadConfig
+from pipeline.config.cluster import EncoderCost, WorkloadConfig
 from pipeline.core.ranks import read_ranks
 from pipeline.cost.workload import model_size, row_shape
-from pipeline.engine import POLICIES, Engine, init_process_group, render
+from pipeline.engine import POLICIES, Engine, build_ds_config, init_process_group
 from pipeline.model import PalForCausalLM
 from pipeline.training.build import DTYPES, choose_trained, parameter_groups
 
@@ -30,7 +30,7 @@ WORKLOAD = WorkloadConfig(
     clips=100,
     questions=400,
     clip_s=4.0,
-    encoders={"log_mel": EncoderWork(frame_rate_hz=25, width=64)},
+    encoders={"log_mel": EncoderCost(frame_rate_hz=25, width=64)},
     system_tokens=0,
     question_tokens=32,
     answer_tokens=8,
@@ -76,10 +76,10 @@ def measure(config: ExperimentConfig, steps: int = STEPS) -> dict[str, float]:
     choose_trained(model, config.train)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    rendered = render(
+    ds_config = build_ds_config(
         config.train.zero, config.train, world_size=ranks.world_size, accumulation=accumulation, on_gpu=False
     )
-    engine = Engine(model, parameter_groups(model, config.train), rendered)
+    engine = Engine(model, parameter_groups(model, config.train), ds_config)
     batch = make_batch(config)
 
     def passes() -> None:

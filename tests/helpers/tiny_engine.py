@@ -10,10 +10,10 @@ import torch
 from pipeline.config import TrainConfig
 from pipeline.core.ranks import read_ranks
 from pipeline.core.streams import Connector, Stream
-from pipeline.engine import Engine, ParameterGroup, init_process_group, render
+from pipeline.engine import Engine, ParameterGroup, build_ds_config, init_process_group
 from pipeline.model import PalForCausalLM
 from pipeline.model.configuration import PalConfig
-from pipeline.training.lr_schedule import rate_factor
+from pipeline.training.lr_schedule import lr_multiplier
 
 STEPS, ROWS, TOKENS, WIDTH, AUDIO = 4, 8, 12, 6, 63
 CLIPPING = 0.5
@@ -101,7 +101,9 @@ def build(train: TrainConfig, frozen: str = "none", policy: str | None = None) -
     if not torch.distributed.is_initialized():
         init_process_group(ranks, 120)
     accumulation = ROWS // train.micro_batch_size // ranks.world_size
-    rendered = render(policy or train.zero, train, world_size=ranks.world_size, accumulation=accumulation, on_gpu=False)
+    ds_config = build_ds_config(
+        policy or train.zero, train, world_size=ranks.world_size, accumulation=accumulation, on_gpu=False
+    )
     model = tiny_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not name.startswith(frozen))
@@ -110,7 +112,7 @@ def build(train: TrainConfig, frozen: str = "none", policy: str | None = None) -
         ParameterGroup("matrices", [p for p in trained if p.ndim > 1], 1e-2, 0.1),
         ParameterGroup("vectors", [p for p in trained if p.ndim <= 1], 2e-2, 0.0),
     ]
-    return Engine(model, groups, rendered)
+    return Engine(model, groups, ds_config)
 
 
 def train_steps(
@@ -127,7 +129,7 @@ def train_steps(
         for number, batch in enumerate(micro, start=1):
             inputs = {**batch, "num_items_in_batch": tokens * engine.loss_share}
             loss += float(engine.backward(inputs, last=number == len(micro)))
-        engine.step(rate_factor(step + 1, STEPS, 0.25, 0.1))
+        engine.step(lr_multiplier(step + 1, STEPS, 0.25, 0.1))
         (mean,) = engine.sum_over_ranks([loss * engine.loss_share])
         curve.append((mean, float(engine.gradient_norm)))
     return curve

@@ -17,7 +17,7 @@ MIB = 2**20
 LAYERS, HEADS, HEAD_DIM, NUMBER = 4, 4, 32, 4  # of the model; float32
 FRAME_HZ, WIDTH = 25, 256  # of the encoder
 CACHE_MIB_AN_HOUR = 3600 * FRAME_HZ * LAYERS * 2 * HEADS * HEAD_DIM * NUMBER / MIB
-# `Prefix.nbytes`: features as float16 and float32, tokens, and one layer on the way.
+# `PrefixCache.nbytes`: features as float16 and float32, tokens, and one layer on the way.
 ON_THE_WAY_MIB_AN_HOUR = 3600 * FRAME_HZ * (WIDTH * (2 + 4) + (1 + 8) * HEADS * HEAD_DIM * NUMBER) / MIB
 
 

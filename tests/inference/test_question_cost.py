@@ -13,8 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.core.feature_contract import read_encoders
-from pipeline.inference.encode_audio import Ears
-from pipeline.inference.responder import load_answerer
+from pipeline.inference.encode_audio import AudioEncoders
+from pipeline.inference.responder import load_responder
 from tests.helpers.corpora import tone
 from tests.helpers.exported_models import write_model
 
@@ -35,17 +35,19 @@ def processor_s(work: Callable[[], object]) -> float:
 @pytest.mark.parametrize("integration", ["plits", "lal", "pal_v3"])
 def test_a_further_question_costs_what_a_text_only_one_does(tmp_path: Path, integration: str) -> None:
     folder = write_model(tmp_path, integration, **SIZES)
-    answerer = load_answerer(folder / "model", NEW_TOKENS)
+    responder = load_responder(folder / "model", NEW_TOKENS)
     bare = AutoModelForCausalLM.from_pretrained(folder / "lm").eval()
-    chat = answerer.chat
+    chat = responder.chat
     chat.end_token_id = chat.audio_token_id  # never written: all answers are equally long
     soundfile.write(tmp_path / "clip.wav", tone(CLIP_S, 16000), 16000)
-    ears = Ears(read_encoders(folder / "model", answerer.feature_fingerprints, "nowhere"), {}, "cpu")
-    prefix = answerer.hear([ears.hear(tmp_path / "clip.wav").features])
+    audio_encoders = AudioEncoders(
+        read_encoders(folder / "model", responder.feature_fingerprints, "nowhere"), {}, "cpu"
+    )
+    prefix = responder.prefill([audio_encoders.encode(tmp_path / "clip.wav").features])
     text = torch.tensor([[token for token in chat.prompt(QUESTION) if token != chat.audio_token_id]])
 
     def further_question() -> None:
-        answerer.answer(prefix, [QUESTION], [0])
+        responder.answer(prefix, [QUESTION], [0])
 
     @torch.inference_mode()
     def text_only() -> None:

@@ -16,8 +16,8 @@ import soundfile
 from pipeline.ask import main
 from pipeline.core.errors import run_command
 from pipeline.core.feature_contract import read_encoders
-from pipeline.inference.encode_audio import Ears, read_ahead
-from pipeline.inference.responder import load_answerer
+from pipeline.inference.encode_audio import AudioEncoders, read_ahead
+from pipeline.inference.responder import load_responder
 from tests.helpers.corpora import tone
 from tests.helpers.exported_models import write_model
 
@@ -68,14 +68,16 @@ def test_the_answers_at_the_end_are_those_about_the_file(folder: Path, tmp_path:
 
 
 def test_features_that_arrive_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
-    answerer = load_answerer(folder / "model", 4)
-    ears = Ears(read_encoders(folder / "model", answerer.feature_fingerprints, "nowhere"), {}, "cpu")
+    responder = load_responder(folder / "model", 4)
+    audio_encoders = AudioEncoders(
+        read_encoders(folder / "model", responder.feature_fingerprints, "nowhere"), {}, "cpu"
+    )
     for seconds, rate_hz in ((60.0, 16000), (61.3, 16000), (31.0, 44100)):
         data = wav(seconds, rate_hz)
         (tmp_path / "clip.wav").write_bytes(data)
-        arrived = [w for windows in ears.listen(io.BytesIO(data)) for w in windows["log_mel"]]
+        arrived = [w for windows in audio_encoders.encode_stream(io.BytesIO(data)) for w in windows["log_mel"]]
         assert [len(w) for w in arrived[:-1]] == [WINDOW_S * FRAME_HZ] * (len(arrived) - 1)
-        expected = ears.hear(tmp_path / "clip.wav").features["log_mel"]
+        expected = audio_encoders.encode(tmp_path / "clip.wav").features["log_mel"]
         if rate_hz == 16000:
             assert (np.concatenate(arrived) == expected).all()
         else:

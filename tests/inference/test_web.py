@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from pipeline.ask import main
 from pipeline.core.errors import run_command
 from pipeline.core.feature_contract import read_encoders
-from pipeline.inference.encode_audio import Ears
-from pipeline.inference.responder import Answerer, load_answerer
+from pipeline.inference.encode_audio import AudioEncoders
+from pipeline.inference.responder import Responder, load_responder
 from pipeline.model import PalForCausalLM
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -39,35 +39,35 @@ def model(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def answerer(model: Path) -> Answerer:
-    return load_answerer(model, 4)
+def responder(model: Path) -> Responder:
+    return load_responder(model, 4)
 
 
 @pytest.fixture(scope="module")
-def ears(model: Path, answerer: Answerer) -> Ears:
-    return Ears(read_encoders(model, answerer.feature_fingerprints, "nowhere"), {}, "cpu")
+def audio_encoders(model: Path, responder: Responder) -> AudioEncoders:
+    return AudioEncoders(read_encoders(model, responder.feature_fingerprints, "nowhere"), {}, "cpu")
 
 
 def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
     exported: Path,
-    answerer: Answerer,
-    ears: Ears,
+    responder: Responder,
+    audio_encoders: AudioEncoders,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pipeline.inference.web import Page
 
-    features = ears.hear(exported / "clip.flac").features
+    features = audio_encoders.encode(exported / "clip.flac").features
     expected = {
-        hidden: answerer.answer(answerer.hear([features], hidden), ["What?"], [0])[0]
+        hidden: responder.answer(responder.prefill([features], hidden), ["What?"], [0])[0]
         for hidden in ((), ("lal",), ("lal", "plits"))
     }
     assert expected[()] != expected["lal", "plits"]
     encoded: list[int] = []
     read: list[int] = []
-    hear, audio_tokens = Ears.hear, PalForCausalLM.audio_tokens
-    monkeypatch.setattr(Ears, "hear", lambda *a: encoded.append(1) or hear(*a))
+    hear, audio_tokens = AudioEncoders.encode, PalForCausalLM.audio_tokens
+    monkeypatch.setattr(AudioEncoders, "encode", lambda *a: encoded.append(1) or hear(*a))
     monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: read.append(1) or audio_tokens(*a))
-    page = Page(answerer, ears, "model")
+    page = Page(responder, audio_encoders, "model")
     heard, picture, line, *nothing = page.hear(str(exported / "clip.flac"))
     assert heard is not None and picture is not None and "70.0 s" in line and nothing == ["", "", []]
     asked = list(page.ask(heard, "What?", BOTH))
@@ -93,12 +93,12 @@ def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
 def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
     exported: Path,
     tmp_path: Path,
-    answerer: Answerer,
-    ears: Ears,
+    responder: Responder,
+    audio_encoders: AudioEncoders,
 ) -> None:
     from pipeline.inference.web import Page
 
-    page = Page(answerer, ears, "model")
+    page = Page(responder, audio_encoders, "model")
     (tmp_path / "noise.wav").write_bytes(b"no audio")
     heard, picture, line, *_ = page.hear(str(tmp_path / "noise.wav"))
     assert heard is None and picture is None
@@ -111,10 +111,10 @@ def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
     assert heard is not None and heard.rows == [] and list(page.ask_again(heard, [])) == []
 
 
-def test_the_page_offers_the_pathways_that_the_model_has(answerer: Answerer, ears: Ears) -> None:
+def test_the_page_offers_the_pathways_that_the_model_has(responder: Responder, audio_encoders: AudioEncoders) -> None:
     from pipeline.inference.web import Page
 
-    page = Page(answerer, ears, "model").build()
+    page = Page(responder, audio_encoders, "model").build()
     (boxes,) = (part["props"] for part in page.config["components"] if part["type"] == "checkboxgroup")
     assert [value for _, value in boxes["choices"]] == boxes["value"] == BOTH
     assert not page.analytics_enabled and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
@@ -124,7 +124,7 @@ def test_the_command_serves_this_machine_alone_unless_told(exported: Path, monke
     from pipeline.inference import web
 
     served: list[tuple[str, int]] = []
-    monkeypatch.setattr(web, "serve", lambda answerer, ears, name, host, port: served.append((host, port)))
+    monkeypatch.setattr(web, "serve", lambda responder, audio_encoders, name, host, port: served.append((host, port)))
     assert main([str(exported / "model"), "--web"]) == 0
     assert main([str(exported / "model"), "--web", "--address=0.0.0.0:80"]) == 0
     assert served == [("127.0.0.1", 7860), ("0.0.0.0", 80)]
@@ -193,15 +193,15 @@ def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
     url: str,
     exported: Path,
     tmp_path: Path,
-    answerer: Answerer,
-    ears: Ears,
+    responder: Responder,
+    audio_encoders: AudioEncoders,
 ) -> None:
     from playwright.sync_api import expect, sync_playwright
 
     clip, question = exported / "clip.flac", "What?"
-    features = ears.hear(clip).features
+    features = audio_encoders.encode(clip).features
     all_heard, lal_hidden, both_hidden = (
-        answerer.answer(answerer.hear([features], hidden), [question], [0])[0]
+        responder.answer(responder.prefill([features], hidden), [question], [0])[0]
         for hidden in ((), ("lal",), ("lal", "plits"))
     )
     assert all_heard != both_hidden

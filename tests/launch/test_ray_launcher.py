@@ -24,17 +24,17 @@ SECRET = "planted-secret-of-the-driver-1414"
 RANK = """
 import json, os, sys, time
 from pathlib import Path
-from pipeline import launch
+from pipeline.launch import rank_process
 
 what, output = sys.argv[1], Path(sys.argv[2])
-launch.present(output, int(os.environ["RANK"]))
-launch.say(json.dumps({**os.environ, "cwd": os.getcwd(), "pid": os.getpid()}))
+rank_process.register_rank(output, int(os.environ["RANK"]))
+rank_process.report(json.dumps({**os.environ, "cwd": os.getcwd(), "pid": os.getpid()}))
 stop = []
-launch.watch_parent(lambda: stop.append(True))
+rank_process.watch_parent(lambda: stop.append(True))
 while what == "wait" and not stop:
     time.sleep(0.05)
 if stop:
-    raise SystemExit(launch.leave(output, int(os.environ["RANK"]), 7, 75, "stopped at step 7"))
+    raise SystemExit(rank_process.record_exit(output, int(os.environ["RANK"]), 7, 75, "stopped at step 7"))
 raise SystemExit(3 if what == "fail" and os.environ["RANK"] == "1" else 0)
 """
 

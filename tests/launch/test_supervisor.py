@@ -52,16 +52,16 @@ def test_no_secret_that_the_launcher_reads_from_its_file_is_logged(
 
 
 def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_process, "ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(rank_process, "STOP_REQUEST_POLL_S", 0.01)
     monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
     ended, stopped = threading.Event(), threading.Event()
     monkeypatch.setattr(rank_process.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
-    supervisor._ask(tmp_path, "")
-    rank_process.watch_asked(tmp_path, stopped.set)
+    supervisor._request(tmp_path, "")
+    rank_process.watch_stop_request(tmp_path, stopped.set)
     assert not stopped.wait(0.1)
-    supervisor._ask(tmp_path, rank_process.SAVE)
+    supervisor._request(tmp_path, rank_process.SAVE)
     assert stopped.wait(10) and not ended.is_set()
-    supervisor._ask(tmp_path, rank_process.END)
+    supervisor._request(tmp_path, rank_process.END)
     assert ended.wait(10)
 
 
@@ -69,15 +69,15 @@ def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though another host hangs, and pdsh waits for it."""
-    monkeypatch.setattr(rank_process, "ASKED_EVERY_S", 0.01)
+    monkeypatch.setattr(rank_process, "STOP_REQUEST_POLL_S", 0.01)
     monkeypatch.setattr(supervisor, "_LAST_WORDS_S", 0.1)
     script = (
-        "from pathlib import Path; from pipeline import launch; import time; "
-        f"launch.leave(Path({str(tmp_path)!r}), 1, 7, 1, 'no memory'); time.sleep(60)"
+        "from pathlib import Path; from pipeline.launch import rank_process; import time; "
+        f"rank_process.record_exit(Path({str(tmp_path)!r}), 1, 7, 1, 'no memory'); time.sleep(60)"
     )
     code, message = supervise(tmp_path, monkeypatch, script, hostfile=tmp_path / "hostfile")
     assert code == EXIT_FAILURE and message.startswith("rank 1 failed at step 7: no memory")
-    assert (tmp_path / rank_process.ASKED).read_text() == rank_process.END
+    assert (tmp_path / rank_process.STOP_REQUEST).read_text() == rank_process.END
 
 
 def test_a_full_disk_costs_the_log_and_not_the_job(

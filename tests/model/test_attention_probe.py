@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.model import look
+from pipeline.model import probe_attention
 from pipeline.model.attention_ops import attend, attention_weights
 from tests.helpers.small_models import AUDIO_TOKEN, LAYERS, batch, build
 
@@ -27,7 +27,7 @@ def test_weights_are_those_that_attend_weighs_values_with(causal: bool, softcap:
 def test_shares_of_every_layer_and_head_sum_to_one(preset: str, family: str) -> None:
     model = build(preset, family)
     given = batch([[5, 6, AUDIO_TOKEN, 7, 8, 9, 10]], [9])
-    seen = look(model, given.input_ids, given.labels, given.audio_features, given.audio_lengths)
+    seen = probe_attention(model, given.input_ids, given.labels, given.audio_features, given.audio_lengths)
     assert seen.mass.shape == (LAYERS, 4, 3)
     torch.testing.assert_close(seen.mass.sum(-1), torch.ones(LAYERS, 4))
     kinds = {spec.integration for spec in model.specs}
@@ -42,4 +42,4 @@ def test_shares_of_every_layer_and_head_sum_to_one(preset: str, family: str) -> 
 def test_flamingo_is_refused() -> None:
     given = batch([[5, AUDIO_TOKEN, 7, 8]], [4])
     with pytest.raises(UserError, match="flamingo"):
-        look(build("flamingo"), given.input_ids, given.labels, given.audio_features, given.audio_lengths)
+        probe_attention(build("flamingo"), given.input_ids, given.labels, given.audio_features, given.audio_lengths)

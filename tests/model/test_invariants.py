@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.core.streams import Connector
 from pipeline.model import PalForCausalLM, set_trainable
-from pipeline.model.layout import Places
+from pipeline.model.layout import TokenMetadata
 from tests.helpers.small_models import AUDIO_TOKEN, FAMILIES, FRAMES, PRESETS, ROWS, Batch, batch, build
 
 A = AUDIO_TOKEN
@@ -103,8 +103,8 @@ def test_hidden_audio_keys_leave_the_plain_model(preset: str, monkeypatch: pytes
     given = batch(ROWS, FRAMES)
     seen = logits(model, given)
 
-    def hide(rows: Places) -> Places:
-        return Places(rows.position, rows.segment, torch.zeros_like(rows.valid), rows.audio)
+    def hide(rows: TokenMetadata) -> TokenMetadata:
+        return TokenMetadata(rows.position, rows.segment, torch.zeros_like(rows.valid), rows.audio)
 
     def no_keys(layout: object) -> object:
         for audio in layout.beside.values():  # type: ignore[attr-defined]

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import Connector
-from pipeline.model import LiveAudio, PalForCausalLM, Prefix
+from pipeline.model import PalForCausalLM, PrefixCache, StreamingAudio
 from tests.helpers.small_models import AUDIO_TOKEN, LAYERS, WIDTHS, batch, build
 
 PROMPT, QUESTION = torch.tensor([[5, 6, AUDIO_TOKEN]]), torch.tensor([[7, 8, 9]])
 WINDOWS = (5, 1, 7, 4)
 
 
-def answer(model: PalForCausalLM, prefix: Prefix) -> tuple[Tensor, Tensor]:
+def answer(model: PalForCausalLM, prefix: PrefixCache) -> tuple[Tensor, Tensor]:
     settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     out = model.generate(
         QUESTION,
@@ -30,7 +30,7 @@ def answer(model: PalForCausalLM, prefix: Prefix) -> tuple[Tensor, Tensor]:
     return out.sequences, torch.stack(out.logits)
 
 
-def whole(model: PalForCausalLM, features: Tensor) -> Prefix:
+def whole(model: PalForCausalLM, features: Tensor) -> PrefixCache:
     return model.read_prefix(PROMPT, None, {"one": features}, {"one": torch.tensor([len(features)])})
 
 
@@ -38,7 +38,7 @@ def whole(model: PalForCausalLM, features: Tensor) -> Prefix:
 def test_what_is_kept_is_heard_as_a_clip_of_its_own(family: str) -> None:
     model = build("lal", family, system_text_sees_audio=family == "Qwen3")
     features = batch([[AUDIO_TOKEN]], [sum(WINDOWS)]).audio_features["one"]
-    live = LiveAudio(model, {"one": 12})
+    live = StreamingAudio(model, {"one": 12})
     kept = [5, 6, 8, 12]  # newest frames, in whole windows, after each window
     end = 0
     for window, newest in zip(WINDOWS, kept, strict=True):
@@ -57,7 +57,7 @@ def test_streams_of_several_encoders_arrive_each_in_its_own_windows() -> None:
         type(model.config)(model.config.language_model_config, _two_streams(), WIDTHS, AUDIO_TOKEN)
     ).eval()
     given = batch([[AUDIO_TOKEN]], [9])
-    live = LiveAudio(two, dict.fromkeys(WIDTHS, 100))
+    live = StreamingAudio(two, dict.fromkeys(WIDTHS, 100))
     for name, cuts in (("one", [4, 5]), ("two", [2, 3, 4])):
         for features in given.audio_features[name].split(cuts):
             live.push(name, features)
@@ -85,4 +85,4 @@ def _two_streams() -> Any:
 )
 def test_models_that_cannot_hear_bit_by_bit_are_refused(model: dict[str, Any], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
-        LiveAudio(build(**model), {"one": 10})
+        StreamingAudio(build(**model), {"one": 10})

@@ -200,9 +200,7 @@ def make_query(lm: LanguageModel, lm_weights: Weights, layer: int, h: Tensor, po
     return [llm.rotate(lm, layer, head, position) for head in llm.heads(lm, lm_weights, layer, "q", h)]
 
 
-def decoder_layer(
-    method: Method, lm_weights: Weights, layer: int, members: list[Member], audio_keys: list[Key]
-) -> None:
+def decoder_layer(method: Method, lm_weights: Weights, layer: int, members: list[Member], audio_kv: list[Key]) -> None:
     """One layer of the language model over the sequence, with the LAL keys beside its own."""
     lm = method.language_model
     normed = [llm.input_norm(lm, lm_weights, layer, member.x) for member in members]
@@ -212,7 +210,7 @@ def decoder_layer(
     ]
     for member, h in zip(members, normed, strict=True):
         query = make_query(lm, lm_weights, layer, h, member.position)
-        seen = [key for key in keys + audio_keys if sees(method, layer, member.position, member.is_audio, key)]
+        seen = [key for key in keys + audio_kv if sees(method, layer, member.position, member.is_audio, key)]
         output = llm.attention_output(lm, lm_weights, layer, query, [key.k for key in seen], [key.v for key in seen])
         member.x = llm.add_attention(lm, lm_weights, layer, member.x, output)
         member.x = llm.add_ffn(lm, lm_weights, layer, member.x)

@@ -12,7 +12,7 @@ from tests.parity.families import VOCABULARY
 
 Clip = Mapping[str, Tensor]
 AUDIO_TOKEN = VOCABULARY  # outside the vocabulary: a placeholder that were embedded would fail
-IGNORE = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def labels_of(row: Row, loss_on: str) -> list[list[int]]:
     labels = []
     for items in row.alone():
         first = len(items) - 3 if loss_on == "answer" else max(2, len(row.prefix))
-        labels.append([item if i >= first and isinstance(item, int) else IGNORE for i, item in enumerate(items)])
+        labels.append([item if i >= first and isinstance(item, int) else IGNORE_INDEX for i, item in enumerate(items)])
     return labels
 
 
@@ -51,7 +51,7 @@ def collate(rows: Sequence[Row], encoders: Sequence[str], loss_on: str) -> dict[
     """The batch of `rows` as the model takes it: right-padded, clips as placeholders, their frames concatenated."""
     length = max(len(row.prefix) + sum(map(len, row.conversations)) for row in rows)
     shape = (len(rows), length)
-    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
+    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
     attention_mask, segment_ids = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     clips: list[Clip] = []
     for number, row in enumerate(rows):
@@ -62,7 +62,7 @@ def collate(rows: Sequence[Row], encoders: Sequence[str], loss_on: str) -> dict[
         clips.extend(item for item in items if not isinstance(item, int))
         for segment, (places, wanted) in enumerate(zip(row.places(), labels_of(row, loss_on), strict=True), 1):
             for column, label in zip(places, wanted, strict=True):
-                if label != IGNORE:
+                if label != IGNORE_INDEX:
                     labels[number, column] = label
                 if row.prefix and column >= len(row.prefix):
                     segment_ids[number, column] = segment

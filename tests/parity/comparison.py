@@ -13,7 +13,7 @@ from pipeline.core.streams import Stream
 from pipeline.model import PalConfig, PalForCausalLM
 from tests.oracle import model as oracle
 from tests.oracle.connectors import Connector as OracleConnector
-from tests.parity.batches import AUDIO_TOKEN, ENCODERS, GRIDS, IGNORE, Row, collate, labels_of
+from tests.parity.batches import AUDIO_TOKEN, ENCODERS, GRIDS, IGNORE_INDEX, Row, collate, labels_of
 from tests.parity.families import oracle_language_model, randomise, stock_config
 from tests.parity.float64 import lifted_to_float64
 
@@ -126,7 +126,7 @@ def of_oracle(model: PalForCausalLM, method: oracle.Method, rows: Sequence[Row],
             line, scores = oracle.run(method, weights, items)
             found.append(torch.stack([scores[member] for member in line.text.values()]).detach())
             total = total + oracle.loss_sum(line, scores, labels)
-            count += len(labels) - labels.count(IGNORE)
+            count += len(labels) - labels.count(IGNORE_INDEX)
     loss = total / count
     loss.backward()
     return Result(found, loss.detach(), {name: weight.grad for name, weight in weights.items()})

@@ -26,7 +26,7 @@ def lifted_to_float64() -> Iterator[None]:
     """Models built, and run forward and backward, inside compute nothing in float32."""
     torch.set_default_dtype(torch.float64)
     try:
-        # Not a TorchFunctionMode: a backward pass leaves that mode, and some of the model is recomputed in it.
+        # Not a TorchFunctionMode: a backward pass leaves that mode, and some of the model is recompute in it.
         with ExitStack() as stack:
             stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
             for owner, name in ((torch.Tensor, "to"), (torch, "arange"), (torch.nn.functional, "softmax")):

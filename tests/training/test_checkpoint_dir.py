@@ -22,7 +22,7 @@ def record(step: int, files: dict[str, checkpoint_dir.FileRecord]) -> Checkpoint
         world_size=2,
         zero_stage=2,
         config_sha256="0" * 64,
-        data={"visits": step * 32},
+        data={"packed_examples": step * 32},
         progress={"questions": step * 32.0},
         checksums={"trained": str(step)},
         run_id=None,
@@ -92,7 +92,7 @@ def _killed_while_saving(folder: Path, at: str) -> None:
         checkpoint_dir.begin(folder, 2).joinpath("half.pt").write_bytes(b"x")
         die()
     elif at == "record":
-        files.sync = lambda path: die() if path.is_dir() else None
+        files.fsync = lambda path: die() if path.is_dir() else None
     else:
         Path.rename = die  # type: ignore[assignment, method-assign]
     save(folder, 2)

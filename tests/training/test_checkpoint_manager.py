@@ -13,9 +13,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.ranks import read_ranks
 from pipeline.engine import Engine, Snapshot
 from pipeline.training import checkpoint_dir
-from pipeline.training.checkpoint_manager import Keeper
+from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.run_dir import RunRecord
-from pipeline.training.throughput import Work
+from pipeline.training.throughput import Throughput
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import LANGUAGE_MODEL, build, settings, train_steps
 
@@ -25,18 +25,18 @@ RUN = RunRecord(identity={})
 class Position:
     """Stands where the loader does."""
 
-    visits = 0
+    packed_examples = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"visits": self.visits}
+        return {"packed_examples": self.packed_examples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.visits = state["visits"]
+        self.packed_examples = state["packed_examples"]
 
 
 def keeper_of(
     output: Path, engine: Engine, said: list[str], *, reshard: bool = False, **changes: Any
-) -> tuple[Keeper, Any]:
+) -> tuple[CheckpointManager, Any]:
     config = ExperimentConfig.model_validate(
         {
             "output": output,
@@ -48,7 +48,7 @@ def keeper_of(
     position: Any = Position()
     ranks = read_ranks()
     say = said.append if ranks.is_main else lambda _: None
-    return Keeper(config, ranks, engine, position, say, reshard=reshard), position
+    return CheckpointManager(config, ranks, engine, position, say, reshard=reshard), position
 
 
 def steps_in(output: Path) -> list[int]:
@@ -59,28 +59,28 @@ def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, An
     found, write = {}, Snapshot.write
     for policy in policies:
         engine, release = build(settings(policy, 2), LANGUAGE_MODEL), threading.Event()
-        keeper, position = keeper_of(output / policy, engine, [])
+        checkpoints, position = keeper_of(output / policy, engine, [])
         train_steps(engine, range(1), 2)
-        position.visits, saved = 8, engine.checksums()
+        position.packed_examples, saved = 8, engine.checksums()
 
         def held(snapshot: Snapshot, release: threading.Event = release) -> None:
             release.wait(60)
             write(snapshot)
 
         Snapshot.write = held  # type: ignore[method-assign]
-        keeper.save(1, 96, Work(questions=8.0), RUN)
+        checkpoints.save(1, 96, Throughput(questions=8.0), RUN)
         expected = train_steps(engine, range(1, 3), 2)  # goes on, and changes what was saved
-        keeper.poll()
+        checkpoints.poll()
         before = steps_in(output / policy)
         engine.barrier()
         release.set()
-        keeper.finish()
+        checkpoints.finish()
         after = steps_in(output / policy)
         engine.barrier()
 
         fresh = build(settings(policy, 2), LANGUAGE_MODEL)
         again, position = keeper_of(output / policy, fresh, [])
-        resumed = again.resume(), position.visits, fresh.checksums() == saved
+        resumed = again.resume(), position.packed_examples, fresh.checksums() == saved
         found[policy] = before, after, resumed, train_steps(fresh, range(1, 3), 2) == expected
     return found
 
@@ -89,17 +89,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     for result in run_on_ranks(go_on_while_it_is_written, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
         for policy, (before, after, resumed, same) in result.items():
             assert (before, after) == ([], [1]), policy
-            assert resumed == ((1, 96, Work(questions=8.0)), 8, True), policy
+            assert resumed == ((1, 96, Throughput(questions=8.0)), 8, True), policy
             assert same, f"{policy}: the steps after a resume are not those that followed the save"
 
 
 def meet_failures(output: Path) -> dict[str, Any]:
     engine, said = build(settings("zero2", 2)), []
-    keeper, _ = keeper_of(output, engine, said)
+    checkpoints, _ = keeper_of(output, engine, said)
     write, disk_usage = Snapshot.write, checkpoint_dir.shutil.disk_usage
     train_steps(engine, range(1), 2)
-    keeper.save(1, 0, Work(), RUN)
-    keeper.require_saved()
+    checkpoints.save(1, 0, Throughput(), RUN)
+    checkpoints.require_saved()
 
     def full(snapshot: Snapshot) -> None:
         if read_ranks().rank == 1:
@@ -108,24 +108,24 @@ def meet_failures(output: Path) -> dict[str, Any]:
         write(snapshot)
 
     Snapshot.write = full  # type: ignore[method-assign]
-    keeper.save(2, 0, Work(), RUN)
+    checkpoints.save(2, 0, Throughput(), RUN)
     train_steps(engine, range(1), 2)  # nothing hangs
-    keeper.finish()
+    checkpoints.finish()
     found: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), said[-1:])}
     engine.barrier()
     try:
-        keeper.require_saved()
+        checkpoints.require_saved()
     except RuntimeError as error:
         found["required"] = str(error)
 
     Snapshot.write = write  # type: ignore[method-assign]
     checkpoint_dir.shutil.disk_usage = lambda _: type("", (), {"free": 1000})
-    keeper.save(3, 0, Work(), RUN)
+    checkpoints.save(3, 0, Throughput(), RUN)
     found["no room"] = steps_in(output), list(output.glob(".step*")), said[-1:]
     engine.barrier()
     checkpoint_dir.shutil.disk_usage = disk_usage
-    keeper.save(4, 0, Work(), RUN)
-    keeper.require_saved()
+    checkpoints.save(4, 0, Throughput(), RUN)
+    checkpoints.require_saved()
     found["room again"] = steps_in(output)
     return found
 
@@ -154,19 +154,19 @@ class Uploads:
 
 def keep_the_best(output: Path) -> list[list[int]]:
     engine, found = build(settings("zero2", 2)), []
-    keeper, _ = keeper_of(output, engine, [], keep_best=1)
+    checkpoints, _ = keeper_of(output, engine, [], keep_best=1)
     for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
-        keeper.save(step, 0, Work(), RUN)
-        keeper.note_validation(step, loss)  # the checkpoint is still under way
-        keeper.finish()
+        checkpoints.save(step, 0, Throughput(), RUN)
+        checkpoints.note_validation(step, loss)  # the checkpoint is still under way
+        checkpoints.finish()
         found.append(steps_in(output))
         engine.barrier()
     uploads: Any = Uploads(output / checkpoint_dir.checkpoint_name(4))
     if read_ranks().is_main:
-        keeper.upload_to(uploads)
-    keeper.save(5, 0, Work(), RUN)
-    keeper.note_validation(5, 0.1)
-    keeper.finish()
+        checkpoints.upload_to(uploads)
+    checkpoints.save(5, 0, Throughput(), RUN)
+    checkpoints.note_validation(5, 0.1)
+    checkpoints.finish()
     if read_ranks().is_main:
         assert uploads.named[0] == ["step-000004", "step-000002"]
         assert uploads.named[-1] == ["step-000005", "step-000004", "step-000002"]
@@ -179,9 +179,9 @@ def test_the_best_by_validation_loss_and_what_is_being_uploaded_stay(tmp_path: P
 
 
 def save_once(output: Path) -> None:
-    keeper, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
-    keeper.save(1, 0, Work(), RUN)
-    keeper.require_saved()
+    checkpoints, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
+    checkpoints.save(1, 0, Throughput(), RUN)
+    checkpoints.require_saved()
 
 
 def resume_in_vain(output: Path) -> list[str]:
@@ -190,11 +190,11 @@ def resume_in_vain(output: Path) -> list[str]:
     messages = []
     for frozen in ("another", engine.checksums()["frozen"]):
         engine._frozen_checksum = frozen
-        keeper, _ = keeper_of(output, engine, [])
+        checkpoints, _ = keeper_of(output, engine, [])
         if read_ranks().world_size == 2 and frozen != "another":
             continue
         with pytest.raises(UserError) as error:
-            keeper.resume()
+            checkpoints.resume()
         messages.append(str(error.value))
     return messages
 
@@ -209,25 +209,25 @@ def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
 def save_trained(output: Path) -> str:
     engine = build(settings("zero2", 2), LANGUAGE_MODEL)
     train_steps(engine, range(1), 2)
-    keeper, _ = keeper_of(output, engine, [])
-    keeper.save(1, 96, Work(), RUN)
-    keeper.require_saved()
+    checkpoints, _ = keeper_of(output, engine, [])
+    checkpoints.save(1, 96, Throughput(), RUN)
+    checkpoints.require_saved()
     return engine.checksums()["trained"]
 
 
 def resume_resharded(output: Path) -> tuple[int, str, list[str]]:
     engine, said = build(settings("zero2", 2), LANGUAGE_MODEL), list[str]()
-    keeper, _ = keeper_of(output, engine, said, reshard=True)
-    step, *_ = keeper.resume()
+    checkpoints, _ = keeper_of(output, engine, said, reshard=True)
+    step, *_ = checkpoints.resume()
     return step, engine.checksums()["trained"], said
 
 
 def load_nothing(output: Path) -> str:
     engine: Any = build(settings("zero2", 2), LANGUAGE_MODEL)
     engine.load = lambda *_, **__: None  # as a library that finds nothing to load, and says nothing
-    keeper, _ = keeper_of(output, engine, [])
+    checkpoints, _ = keeper_of(output, engine, [])
     with pytest.raises(RuntimeError) as error:
-        keeper.resume()
+        checkpoints.resume()
     return str(error.value)
 
 

@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_what_it_promises(folder: Path, straight: Path) 
     assert figures == json.loads((straight / "train.json").read_text()) and figures.keys() >= KEYS
     assert figures["steps"] == 12 and 0 <= figures["data_wait_fraction"] < 1
     assert [p.name for p in checkpoint_dir.list_checkpoints(straight)] == ["step-000012", "step-000008"]
-    assert checkpoint_dir.verify(straight / "step-000012").data["visits"] == 96
+    assert checkpoint_dir.verify(straight / "step-000012").data["packed_examples"] == 96
     run = mlflow_run(straight)
     assert run.info.status == "FINISHED" and run.info.run_id == figures["run_id"]
     assert run.data.params["train.zero"] == "zero2" and run.data.params["resolved.audio_layers"] == "[[0], []]"

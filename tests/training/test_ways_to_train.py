@@ -12,7 +12,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.ranks import read_ranks
 from pipeline.tracking.writer import read_metrics
 from pipeline.training import checkpoint_dir
-from pipeline.training.lr_schedule import rate_factor
+from pipeline.training.lr_schedule import lr_multiplier
 from tests.helpers.jobs import train_here, write_experiment
 from tests.helpers.ranks import run_on_ranks
 
@@ -82,7 +82,7 @@ def test_a_run_as_long_as_its_tokens(folder: Path) -> None:
     seen, peak = seen_tokens(folder / "tokens"), 1e-3
     assert seen == seen_tokens(folder / "fixed") and len(seen) == STEPS
     rates = [step["train/learning_rate/streams.matrices"] for step in curve(folder / "tokens")]
-    assert rates == [peak * rate_factor(n, seen[2] + 1, 0.5, 0.1) for n in seen]
+    assert rates == [peak * lr_multiplier(n, seen[2] + 1, 0.5, 0.1) for n in seen]
     assert rates[-1] == pytest.approx(0.1 * peak) and max(rates) > 0.5 * peak
 
 

@@ -1,4 +1,4 @@
-"""A published benchmark: questions about audio files, verdicts, further numbers, the file its official scorer reads."""
+"""A published benchmark: its questions about audio files, its scoring rules, and the file its official scorer reads."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Benchmark(ABC):
         """All questions."""
 
     @abstractmethod
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """The verdict on one answer."""
 
     def marks(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
@@ -77,7 +77,7 @@ class Benchmark(ABC):
         """
         return {}
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """Named numbers beside the mean of `correct`; None for one that cannot be computed.
 
         Args:

@@ -34,7 +34,7 @@ class _Captions(Benchmark):
         with self.file.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """Whether it is one of the captions, word for word."""
         return words(prediction) in [words(caption) for caption in item.row["captions"]]
 
@@ -51,7 +51,7 @@ class _Captions(Benchmark):
         _, marks = Cider().compute_score(captions, said)
         return {"cider": dict(zip(captions, map(float, marks), strict=True))}
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """None for the usual ones that cannot be computed here; see `remark`."""
         return dict.fromkeys(("spice", "spider", "fense"))
 

@@ -25,7 +25,7 @@ class _Classification(Benchmark):
     question: str
     instruction = "Answer with one of these, word for word"
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """Whether the answer names the right class and no other."""
         number = chosen(prediction, item.choices)
         return number is not None and item.choices[number] == item.answer
@@ -56,11 +56,11 @@ class _Tagging(_Classification):
     question = "Which sounds are in this recording?"
     instruction = "Name each that you hear, word for word, out of these"
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """Whether the answer names all classes of the file and no other."""
         return {item.choices[number] for number in named(prediction, item.choices)} == set(item.row["labels"])
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """`f1_micro`; and over the classes that occur in these files `f1_macro` and `mean_average_precision`.
 
         A class that is named ranks a file before all where it is not; files of equal rank count together, as in

@@ -33,11 +33,11 @@ class LibriSpeech(Benchmark):
                 items.append(Item(name, audio, PROMPT, text.strip(), (), "speech", self.file.name, {"id": name}))
         return items
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """Whether no word is wrong."""
         return self._wer([item.answer], [prediction]) == 0
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """`wer`: wrong, left out and added words, over the words that were said."""
         answered = [
             (item.answer, predictions[item.question_id]) for item in self.items if item.question_id in predictions

@@ -34,12 +34,12 @@ class Mmsu(MultipleChoice):
             row=row,
         )
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """Whether a reader would say that the right choice is meant; without a choice, wrong."""
         number = chosen(prediction, item.choices)
         return number is not None and item.choices[number] == item.answer
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """`official_accuracy`, over the `official_questions` that the official scorer counts."""
         right = counted = 0
         letter = None

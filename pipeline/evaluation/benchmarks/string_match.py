@@ -34,16 +34,16 @@ class _StringMatch(MultipleChoice):
             row=row,
         )
 
-    def correct(self, item: Item, prediction: str) -> bool:
+    def is_correct(self, item: Item, prediction: str) -> bool:
         """As the official scorer judges."""
         return string_match(item.answer, prediction, item.choices)
 
-    def further(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
+    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """`official_accuracy`; and `choice_accuracy`: the choice that a reader would say is meant, letters allowed."""
         answered = [(item, predictions[item.question_id]) for item in self.items if item.question_id in predictions]
         meant = [(item, chosen(prediction, item.choices)) for item, prediction in answered]
         return {
-            "official_accuracy": sum(self.correct(*pair) for pair in answered) / len(answered),
+            "official_accuracy": sum(self.is_correct(*pair) for pair in answered) / len(answered),
             "choice_accuracy": sum(n is not None and i.choices[n] == i.answer for i, n in meant) / len(answered),
         }
 

@@ -35,8 +35,8 @@ def test_captions_are_marked_by_cider(tmp_path: Path) -> None:
     assert clotho.marks({"a.wav": "rain", "b.wav": "DOG."}) == {"cider": pytest.approx({"a.wav": 2.5, "b.wav": 2.5})}
     mixed = clotho.marks({"a.wav": "rain dog", "b.wav": ""})["cider"]
     assert mixed == pytest.approx({"a.wav": 2.5 / math.sqrt(2) * math.exp(-1 / 72), "b.wav": 0})
-    assert clotho.correct(clotho.items[0], "rain.") and not clotho.correct(clotho.items[0], "a rain")
-    assert set(clotho.further({"a.wav": "rain"})) == {"spice", "spider", "fense"}
+    assert clotho.is_correct(clotho.items[0], "rain.") and not clotho.is_correct(clotho.items[0], "a rain")
+    assert set(clotho.extra_metrics({"a.wav": "rain"})) == {"spice", "spider", "fense"}
 
 
 def test_captions_are_evaluated_and_written_for_the_official_tools(

@@ -22,7 +22,7 @@ def test_a_class_must_be_named_and_no_other(tmp_path: Path) -> None:
     assert [item.answer for item in esc.items] == ["dog", "crying baby", "sea waves"]
     assert "crying baby, dog, sea waves" in esc.items[0].prompt
     baby = esc.items[1]
-    assert [esc.correct(baby, text) for text in ("A crying baby.", "a dog and a crying baby", "baby", "")] == [
+    assert [esc.is_correct(baby, text) for text in ("A crying baby.", "a dog and a crying baby", "baby", "")] == [
         True,
         False,
         False,
@@ -35,7 +35,7 @@ def test_a_class_must_be_named_and_no_other(tmp_path: Path) -> None:
         ("jazz/jazz.00000.wav", "jazz"),
         ("rock/rock.00000.wav", "rock"),
     ]
-    assert gtzan.correct(gtzan.items[0], "It is jazz music")
+    assert gtzan.is_correct(gtzan.items[0], "It is jazz music")
 
 
 def test_every_class_that_is_named_counts_and_none_within_another() -> None:
@@ -59,7 +59,7 @@ def test_vocal_sounds_take_their_class_from_the_file_name(tmp_path: Path) -> Non
     write_text(tmp_path / "datafiles" / "te.json", json.dumps({"data": rows}))
     sounds = VocalSound(tmp_path)
     assert [item.answer for item in sounds.items] == ["cough", "throat clearing"]
-    assert sounds.correct(sounds.items[1], "They are clearing... throat clearing!")
+    assert sounds.is_correct(sounds.items[1], "They are clearing... throat clearing!")
     write_text(tmp_path / "datafiles" / "te.json", json.dumps(rows))
     with pytest.raises(UserError, match="is no list of recordings"):
         VocalSound(tmp_path)
@@ -72,9 +72,9 @@ def test_tags_are_counted_by_class(tmp_path: Path) -> None:
     write_text(tmp_path / "fsd" / "FSD50K.ground_truth" / "eval.csv", table)
     fsd = Fsd50k(tmp_path / "fsd")
     said = {item.question_id: text for item, text in zip(fsd.items, ("dog", "purr, dog", "Dog."), strict=True)}
-    assert [fsd.correct(item, said[item.question_id]) for item in fsd.items] == [False, False, True]
+    assert [fsd.is_correct(item, said[item.question_id]) for item in fsd.items] == [False, False, True]
     # Bark: never named. Dog: 2 of 2 found, 3 named. Purr: 1 of 1. Average precision: Bark 1/3, Dog 2/3, Purr 1.
-    assert fsd.further(said) == pytest.approx(
+    assert fsd.extra_metrics(said) == pytest.approx(
         {
             "f1_micro": 2 * 3 / (4 + 4),
             "f1_macro": (0 + 4 / 5 + 1) / 3,
@@ -82,9 +82,9 @@ def test_tags_are_counted_by_class(tmp_path: Path) -> None:
         }
     )
     perfect = {item.question_id: item.answer for item in fsd.items}
-    assert set(fsd.further(perfect).values()) == {1.0}
+    assert set(fsd.extra_metrics(perfect).values()) == {1.0}
     one = fsd.items[1].question_id
-    assert set(fsd.further({one: "Purr"}).values()) == {1.0}, "classes that do not occur have no score"
+    assert set(fsd.extra_metrics({one: "Purr"}).values()) == {1.0}, "classes that do not occur have no score"
 
 
 def test_dcase_tags_stand_in_lines_of_their_own(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_dcase_tags_stand_in_lines_of_their_own(tmp_path: Path) -> None:
     write_text(file, "\n".join(lines) + "\n")
     dcase = Dcase2017(tmp_path)
     assert [item.row["labels"] for item in dcase.items] == [["Car", "Train"], ["Air horn, truck horn"]]
-    assert dcase.correct(dcase.items[0], "a train and a car")
-    assert dcase.further({dcase.items[1].question_id: "air horn, truck horn"})["f1_micro"] == 1
+    assert dcase.is_correct(dcase.items[0], "a train and a car")
+    assert dcase.extra_metrics({dcase.items[1].question_id: "air horn, truck horn"})["f1_micro"] == 1
     write_text(file, "a.wav,0,10,Car\n")
     with pytest.raises(UserError, match="line 1: has 1 columns"):
         Dcase2017(tmp_path)

@@ -15,10 +15,10 @@ def test_words_are_counted_over_the_whole_part(exported: Path, tmp_path: Path) -
     (part / "1" / "2" / "1-2.trans.txt").write_text("1-2-0000 HE'S HERE\n1-2-0001 ONE TWO THREE\n")
     speech = LibriSpeech(part)
     assert [item.answer for item in speech.items] == ["HE'S HERE", "ONE TWO THREE"]
-    assert speech.correct(speech.items[0], " He's — here!")
-    assert not speech.correct(speech.items[0], "he is here")
-    assert speech.further({"1-2-0000": "he's here", "1-2-0001": "one too three four"}) == {"wer": 2 / 5}
-    assert speech.further({"1-2-0000": "", "1-2-0001": "one two three"}) == {"wer": 2 / 5}
+    assert speech.is_correct(speech.items[0], " He's — here!")
+    assert not speech.is_correct(speech.items[0], "he is here")
+    assert speech.extra_metrics({"1-2-0000": "he's here", "1-2-0001": "one too three four"}) == {"wer": 2 / 5}
+    assert speech.extra_metrics({"1-2-0000": "", "1-2-0001": "one two three"}) == {"wer": 2 / 5}
     arguments = [f"librispeech={part}", "--json", str(tmp_path / "s.json"), "--max-new-tokens=2"]
     assert main([str(exported / "model"), *arguments]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["librispeech"]["wer"] > 0

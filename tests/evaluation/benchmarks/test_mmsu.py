@@ -33,7 +33,7 @@ def write_mmsu(root: Path, count: int) -> Mmsu:
     ("predictions", "official", "counted", "sane"),
     [
         (["B", "B. low", "(B)"], 1.0, 3, 3),  # of "(B)" the character before the last
-        (["B", ""], 1.0, 2, 1),  # an empty answer is judged by the letter before it
+        (["B", ""], 1.0, 2, 1),  # an empty answer is apply_benchmark_rules by the letter before it
         (["A", "", "None"], 0.0, 3, 0),
         (["", "B"], None, None, 1),  # with no letter before it the scorer ends with an error
         (["B", "no idea", "5"], 1.0, 1, 1),  # without a letter it does not count
@@ -46,7 +46,7 @@ def test_mmsu_tells_the_official_number_and_a_sane_one(
     tmp_path: Path, predictions: list[str], official: float | None, counted: float | None, sane: int
 ) -> None:
     benchmark = write_mmsu(tmp_path, len(predictions))
-    further = benchmark.further({str(number): text for number, text in enumerate(predictions)})
-    assert further == {"official_accuracy": official, "official_questions": counted}
-    verdicts = [benchmark.correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)]
+    extra_metrics = benchmark.extra_metrics({str(number): text for number, text in enumerate(predictions)})
+    assert extra_metrics == {"official_accuracy": official, "official_questions": counted}
+    verdicts = [benchmark.is_correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)]
     assert sum(verdicts) == sane

@@ -1,4 +1,4 @@
-"""Verdicts on awkward answers, as the official scorers give them (compared with them on 14,000 generated answers)."""
+"""Awkward answers are scored as by the official scorers (compared with them on 14,000 generated answers)."""
 
 import pytest
 

@@ -6,27 +6,22 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from data_prep.job.store import Store
 from pipeline.core.feature_contract import CLIPS
+from pipeline.core.records import Strict
 
 COMMITS = "commits"
 INDEX = "index.json"
 REJECTS = "rejects.jsonl"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class CommittedFile(_Record):
+class CommittedFile(Strict):
     name: str
     bytes: int
     xxh64: str
 
 
-class CommittedColumn(_Record):
+class CommittedColumn(Strict):
     """One partition of one column: its sub-folder of the column's folder, and the files in it.
 
     `device`: what the encoder ran on; features differ in their last digits between kinds.
@@ -38,7 +33,7 @@ class CommittedColumn(_Record):
     files: list[CommittedFile]
 
 
-class RejectedClip(_Record):
+class RejectedClip(Strict):
     """A line of rejects.jsonl."""
 
     clip_id: str
@@ -47,7 +42,7 @@ class RejectedClip(_Record):
     audio: str | None = None
 
 
-class Commit(_Record):
+class Commit(Strict):
     """A finished partition. The file that holds this record is the partition's one atomic act: no record, no partition.
 
     Attributes:

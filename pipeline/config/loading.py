@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.core.errors import UserError, nearest
-
-
-class Strict(BaseModel):
-    """A node of a config tree: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from pipeline.core.records import Strict
 
 
 class InvalidConfig(ValueError):

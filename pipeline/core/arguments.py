@@ -1,29 +1,61 @@
-"""Command-line options that several commands share."""
+"""Command-line arguments that several commands share, and how a command writes its figures."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from pipeline.core.errors import UserError
 
 
+def add_config(parser: argparse.ArgumentParser, name: str = "config", *, optional: bool = False) -> None:
+    """Adds CONFIG and any number of `key.sub=value` overrides (parse with `parse_intermixed_args`)."""
+    parser.add_argument(
+        name, nargs="?" if optional else None, help="a YAML file, or the name of a config that ships with the software"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None:
+    """Adds `--json FILE`, for `write_figures`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to this file")
+
+
+def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--dry-run`.
+
+    Args:
+        what: what the command does instead of its work, as an imperative ("check the config and print ...").
+    """
+    parser.add_argument("--dry-run", action="store_true", help=what)
+
+
+def write_figures(figures: Mapping[str, Any], file: Path | None) -> None:
+    """Writes the figures of a command as JSON; does nothing without a file."""
+    if file is not None:
+        file.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def add_encoder_option(parser: argparse.ArgumentParser) -> None:
-    """`--encoder NAME=FOLDER`, any number of times; pairs of name and place in `arguments.encoder`."""
+    """Adds `--encoder NAME=FOLDER`, any number of times; pairs of name and location in `arguments.encoder`."""
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
-        type=_encoder_place,
+        type=_encoder_location,
         metavar="NAME=FOLDER",
         help="where an encoder's weights are, if not where they were in preparation",
     )
 
 
-def _encoder_place(text: str) -> tuple[str, str]:
-    name, _, place = text.partition("=")
-    if not name or not place:
+def _encoder_location(text: str) -> tuple[str, str]:
+    name, _, location = text.partition("=")
+    if not name or not location:
         raise UserError("--encoder", f"'{text}' is not NAME=FOLDER", "name an encoder of the model and a folder")
-    return name, place
+    return name, location
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:

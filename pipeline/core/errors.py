@@ -47,10 +47,13 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     Returns:
         the exit code: 0 done, 2 the user's mistake, 1 a failure at run time, 130 interrupted.
     """
+    from pipeline.core.console import configure_logging, logger
+
+    configure_logging()
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"pal: {error}", file=sys.stderr)
+        logger.error(error)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -17,9 +17,10 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.core.errors import UserError
+from pipeline.core.records import Strict
 
 CONTRACT_FILE = "features.json"
 ENCODERS_FILE = "encoders.json"  # in a model's folder
@@ -36,11 +37,7 @@ CLIP_COLUMNS = {
 FEATURE_COLUMNS = {"clip_id": "str", "features": "ndarray:float16"}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Question(_Record):
+class Question(Strict):
     """One question about a clip; `question_id` is unique in the feature set."""
 
     question_id: str
@@ -50,7 +47,7 @@ class Question(_Record):
     choices: list[str] | None = None
 
 
-class EncoderContract(_Record):
+class EncoderContract(Strict):
     """How one column of features was made; two columns with the same fingerprint are interchangeable.
 
     Attributes:
@@ -85,7 +82,7 @@ class EncoderContract(_Record):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-class FeatureContract(_Record):
+class FeatureContract(Strict):
     """What a feature set holds."""
 
     format_version: Literal[1] = 1

@@ -1,14 +1,20 @@
-"""Files that are whole or not there, and survive the loss of power."""
+"""Files that are whole or absent and survive a power cut, and the one lock that keeps two processes apart."""
 
 from __future__ import annotations
 
 import os
+import socket
+import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.core.errors import UserError
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Replaces a file at once; an attempt that fails leaves the one before."""
+    """Replaces a file in one step; an attempt that fails leaves the previous file untouched."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with temporary.open("wb") as file:
@@ -23,9 +29,58 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Forces a file, or the names in a folder, to disk."""
+    """Forces a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
+    """Holds a lock file, which the system releases with this process, however that ends.
+
+    Args:
+        path: the lock file; its folder is created.
+        timeout_s: how long to wait for another holder; None means for ever.
+
+    Raises:
+        TimeoutError: another process still holds the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if timeout_s is None else timeout_s)
+    except Timeout as error:
+        raise TimeoutError(str(path)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def lock_folder(folder: Path, name: str, timeout_s: float = 0.0) -> Iterator[None]:
+    """Holds a folder for this process alone.
+
+    Args:
+        folder: is created.
+        name: of the lock file in it; who holds it is written to `<name>.holder`.
+
+    Raises:
+        UserError: another process holds it, and still does after `timeout_s`.
+    """
+    holder = folder / f"{name}.holder"
+    try:
+        with file_lock(folder / name, timeout_s):
+            holder.write_text(
+                f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}",
+                encoding="utf-8",
+            )
+            yield
+    except TimeoutError as error:
+        owner = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+        raise UserError(folder, f"is in use by {owner}", "wait for it, or choose another output folder") from error

@@ -14,10 +14,11 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_write, fsync
+from pipeline.core.records import Strict
 
 RECORD = "COMPLETE.json"
 VALIDATION = "validation.json"  # the validation loss of a checkpoint; written after it, as training goes on
@@ -26,16 +27,12 @@ _GIB = 2**30
 _SPACE_MARGIN = 1.01  # what files hold beside tensors
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Strict):
     size: int
     sha256: str
 
 
-class CheckpointRecord(_Record):
+class CheckpointRecord(Strict):
     """`COMPLETE.json`.
 
     Attributes:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipeline.config import ExperimentConfig
 from pipeline.config.flat import flatten
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_write
+from pipeline.core.records import Strict
 from pipeline.training.checkpoint_dir import list_checkpoints
 
 RUN = "run.json"
@@ -43,10 +44,6 @@ _FREE = (
 )
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def run_identity(config: ExperimentConfig, fingerprint: str, origin: str | None) -> dict[str, Any]:
     """Flat settings that change what a run computes.
 
@@ -59,7 +56,7 @@ def run_identity(config: ExperimentConfig, fingerprint: str, origin: str | None)
     return {**kept, "features.fingerprint": fingerprint, "origin": origin}
 
 
-class RunRecord(_Record):
+class RunRecord(Strict):
     """`run.json` of an output folder.
 
     Attributes:

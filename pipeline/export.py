@@ -74,12 +74,13 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     Returns:
         parameters, and max_abs_difference between what was meant and what was read.
     """
+    from pipeline.data.chat_template import build_chat_template
     from pipeline.model import PalForCausalLM, count_parameters
-    from pipeline.training.build import build_chat, build_model, load_trained, save_model
+    from pipeline.training.build import build_model, load_trained, save_model
 
     config = load_config(ExperimentConfig, source / run_dir.CONFIG)
     contract = load_contract(config.data.train)
-    tokenizer, chat = build_chat(config)
+    tokenizer, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     model = build_model(config, contract, chat.audio_token_id)
     load_trained(model, source)
     save_model(model, tokenizer, config, out)

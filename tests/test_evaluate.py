@@ -17,7 +17,7 @@ from pipeline.config import ExperimentConfig, validate_config
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import CONTRACT_FILE, load_contract
 from pipeline.core.streams import Connector, preset_streams
-from pipeline.data.chat_template import Chat, load_tokenizer
+from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluate import evaluate, main
@@ -75,7 +75,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory, features: FeatureSet) ->
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCausalLM:
     """A tiny LAL model that has learned the set by heart."""
-    chat = Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128)
+    chat = ChatTemplate(tokenizer, SYSTEM_PROMPT, max_text_tokens=128)
     torch.manual_seed(0)
     model = PalForCausalLM.from_language_model(
         tokenizer.name_or_path,
@@ -105,7 +105,7 @@ def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCau
 
 @pytest.fixture(scope="module")
 def responder(model: PalForCausalLM, tokenizer: PreTrainedTokenizerBase) -> Responder:
-    return Responder(model, Chat(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
+    return Responder(model, ChatTemplate(tokenizer, SYSTEM_PROMPT, max_text_tokens=128), max_new_tokens=16)
 
 
 def config_of(folder: Path, tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> ExperimentConfig:

@@ -14,7 +14,7 @@ from pipeline.config.cluster import EncoderCost, WorkloadConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.cost.flops import RowShape, training_flops
-from pipeline.data.chat_template import build_chat
+from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import open_feature_set
 from pipeline.engine import parameter_groups
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, set_trainable
@@ -100,7 +100,7 @@ def measure_workload(config: ExperimentConfig) -> WorkloadConfig:
     contract = load_contract(config.data.train)
     require_encoders(contract, config.model.encoders, config.data.train)
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    _, chat = build_chat(config)
+    _, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     sample = features.table.clip[selected[np.linspace(0, len(selected) - 1, SAMPLED_CLIPS).astype(np.int64)]]
     rows = [chat.row(features.clip(int(clip)).questions[:1]) for clip in sample]

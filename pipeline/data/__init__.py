@@ -1,1 +1,1 @@
-"""From a prepared feature set to training batches: which questions when, as which tokens, with which features."""
+"""Turns prepared feature sets into training batches: sampling order, chat template, collation, loading."""

@@ -1,4 +1,4 @@
-"""Rows of token ids and their clips' features -> one batch as the model reads it."""
+"""Collates rows of token ids and the features of their clips into one batch in the form the model reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its tokens, the questions in it, its clip and the clip's features (None for a row of text only)."""
+    """One row of a batch.
+
+    Attributes:
+        row: token ids, labels and segments.
+        questions: the questions in the row.
+        clip: the clip they are about; None for a row of text only.
+        features: encoder -> (frames, width); empty for a row of text only.
+    """
 
     row: Row
     questions: Sequence[Question]
@@ -28,28 +35,22 @@ class Example:
 
 
 def collate(
-    examples: Sequence[Example],
-    *,
-    pad_token_id: int,
-    widths: Mapping[str, int],
-    feature_dtype: torch.dtype,
-    pad_left: bool = False,
+    examples: Sequence[Example], *, pad_token_id: int, widths: Mapping[str, int], feature_dtype: torch.dtype
 ) -> Batch:
-    """A batch of B rows, T tokens the longest.
+    """Builds a batch of B rows, padded on the right to the T tokens of the longest.
 
     Args:
         pad_token_id: fills input_ids where attention_mask is 0.
-        widths: encoder -> width, for batches without a clip.
-        feature_dtype: of the audio features; float32 and float16 are written straight from the shard's bytes.
-        pad_left: pad on the left, as generation wants it.
+        widths: encoder -> width of its frames, needed for batches without a clip.
+        feature_dtype: dtype of the audio features; float32 and float16 are converted directly from the shard's bytes.
 
     Returns:
-        input_ids, attention_mask, labels (-100 where no loss), segment_ids: (B, T) int64. audio_features: encoder ->
-        (total frames, width), clips one after the other without padding. audio_lengths: encoder -> (clips,) int64.
-        For the host: question_ids and tasks, one entry a question, row by row; clip_ids and audio_s, one entry a clip.
+        input_ids, attention_mask, labels (-100 where there is no loss), segment_ids: (B, T) int64. audio_features:
+        encoder -> (total frames, width), the clips concatenated without padding. audio_lengths: encoder -> (clips,)
+        int64. For the host: question_ids and tasks, one entry per question, row by row; clip_ids and audio_s, one entry
+        per clip.
     """
-    longest = max(len(example.row.input_ids) for example in examples)
-    shape = (len(examples), longest)
+    shape = (len(examples), max(len(example.row.input_ids) for example in examples))
     tokens = {
         "input_ids": np.full(shape, pad_token_id, np.int64),
         "attention_mask": np.zeros(shape, np.int64),
@@ -57,12 +58,11 @@ def collate(
         "segment_ids": np.zeros(shape, np.int64),
     }
     for number, example in enumerate(examples):
-        length = len(example.row.input_ids)
-        place = np.s_[number, longest - length :] if pad_left else np.s_[number, :length]
-        tokens["input_ids"][place] = example.row.input_ids
-        tokens["attention_mask"][place] = 1
-        tokens["labels"][place] = example.row.labels
-        tokens["segment_ids"][place] = example.row.segment_ids
+        columns = np.s_[number, : len(example.row.input_ids)]
+        tokens["input_ids"][columns] = example.row.input_ids
+        tokens["attention_mask"][columns] = 1
+        tokens["labels"][columns] = example.row.labels
+        tokens["segment_ids"][columns] = example.row.segment_ids
 
     with_audio = [(example.clip, example.features) for example in examples if example.clip is not None]
     questions = [question for example in examples for question in example.questions]
@@ -84,7 +84,7 @@ def collate(
 
 
 def _concatenate(arrays: Sequence[NDArray[np.float16]], width: int, dtype: torch.dtype) -> torch.Tensor:
-    # One copy out of the read-only shard bytes; numpy has no bfloat16, so that takes a second one.
-    target = np.float32 if dtype is torch.float32 else np.float16
-    whole = np.concatenate([np.empty((0, width), target), *arrays], dtype=target, casting="same_kind")
-    return torch.from_numpy(whole).to(dtype)
+    # One copy out of the read-only shard bytes; numpy has no bfloat16, so bfloat16 takes a second copy.
+    numpy_dtype = np.float32 if dtype is torch.float32 else np.float16
+    frames = np.concatenate([np.empty((0, width), numpy_dtype), *arrays], dtype=numpy_dtype, casting="same_kind")
+    return torch.from_numpy(frames).to(dtype)

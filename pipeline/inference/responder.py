@@ -17,7 +17,7 @@ from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
-from pipeline.data.chat_template import Chat, load_tokenizer
+from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
 
@@ -60,7 +60,7 @@ def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Respon
     model = PalForCausalLM.from_pretrained(folder, dtype="auto")
     # What training was bounded by says nothing of a benchmark's longer prompts: the language model's own bound counts.
     longest = model.config.language_model.max_position_embeddings
-    chat = Chat(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=longest)
+    chat = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=longest)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return Responder(model.to(device), chat, max_new_tokens)
 
@@ -74,7 +74,7 @@ class Responder:
         feature_fingerprints: encoder -> fingerprint of the features that the model understands.
     """
 
-    def __init__(self, model: PalForCausalLM, chat: Chat, max_new_tokens: int) -> None:
+    def __init__(self, model: PalForCausalLM, chat: ChatTemplate, max_new_tokens: int) -> None:
         self.model = model.eval()
         self.chat = chat
         self._max_new_tokens = max_new_tokens
@@ -183,7 +183,7 @@ class Words(BaseStreamer):
         times_s: when each token came, of `time.perf_counter`.
     """
 
-    def __init__(self, chat: Chat, write: Callable[[str], None]) -> None:
+    def __init__(self, chat: ChatTemplate, write: Callable[[str], None]) -> None:
         self._chat, self._write = chat, write
         self._ids: list[int] = []
         self._written = ""

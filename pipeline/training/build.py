@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
 from pipeline.core.ranks import Ranks
 from pipeline.cost.flops import token_count
-from pipeline.data.chat_template import Chat, build_chat
+from pipeline.data.chat_template import ChatTemplate, build_chat_template
 from pipeline.data.feature_set import FeatureSet, open_feature_set
 from pipeline.data.loader import TrainingLoader
 from pipeline.engine import (
@@ -52,7 +52,7 @@ class Components:
     validation: FeatureSet | None
     model: PalForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    chat: Chat
+    chat: ChatTemplate
     loader: TrainingLoader
     audio_positions: Callable[[float], int]
     engine: Engine
@@ -70,7 +70,7 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     encoders = config.model.encoders
     features = open_feature_set(config.data.train, encoders, config.data)
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
-    tokenizer, chat = build_chat(config)
+    tokenizer, chat = build_chat_template(config.model.language_model, config.data, train.loss_on)
     positions = audio_positions(config, features.contract)
     loader = build_loader(config, features, chat, ranks, positions)
     deepspeed_config = build_ds_config(
@@ -103,23 +103,10 @@ def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Call
 
 
 def build_loader(
-    config: ExperimentConfig, features: FeatureSet, chat: Chat, ranks: Ranks, positions: Callable[[float], int]
+    config: ExperimentConfig, features: FeatureSet, chat: ChatTemplate, ranks: Ranks, positions: Callable[[float], int]
 ) -> TrainingLoader:
     """The training batches of one rank; `positions` are from `audio_positions`."""
-    train = config.train
-    return TrainingLoader(
-        features,
-        chat,
-        config.data,
-        seed=train.seed,
-        examples_per_step=train.global_batch_size // config.data.questions_per_sequence,
-        micro_batch_size=train.micro_batch_size,
-        micro_batch_tokens=train.micro_batch_tokens,
-        audio_positions=positions,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        feature_dtype=feature_dtype(train),
-    )
+    return TrainingLoader(features, chat, config.data, config.train, ranks, positions)
 
 
 def total_steps(train: TrainConfig, loader: TrainingLoader) -> int | None:
@@ -246,11 +233,6 @@ def _model_settings(config: ExperimentConfig, contract: FeatureContract, audio_t
         "audio_queries": config.model.audio_queries,
         "feature_fingerprints": {name: encoder.fingerprint for name, encoder in encoders.items()},
     }
-
-
-def feature_dtype(train: TrainConfig) -> torch.dtype:
-    """Half precision keeps the shards' own bytes; the model casts on its device."""
-    return torch.float32 if train.precision == "fp32" else torch.float16
 
 
 def validation_questions(features: FeatureSet, config: ExperimentConfig) -> np.ndarray:

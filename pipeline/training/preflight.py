@@ -75,11 +75,12 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     """What `--dry-run` prints of a run: layers, parameters, what is selected, steps, tokens."""
     import numpy as np
 
+    from pipeline.data.chat_template import build_chat_template
     from pipeline.data.feature_set import open_feature_set
     from pipeline.model import count_parameters
-    from pipeline.training.build import audio_positions, build_chat, build_empty_model, build_loader, total_steps
+    from pipeline.training.build import audio_positions, build_empty_model, build_loader, total_steps
 
-    _, chat = build_chat(config)
+    _, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     parameters = count_parameters(build_empty_model(config, contract, chat.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
     positions = audio_positions(config, contract)

@@ -22,7 +22,7 @@ from pipeline.data.loader import evaluation_batches
 from pipeline.model import count_parameters
 from pipeline.tracking.writer import Status, Tracker, read_metrics
 from pipeline.training import checkpoint_dir, run_dir
-from pipeline.training.build import build_components, feature_dtype, save_model, validation_questions
+from pipeline.training.build import build_components, save_model, validation_questions
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.lr_schedule import lr_multiplier
 from pipeline.training.run_dir import RunRecord
@@ -190,12 +190,9 @@ class Trainer:
                 features,
                 self.components.chat,
                 validation_questions(features, self.config),
-                micro_batch_size=self.train.micro_batch_size,
-                micro_batch_tokens=self.train.micro_batch_tokens,
-                audio_positions=self.components.audio_positions,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
-                feature_dtype=feature_dtype(self.train),
+                self.train,
+                self.ranks,
+                self.components.audio_positions,
             )
             loss = torch.zeros((), device=self.engine.device, dtype=torch.float64)
             answer_tokens = 0

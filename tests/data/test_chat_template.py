@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
-from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE_INDEX, Chat, load_tokenizer
+from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE_INDEX, ChatTemplate, load_tokenizer
 from tests.helpers.feature_sets import CHATML, byte_tokenizer
 
 SYSTEM = "You listen."
@@ -64,8 +64,8 @@ def chatml(tmp_path):
     return load_tokenizer(tmp_path)
 
 
-def chat(tokenizer, system=SYSTEM, max_text_tokens=1000, **options) -> Chat:
-    return Chat(tokenizer, system, max_text_tokens=max_text_tokens, **options)
+def chat(tokenizer, system=SYSTEM, max_text_tokens=1000, **options) -> ChatTemplate:
+    return ChatTemplate(tokenizer, system, max_text_tokens=max_text_tokens, **options)
 
 
 def test_placeholder_is_one_token_beyond_the_vocabulary(chatml):
@@ -146,7 +146,7 @@ def test_long_conversations_are_named_and_never_cut(chatml):
 
 
 def test_a_placeholder_in_a_text_is_refused(chatml):
-    with pytest.raises(UserError, match=r"question 'bad': holds <audio>"):
+    with pytest.raises(UserError, match=r"question 'bad': contains <audio>"):
         chat(chatml).row([Question(question_id="bad", question="is <audio> loud?", answer="yes")])
     with pytest.raises(UserError, match=r"data\.system_prompt"):
         chat(chatml, system="Listen to <audio>.")

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.core.errors import UserError
-from pipeline.data.chat_template import Chat, load_tokenizer
-from pipeline.data.collate import collate
+from pipeline.core.ranks import Ranks
+from pipeline.data.chat_template import ChatTemplate, load_tokenizer
+from pipeline.data.collate import Example, collate
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.loader import TrainingLoader, evaluation_batches
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_feature_set
@@ -23,10 +24,14 @@ def features(tmp_path_factory) -> FeatureSet:
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory) -> Chat:
+def chat(tmp_path_factory) -> ChatTemplate:
     folder = tmp_path_factory.mktemp("tokenizer")
     byte_tokenizer().save_pretrained(folder)
-    return Chat(load_tokenizer(folder), "You listen.", max_text_tokens=500)
+    return ChatTemplate(load_tokenizer(folder), "You listen.", max_text_tokens=500)
+
+
+def ranks_of(rank: int = 0, world_size: int = 1) -> Ranks:
+    return Ranks(rank, world_size, 0, 1)
 
 
 def loader(
@@ -34,6 +39,7 @@ def loader(
     chat,
     rank=0,
     world_size=1,
+    *,
     examples_per_step=8,
     seed=0,
     micro_batch_size=2,
@@ -41,19 +47,15 @@ def loader(
     audio=None,
     **data,
 ) -> TrainingLoader:
-    config = DataConfig(train=features.folder, **{"questions_per_sequence": 2, **data})
-    return TrainingLoader(
-        features,
-        chat,
-        config,
+    data_config = DataConfig(train=str(features.folder), **{"questions_per_sequence": 2, **data})
+    train_config = TrainConfig(
         seed=seed,
-        examples_per_step=examples_per_step,
+        global_batch_size=examples_per_step * data_config.questions_per_sequence,
         micro_batch_size=micro_batch_size,
         micro_batch_tokens=tokens,
-        audio_positions=audio,
-        rank=rank,
-        world_size=world_size,
+        precision="fp32",
     )
+    return TrainingLoader(features, chat, data_config, train_config, ranks_of(rank, world_size), audio)
 
 
 def batches_of(loader: TrainingLoader, num_steps: int) -> list[dict]:
@@ -71,16 +73,16 @@ def take(loaders: list[TrainingLoader], num_steps: int) -> list[list[str]]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_exactly_once_an_epoch_at_any_world_size(features, chat, world_size, workers):
+def test_each_question_is_seen_once_an_epoch_at_any_world_size(features, chat, world_size, workers):
     loaders = [loader(features, chat, rank, world_size, workers=workers) for rank in range(world_size)]
     per_epoch = loaders[0].sampler.examples_per_epoch
-    steps = take(loaders, per_epoch)  # eight epochs: whole ones end where a global batch ends
+    steps = take(loaders, per_epoch)  # eight epochs: whole epochs, which end where a global batch ends
     seen = [question for step in steps for question in step]
     expected = [f"clip-{clip}/{number}" for clip, count in enumerate(COUNTS) for number in range(count)]
     assert sorted(seen) == sorted(expected * 8)
 
 
-def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat):
+def test_resume_at_another_world_size_continues_with_the_next_batch(features, chat):
     straight = take([loader(features, chat)], 9)
     two = [loader(features, chat, rank, 2, workers=rank) for rank in range(2)]
     assert take(two, 4) == straight[:4]
@@ -92,20 +94,20 @@ def test_resume_at_another_world_size_goes_on_with_the_next_batch(features, chat
     assert take(four, 5) == straight[4:]
 
 
-def test_a_second_iterator_goes_on_where_the_first_was_left(features, chat):
+def test_a_second_iterator_continues_where_the_first_stopped(features, chat):
     this = loader(features, chat, workers=1)
     first = next(iter(this))
-    assert len(first) == 4 and this.state_dict()["packed_examples"] == 8  # whatever the workers have fetched ahead
+    assert len(first) == 4 and this.state_dict()["packed_examples"] == 8  # whatever the workers have prefetched
     assert take([this], 2) == take([loader(features, chat)], 3)[1:]
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"tasks": ["what"]}, {"questions_per_sequence": 1}])
-def test_a_state_of_another_order_is_refused(features, chat, change):
-    with pytest.raises(UserError, match="is not the order"):
+def test_a_state_of_another_sampling_order_is_refused(features, chat, change):
+    with pytest.raises(UserError, match="is not the sampling order"):
         loader(features, chat, **change).load_state_dict(loader(features, chat).state_dict())
 
 
-def test_batches_are_what_the_model_reads(features, chat):
+def test_batches_have_the_form_the_model_reads(features, chat):
     batch = next(iter(loader(features, chat)))[0]
     shape = batch["input_ids"].shape
     assert all(batch[name].shape == shape for name in ("attention_mask", "labels", "segment_ids"))
@@ -127,9 +129,12 @@ def test_batches_are_what_the_model_reads(features, chat):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_features_take_the_dtype_asked_for(features, chat, dtype):
-    (batch,) = evaluation_batches(features, chat, np.array([0, 4]), micro_batch_size=2, feature_dtype=dtype)
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.float16)]
+)
+def test_features_have_the_dtype_of_the_precision(features, chat, precision, dtype):
+    train = TrainConfig(micro_batch_size=2, precision=precision)
+    (batch,) = evaluation_batches(features, chat, np.array([0, 4]), train, ranks_of())
     clips = [int(clip_id.removeprefix("clip-")) for clip_id in batch["clip_ids"]]
     assert sorted(clips) == [0, 2]
     expected = torch.from_numpy(np.concatenate([frames_of(clip, 8) for clip in clips])).to(dtype)
@@ -137,31 +142,30 @@ def test_features_take_the_dtype_asked_for(features, chat, dtype):
     assert torch.equal(batch["audio_features"]["log_mel"], expected)
 
 
-def test_left_padding_for_generation(features, chat):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_collate_converts_features_to_any_dtype(features, chat, dtype):
+    clips = [features.clip(index) for index in (0, 2)]
+    arrays = [features.features(index, clip.clip_id) for index, clip in zip((0, 2), clips, strict=True)]
     examples = [
-        loader(features, chat)._examples._example(packed)
-        for packed in loader(features, chat).sampler.packed_examples(0, 4)
+        Example(chat.row(clip.questions), clip.questions, clip, frames)
+        for clip, frames in zip(clips, arrays, strict=True)
     ]
-    options = {"pad_token_id": chat.pad_token_id, "widths": WIDTHS, "feature_dtype": torch.float32}
-    right, left = collate(examples, **options), collate(examples, pad_left=True, **options)
-    for name in ("input_ids", "labels", "segment_ids"):
-        for row in range(4):
-            real = [batch[name][row][batch["attention_mask"][row] == 1] for batch in (right, left)]
-            assert torch.equal(*real)
-    assert (left["attention_mask"].diff(dim=1) >= 0).all()
+    batch = collate(examples, pad_token_id=chat.pad_token_id, widths=WIDTHS, feature_dtype=dtype)
+    expected = torch.from_numpy(np.concatenate([frames_of(index, 8) for index in (0, 2)])).to(dtype)
+    assert torch.equal(batch["audio_features"]["log_mel"], expected)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_sees_each_question_once_in_equally_many_batches(features, chat, world_size):
-    selected = features.table.select()
+    selected, train = features.table.select(), TrainConfig(micro_batch_size=3)
     ranks = [
-        list(evaluation_batches(features, chat, selected, micro_batch_size=3, rank=rank, world_size=world_size))
+        list(evaluation_batches(features, chat, selected, train, ranks_of(rank, world_size)))
         for rank in range(world_size)
     ]
     seen = [question for rank in ranks for batch in rank for question in batch["question_ids"]]
     assert len(seen) == len(set(seen)) == len(selected)
     assert len({len(rank) for rank in ranks}) == 1
-    for batch in itertools.chain(*ranks):  # fillers carry a clip and no label
+    for batch in itertools.chain(*ranks):  # filler rows have a clip and no label
         labelled = (batch["labels"] != -100).any(1)
         assert labelled.sum() == len(batch["question_ids"])
         assert len(batch["clip_ids"]) == len(batch["input_ids"])
@@ -169,9 +173,8 @@ def test_evaluation_sees_each_question_once_in_equally_many_batches(features, ch
 
 def test_evaluation_keeps_the_bound_on_positions(features, chat):
     selected = features.table.select()[::2]
-    batches = list(
-        evaluation_batches(features, chat, selected, micro_batch_size=4, micro_batch_tokens=300, audio_positions=int)
-    )
+    train = TrainConfig(micro_batch_size=4, micro_batch_tokens=300)
+    batches = list(evaluation_batches(features, chat, selected, train, ranks_of(), int))
     assert sorted(question for batch in batches for question in batch["question_ids"]) == sorted(
         question.question_id for question in list(features.questions())[::2]
     )
@@ -184,9 +187,9 @@ def test_evaluation_keeps_the_bound_on_positions(features, chat):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_users_error_comes_out_of_a_worker_as_itself(features, tmp_path, workers):
+def test_a_users_error_crosses_from_a_worker_unchanged(features, tmp_path, workers):
     byte_tokenizer().save_pretrained(tmp_path)
-    short = Chat(load_tokenizer(tmp_path), "You listen.", max_text_tokens=60)
+    short = ChatTemplate(load_tokenizer(tmp_path), "You listen.", max_text_tokens=60)
     with pytest.raises(UserError, match=r"question 'clip-\d/\d': is \d+ text tokens long"):
         next(iter(loader(features, short, workers=workers)))
 
@@ -197,24 +200,24 @@ def test_a_global_batch_that_does_not_divide_is_named(features, chat):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_far_shards_are_fetched_ahead_and_change_nothing(features, chat, tmp_path, workers):
-    far = FeatureSet(features.folder, list(WIDTHS), tmp_path)
+def test_remote_shards_are_prefetched_and_change_nothing(features, chat, tmp_path, workers):
+    remote = FeatureSet(features.folder, list(WIDTHS), tmp_path)
     expected = take([loader(features, chat)], 6)
-    assert take([loader(far, chat, workers=workers)], 6) == expected
+    assert take([loader(remote, chat, workers=workers)], 6) == expected
     this = FeatureSet(features.folder, list(WIDTHS), tmp_path / "other")
     batches = iter(loader(this, chat))
-    next(batches)  # the thread goes on without being asked
+    next(batches)  # the thread prefetches without further requests
     for _ in range(500):
         if len(list((tmp_path / "other").rglob("*.mds"))) == 3 * len(features.shard_sizes):
             break
         time.sleep(0.01)
     else:
-        pytest.fail("nothing is fetched ahead")
+        pytest.fail("no shard was prefetched")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_bound_on_positions_changes_how_rows_meet_and_nothing_else(features, chat, world_size):
-    """As many rows as fit, the same number of micro-batches on every rank, and the questions of each step are kept."""
+def test_a_bound_on_positions_changes_only_how_rows_are_grouped(features, chat, world_size):
+    """Micro-batches hold as many rows as fit, every rank has as many of them, and each step has the same questions."""
 
     def audio(seconds: float) -> int:
         return 20 * int(seconds)
@@ -238,7 +241,7 @@ def test_a_bound_on_positions_changes_how_rows_meet_and_nothing_else(features, c
         loader(features, chat, world_size=4, examples_per_step=6, tokens=500)
 
 
-def test_lengths_are_those_of_the_rows(features, chat):
+def test_lengths_equal_those_of_the_rows(features, chat):
     questions = list(features.questions())
     assert len(questions) == sum(COUNTS)
     expected = [len(chat.row([question]).input_ids) - len(chat.prefix) for question in questions]
@@ -268,7 +271,7 @@ def test_questions_about_no_clip_are_mixed_in(features, chat, text, workers):
     assert any(not batch["clip_ids"] for batch in batches)  # whole batches without audio occur
 
 
-def test_one_set_gives_shares_to_its_tasks(features, chat):
+def test_a_mixture_can_weight_the_tasks_of_one_set(features, chat):
     this = loader(
         features, chat, tasks=["what"], questions_per_sequence=1, mixture=[{"tasks": ["count"], "share": 0.2}]
     )
@@ -285,7 +288,7 @@ def test_a_mixture_resumes_at_another_world_size(features, chat, text):
     one = loader(features, chat, mixture=mixture)
     one.load_state_dict(two[1].state_dict())
     assert take([one], 5) == straight[4:]
-    with pytest.raises(UserError, match="is not the order"):
+    with pytest.raises(UserError, match="is not the sampling order"):
         loader(features, chat).load_state_dict(two[0].state_dict())
 
 

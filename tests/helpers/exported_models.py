@@ -8,9 +8,10 @@ import soundfile
 import torch
 
 from pipeline.config import ExperimentConfig, validate_config
+from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import FeatureSet
 from pipeline.model.random_lm import save_scratch_language_model
-from pipeline.training.build import build_chat, build_model, save_model
+from pipeline.training.build import build_model, save_model
 from tests.helpers.corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 
@@ -28,7 +29,7 @@ def write_model(folder: Path, integration: str, **sizes: int) -> Path:
         "train": {"steps": 1, "precision": "fp32"},
     }
     config = validate_config(ExperimentConfig, values, "test")
-    tokenizer, chat = build_chat(config)
+    tokenizer, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     torch.manual_seed(0)
     contract = FeatureSet(folder / "set", ["log_mel"]).contract
     model = build_model(config, contract, chat.audio_token_id)

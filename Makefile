@@ -1,41 +1,43 @@
-# Every target sets up what it needs; nothing outside this folder is written but package caches.
+# Every target installs what it needs. Nothing outside this folder is written except package caches.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# Exact versions of every dependency: one file for this Makefile, CI and the image (`make lock` rewrites it).
+PINS := cluster/constraints.txt
 
 .DEFAULT_GOAL := help
 
 .PHONY: help
-help: ## show the targets
+help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable .
 	@touch $@
 
 $(DEV): $(STAMP)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint $(PINS) --editable ".[dev]"
 	@touch $@
 
 .PHONY: install
-install: $(DEV) ## make .venv with everything in it (about 4 minutes, 7.5 GB)
+install: $(DEV) ## create .venv with the pinned versions and the development tools (about 4 minutes, 7.5 GB)
 
 .PHONY: demo
-demo: $(STAMP) ## from audio files to trained, compared models (goes on where it stopped)
+demo: $(STAMP) ## from audio files to trained and compared models (resumes where it stopped)
 	$(BIN)/pal demo --out runs/demo
 
 .PHONY: drill
-drill: $(STAMP) ## inject faults into a real run and print what became of it, under runs/drill (about 5 minutes)
+drill: $(STAMP) ## inject faults into a real run and report how it recovered, under runs/drill (about 5 minutes)
 	rm -rf runs/drill
 	$(BIN)/pal drill --out runs/drill --json runs/drill.json
 
 SCALING := runs/scaling
 SIX_TASKS := sound.count sound.first music.highest music.tempo speech.count speech.speaker
 
-# Each part is left as it is once it is there; the sweep goes on with the trials that are not finished.
+# A part that exists is not rebuilt; the sweep resumes with the trials that are not finished.
 $(SCALING)/corpus/synth.json: $(STAMP)
 	$(BIN)/pal synth $(@D) --clips 2400 --seed 1
 
@@ -64,26 +66,48 @@ scaling: ## the scaling experiments, from scratch to pipeline/results/scaling.md
 		--answers pipeline/results/scaling.md --append $(SCALING)/plan.md --command "make scaling"
 
 .PHONY: test
-test: $(DEV) ## the tests that CI runs
+test: $(DEV) ## run the tests that CI runs
 	$(BIN)/python -m pytest
 
 .PHONY: test-all
-test-all: $(DEV) ## all tests, the slow ones too
+test-all: $(DEV) ## run all tests, including the slow ones
 	$(BIN)/python -m pytest -m "not gpu and not slurm"
 
 .PHONY: test-gpu
-test-gpu: $(DEV) ## the tests that need a CUDA device
+test-gpu: $(DEV) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 .PHONY: test-slurm
-test-slurm: $(DEV) ## the scripts of cluster/slurm on a real Slurm of two nodes (Debian: slurm-wlm munge; root)
+test-slurm: $(DEV) ## run the scripts of cluster/slurm on a real two-node Slurm (Debian: slurm-wlm munge; as root)
 	$(BIN)/python -m pytest -m slurm
+
+# A pin goes stale without a failing test; this target shows whether today's releases still work.
+NEWEST := .venv-newest
+
+.PHONY: test-newest
+test-newest: ## run the tests with the newest releases that pyproject.toml allows, in .venv-newest (CI does not run it)
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --editable ".[dev]"
+	$(NEWEST)/bin/python -m pytest
+
+# uv resolves for every platform and Python version at once, which pip does not, and keeps the pins that still resolve.
+LOCK := .venv-lock
+UPGRADE :=
+
+$(LOCK)/bin/uv:
+	$(PYTHON) -m venv $(LOCK)
+	$(LOCK)/bin/pip install --quiet "uv>=0.9"
+
+.PHONY: lock
+lock: $(LOCK)/bin/uv ## pin every dependency in cluster/constraints.txt, keeping pins that still resolve (UPGRADE=--upgrade: all newest)
+	$(LOCK)/bin/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-annotate --quiet \
+		--custom-compile-command "make lock" $(UPGRADE) --output-file $(PINS)
 
 T5 := .transformers-5
 MODEL_TESTS := tests/parity/test_oracle.py tests/parity/test_oracle_language_model.py tests/model
 
-# Beside the environment and not in it: mosaicml-streaming declares transformers<5, so pip would not have both.
-# Named one by one, or pip would put newer copies of what the environment has in front of it.
+# In a folder of its own: mosaicml-streaming declares transformers<5, so pip refuses both in one environment.
+# The packages are listed one by one; with dependencies, pip would shadow the environment's versions with newer ones.
 $(T5)/.installed: $(DEV) Makefile
 	rm -rf $(T5)
 	$(BIN)/pip install --quiet --target $(T5) --no-deps \
@@ -92,29 +116,29 @@ $(T5)/.installed: $(DEV) Makefile
 	@touch $@
 
 .PHONY: test-transformers-5
-test-transformers-5: $(T5)/.installed ## the model's tests with transformers 5
+test-transformers-5: $(T5)/.installed ## run the model's tests with transformers 5
 	PYTHONPATH=$(T5) $(BIN)/python -c "import transformers; assert transformers.__version__ == '5.23.0', transformers"
 	PYTHONPATH=$(T5) $(BIN)/python -m pytest $(MODEL_TESTS)
 
 .PHONY: check
-check: $(DEV) ## format, lint, types, imports
+check: $(DEV) ## check format, lint, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 .PHONY: bench
-bench: $(STAMP) ## cost of integrations, preparation and the training loop on this machine, under runs/bench
+bench: $(STAMP) ## measure integrations, preparation and the training loop on this machine, under runs/bench
 	mkdir -p runs/bench
 	$(BIN)/pal bench integration --batch 8 --questions 1 6 --json runs/bench/integration.json --plot runs/bench/cost.png
 	$(BIN)/pal bench prepare --json runs/bench/prepare.json
 	$(BIN)/pal bench train --nproc 2 --json runs/bench/train.json
 
 .PHONY: ui
-ui: $(STAMP) ## the MLflow UI on the demo's runs, http://127.0.0.1:5000
+ui: $(STAMP) ## open the demo's runs in MLflow, http://127.0.0.1:5000
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/demo/mlflow.db --host 127.0.0.1 --port 5000
 
 .PHONY: clean
-clean: ## remove runs and caches, keep .venv
-	rm -rf runs $(T5) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+clean: ## remove runs, caches and secondary environments; keep .venv
+	rm -rf runs $(T5) $(NEWEST) $(LOCK) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
 	find pipeline data_prep tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -251,7 +251,7 @@ class Drill:
         job.rank(1).send_signal(number)
         job.wait_for_words(f"restart {restart} of")
         took_s, step = time.monotonic() - began, _steps(self.run_folder)
-        named = job.said.count("rank 1 died or hung") == restart
+        named = job.said.count("rank 1 exited or hung") == restart
         job.wait_for_words("resumed from", restart + 1)
         lost = step - self._resumed_at(job)
         self._note(fault, f"named with its step after {took_s:.1f} s, restarted", lost, named)

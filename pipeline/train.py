@@ -6,7 +6,6 @@ The same module is the job itself: `deepspeed --module pipeline.train CONFIG` st
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.config import ExperimentConfig, choose_stages, dump_config, load_config
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, run_command
-from pipeline.core.ranks import read_ranks
+from pipeline.core.ranks import is_rank, read_ranks
 from pipeline.launch import supervisor
 from pipeline.training import run_dir
 from pipeline.training.job import mark_failed, run_rank, write_figures
@@ -29,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(ExperimentConfig, arguments.config, arguments.overrides)
     stages = choose_stages(config, arguments.stage)
-    if "RANK" in os.environ:
+    if is_rank():
         return run_rank(config, stages, read_ranks(), arguments.json, reshard=arguments.reshard)
     on_gpu, nproc = _devices(arguments.ray, arguments.nproc)
     hosts = (
@@ -54,15 +53,9 @@ def main(argv: Sequence[str]) -> int:
     passed_on += [f"--stage={arguments.stage}"] if arguments.stage else []
     started = time.time()
     per_node = arguments.nproc if arguments.hostfile else nproc
+    placement = supervisor.Placement(per_node, on_gpu, arguments.hostfile, arguments.ray)
     for restart in range(arguments.max_restarts + 1):
-        code, message = supervisor.supervise(
-            passed_on,
-            config.output,
-            nproc=per_node,
-            hostfile=arguments.hostfile,
-            on_gpu=on_gpu,
-            ray_address=arguments.ray,
-        )
+        code, message = supervisor.supervise(passed_on, config.output, placement)
         if code != EXIT_FAILURE or restart == arguments.max_restarts:
             break
         print(f"pal: {message}\npal: restart {restart + 1} of {arguments.max_restarts}", file=sys.stderr, flush=True)

@@ -201,7 +201,7 @@ Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another r
         ),
         ([(1, EXIT_USER_ERROR, "shard: is damaged; repair it", False)], EXIT_USER_ERROR, "shard: is damaged"),
         ([(0, EXIT_STOPPED, "stopped", False), (1, EXIT_STOPPED, "stopped", False)], EXIT_STOPPED, "stopped"),
-        ([(0, EXIT_FAILURE, "gloo: closed", True)], EXIT_FAILURE, "rank 1 died or hung without a word after step 3"),
+        ([(0, EXIT_FAILURE, "gloo: closed", True)], EXIT_FAILURE, "rank 1 exited or hung without an error message after step 3"),
         (
             [(0, EXIT_FAILURE, "gloo: closed", True), (1, EXIT_FAILURE, "gloo: closed", True)],
             EXIT_FAILURE,
@@ -230,10 +230,10 @@ def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path)
     lost = {"rank": 0, "step": 3, "code": 1, "message": "", "lost_peer": True, "time": 0.0}
     rank_process._write(tmp_path / rank_process.FAILURES / "rank-0.json", lost)
     assert rank_process.lost_ranks(tmp_path).startswith(
-        "rank 1, 2 on worker-2 died or hung without a word after step 3"
+        "rank 1, 2 on worker-2 exited or hung without an error message after step 3"
     )
     rank_process.remove_stale_records(tmp_path, 2)
-    assert rank_process.lost_ranks(tmp_path).startswith("rank 1 on worker-2 died or hung")
+    assert rank_process.lost_ranks(tmp_path).startswith("rank 1 on worker-2 exited or hung")
 
 
 def test_hostfile(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
-from pipeline.core.ranks import read_ranks
+from pipeline.core.ranks import is_rank, read_ranks
 from pipeline.engine import Engine, init_process_group, leave_process_group
 from pipeline.launch import rank_process, supervisor
 from pipeline.launch.subprocesses import make_small_experiment
@@ -35,7 +35,7 @@ MLFLOW_START_S = 120.0
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    if "RANK" in os.environ:
+    if is_rank():
         return _run_rank(load_config(ExperimentConfig, arguments.config, arguments.overrides))
     on_gpu, nproc = supervisor.devices(arguments.nproc)
     with tempfile.TemporaryDirectory() as name:
@@ -52,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
         code, message = supervisor.supervise(
             [config, *overrides],
             folder / "run",
-            nproc=nproc,
-            hostfile=None,
-            on_gpu=on_gpu,
+            supervisor.Placement(nproc, on_gpu),
             module="pipeline.bench.train",
         )
         if code:

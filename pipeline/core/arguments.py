@@ -1,4 +1,4 @@
-"""Command-line arguments that several commands share, and how a command writes its figures."""
+"""Command-line arguments that several commands share, and the file that a command writes its figures to."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def add_config(parser: argparse.ArgumentParser, name: str = "config", *, optiona
 
 def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None:
     """Adds `--json FILE`, for `write_figures`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to this file as JSON")
 
 
 def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
     """Adds `--dry-run`.
 
     Args:
-        what: what the command does instead of its work, as an imperative ("check the config and print ...").
+        what: what the command then does instead of its work, as an imperative ("check the config and print ...").
     """
     parser.add_argument("--dry-run", action="store_true", help=what)
 
@@ -40,14 +40,14 @@ def write_figures(figures: Mapping[str, Any], file: Path | None) -> None:
 
 
 def add_encoder_option(parser: argparse.ArgumentParser) -> None:
-    """Adds `--encoder NAME=FOLDER`, any number of times; pairs of name and location in `arguments.encoder`."""
+    """Adds a repeatable `--encoder NAME=FOLDER`; `arguments.encoder` holds pairs of name and folder."""
     parser.add_argument(
         "--encoder",
         action="append",
         default=[],
         type=_encoder_location,
         metavar="NAME=FOLDER",
-        help="where an encoder's weights are, if not where they were in preparation",
+        help="folder of an encoder's weights, if they have moved since preparation",
     )
 
 
@@ -59,10 +59,10 @@ def _encoder_location(text: str) -> tuple[str, str]:
 
 
 def require_positive(arguments: argparse.Namespace, *names: str) -> None:
-    """Checks options that are counts, where they are given.
+    """Checks that options which are counts are at least 1, if the user gave them.
 
     Raises:
-        UserError: one is below 1.
+        UserError: an option is below 1.
     """
     for name in names:
         value = getattr(arguments, name)

@@ -1,8 +1,8 @@
-"""What people read: log lines, progress, tables and durations.
+"""Text for people: log lines, progress, tables and durations.
 
-Results of a command go to stdout by `print`. Everything that is said on the way is a log record of the logger `pal`,
-shown on stderr as `pal: ...`. On the ranks of a job, `pipeline.launch.rank_process` sends these records to the console
-of the command that started it.
+A command prints its results to stdout. Everything else it reports is a record of the logger `pal`, which appears on
+stderr as `pal: ...`. On the ranks of a job, `pipeline.launch.rank_process` sends these records to the console of the
+command that started the job.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from typing import TextIO
 
 logger = logging.getLogger("pal")
-PLAIN_EVERY_S = 15.0  # between two progress lines where no terminal shows a bar
+PLAIN_EVERY_S = 15.0  # seconds between two progress lines if there is no terminal for a bar
 
 
 class RankFilter(logging.Filter):
-    """Lets records of rank 0 pass, and of other ranks warnings and errors."""
+    """Passes every record on rank 0, and warnings and errors on the other ranks."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class RankFilter(logging.Filter):
 
 
 def configure_logging(handler: logging.Handler | None = None) -> None:
-    """Sends the records of the logger `pal` to one handler, by default to stderr as `pal: ...`."""
+    """Sends the records of the logger `pal` to one handler, which by default writes them to stderr as `pal: ...`."""
     if handler is None:
         handler = _CurrentStderr()
         handler.setFormatter(logging.Formatter("pal: %(message)s"))
@@ -40,7 +40,7 @@ def configure_logging(handler: logging.Handler | None = None) -> None:
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is when a record comes, not when logging was configured."""
+    """Writes to `sys.stderr` as it is when a record is emitted, not as it was when logging was configured."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -51,12 +51,12 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
 
 
 class Progress:
-    """Progress of long work on stderr: a bar on a terminal, otherwise a log line now and then.
+    """Shows the progress of long work on stderr: as a bar on a terminal, otherwise as a log line every 15 s.
 
     Args:
-        total: units of work.
-        unit: what is counted, in the plural ("clips").
-        done: units that were finished before.
+        total: number of units of work.
+        unit: plural name of the units ("clips").
+        done: number of units that were finished before this process started.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
@@ -65,7 +65,7 @@ class Progress:
         from rich.progress import Progress as Bar
 
         self._total, self._unit = total, unit
-        self._done = self._before = done
+        self._done = self._initially_done = done
         self._start = self._last = time.monotonic()
         console = Console(stderr=True)
         self._bar: Bar | None = None
@@ -82,10 +82,10 @@ class Progress:
             self._bar.start()
 
     def update(self, done: int, note: str = "", *, force: bool = False) -> None:
-        """Shows how much is done, and a note such as a rate beside it.
+        """Shows the number of finished units, with a note such as a rate.
 
         Args:
-            force: write a log line also if the last one was a moment ago.
+            force: write a log line even if the last one is less than 15 s old.
         """
         self._done = done
         if self._bar is not None:
@@ -95,40 +95,40 @@ class Progress:
         if not force and now - self._last < PLAIN_EVERY_S:
             return
         self._last = now
-        rate = (done - self._before) / max(now - self._start, 1e-9)
+        rate = (done - self._initially_done) / max(now - self._start, 1e-9)
         remaining = f"{format_duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
         logger.info(", ".join(filter(None, (f"{done}/{self._total} {self._unit}", note, remaining))))
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Adds to what is done."""
+        """Adds to the number of finished units."""
         self.update(self._done + count, note)
 
     def close(self) -> None:
-        """Ends the bar; the last line stays on the terminal."""
+        """Stops the bar; its last state stays on the terminal."""
         if self._bar is not None:
             self._bar.stop()
 
 
 @contextmanager
 def progress(total: int, unit: str, done: int = 0) -> Iterator[Progress]:
-    """A `Progress` that is closed at the end of the block."""
-    shown = Progress(total, unit, done)
+    """Opens a `Progress` and closes it at the end of the block."""
+    display = Progress(total, unit, done)
     try:
-        yield shown
+        yield display
     finally:
-        shown.close()
+        display.close()
 
 
 def format_duration(seconds: float) -> str:
-    """`1 h 05 min`, `2 min 10 s` or `7 s`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+    """Returns `1 h 05 min`, `2 min 10 s` or `7 s`."""
+    rounded = round(seconds)
+    if rounded >= 3600:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    return f"{rounded // 60} min {rounded % 60:02d} s" if rounded >= 60 else f"{rounded} s"
 
 
 def format_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
-    """Rows, headings first, with the cells of a column below each other; `right` aligns columns of numbers."""
+    """Returns rows, headings first, as text in aligned columns; `right` aligns the cells at the right, for numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         [cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
@@ -138,7 +138,7 @@ def format_table(rows: Sequence[Sequence[str]], *, right: bool = False) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a table in Markdown."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent and survive a power cut, and the one lock that keeps two processes apart."""
+"""Files that are complete or absent and survive a power cut, and a lock that keeps two processes apart."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
-    """Holds a lock file, which the system releases with this process, however that ends.
+    """Holds a lock file. The operating system releases it when this process ends, however that happens.
 
     Args:
-        path: the lock file; its folder is created.
-        timeout_s: how long to wait for another holder; None means for ever.
+        path: lock file; its folder is created.
+        timeout_s: how long to wait for another process; None means forever.
 
     Raises:
         TimeoutError: another process still holds the lock.
@@ -64,14 +64,15 @@ def file_lock(path: Path, timeout_s: float | None = None) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path, name: str, timeout_s: float = 0.0) -> Iterator[None]:
-    """Holds a folder for this process alone.
+    """Reserves a folder for this process.
 
     Args:
-        folder: is created.
-        name: of the lock file in it; who holds it is written to `<name>.holder`.
+        folder: folder to reserve; it is created.
+        name: name of the lock file in the folder; `<name>.holder` describes the process that holds it.
+        timeout_s: how long to wait for another process.
 
     Raises:
-        UserError: another process holds it, and still does after `timeout_s`.
+        UserError: another process still holds the folder.
     """
     holder = folder / f"{name}.holder"
     try:

@@ -1,4 +1,4 @@
-"""Where a run came from: its code, its packages and the machine."""
+"""The provenance of a run: its code, its packages and the machine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "mlflow
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that matter."""
-    found = {}
+    """Returns the versions of the packages that determine results, for those that are installed."""
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def git_state() -> dict[str, str]:
-    """Commit of this code and whether files were changed since; empty outside a git checkout."""
+    """Returns the commit of this code and whether files have changed since; empty outside a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -36,7 +36,7 @@ def git_state() -> dict[str, str]:
 
 
 def machine() -> str:
-    """This machine in a few words: its GPUs or else its processor, its cores and its memory."""
+    """Returns a short description of this machine: its GPUs or else its processor, its cores and its memory."""
     import psutil
     import torch
 

@@ -1,4 +1,5 @@
-"""The process group as the launcher describes it. Every launcher's environment is read here and nowhere else."""
+"""The process group as a launcher describes it in the environment: where this process stands in it, and on which
+device it may compute."""
 
 from __future__ import annotations
 
@@ -6,10 +7,19 @@ import os
 import socket
 from dataclasses import dataclass
 
+ACCELERATOR_VARIABLE = "DS_ACCELERATOR"  # read by DeepSpeed
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """Position of this process: global rank, ranks in all, rank on this node, ranks on this node."""
+    """Position of this process in its group.
+
+    Attributes:
+        rank: global rank of this process.
+        world_size: number of ranks on all nodes.
+        local_rank: rank of this process on its node.
+        local_world_size: number of ranks on its node.
+    """
 
     rank: int
     world_size: int
@@ -22,14 +32,14 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """Ranks from the environment of `deepspeed`, `torchrun` or a single process.
+    """Reads the position of this process from the environment of `deepspeed`, `torchrun` or no launcher at all.
 
     Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the `deepspeed` launcher does not set (it sets
-    LOCAL_SIZE): without it two ranks of a node take each other's shared memory. Call it before `streaming` is
+    LOCAL_SIZE): without it, two ranks of a node would use the same shared memory. Call this before `streaming` is
     imported.
 
     Raises:
-        RuntimeError: several ranks, and no way to tell how many of them share this node.
+        RuntimeError: there are several ranks, and nothing says how many of them run on this node.
     """
     env = os.environ
     world_size = int(env.get("WORLD_SIZE", "1"))
@@ -50,8 +60,25 @@ def read_ranks() -> Ranks:
     )
 
 
+def is_rank() -> bool:
+    """Returns whether a launcher started this process as a rank of a job."""
+    return "RANK" in os.environ
+
+
+def is_cpu_forced() -> bool:
+    """Returns whether DS_ACCELERATOR, DeepSpeed's own variable, keeps ranks off the GPUs."""
+    return os.environ.get(ACCELERATOR_VARIABLE) == "cpu"
+
+
+def set_single_rank_environment() -> None:
+    """Describes a process group of one rank to torch, if no launcher described one."""
+    if "MASTER_ADDR" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
+
+
 def free_port() -> int:
-    """A TCP port that nothing on this machine listens on now."""
+    """Returns a TCP port that nothing on this machine is listening on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

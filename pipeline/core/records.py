@@ -1,4 +1,4 @@
-"""The base of every config section and of every record that is written to a file."""
+"""The base class of config sections and of records that are written to files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Strict(BaseModel):
-    """A typed value tree: unknown keys are errors, and values do not change after validation."""
+    """A typed tree of values that rejects unknown keys and is immutable after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -1,4 +1,4 @@
-"""Secrets stay out of logs: which variables hold one, and stars in its place."""
+"""Keeps secrets out of logs: finds the environment variables that hold one and replaces their values by stars."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 _SECRET_NAME = re.compile("KEY|SECRET|TOKEN|PASSW|CREDENTIAL", re.IGNORECASE)
 _PASSWORD_IN_URL = re.compile(r"://[^/@\s]+:[^/@\s]+@")
-_SHORTEST_SECRET = 8  # shorter values are words, and masking them would make a log unreadable
+_SHORTEST_SECRET = 8  # shorter values are ordinary words, and redacting those would make a log unreadable
 
 
 def holds_secret(name: str, value: str) -> bool:
-    """Whether a variable holds what nobody should read in a log."""
-    named_so = _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
-    return bool(named_so or _PASSWORD_IN_URL.search(value))
+    """Returns whether an environment variable holds a secret, judging by its name and value."""
+    is_named_secret = _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith("/")
+    return bool(is_named_secret or _PASSWORD_IN_URL.search(value))
 
 
 def environment_secrets() -> list[str]:
-    """Values of such variables in this environment, and in the files whose lines the launcher writes into its log."""
+    """Returns the secrets in this environment and in `.deepspeed_env`, whose lines the launcher writes to its log."""
     variables = [*os.environ.items()]
     for folder in (Path.home(), Path()):
         with contextlib.suppress(OSError):
@@ -30,7 +30,7 @@ def environment_secrets() -> list[str]:
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
-    """The text with stars in the place of secrets."""
+    """Returns the text with stars in place of secrets."""
     for secret in secrets:
         text = text.replace(secret, "***")
     return text

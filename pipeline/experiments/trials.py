@@ -19,7 +19,7 @@ from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_write
-from pipeline.launch.subprocesses import CommandFailed, run_logged
+from pipeline.launch.subprocesses import CommandFailed, LoggedCommand, run_logged
 
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
 RESULT = "trial.json"  # of a finished trial, in its output folder
@@ -228,15 +228,17 @@ def run_trial(
     result: dict[str, Any] = {"params": trial.params, "run_id": None, "metrics": {}}
     try:
         run = partial(run_logged, ends_with_parent=ends_with_parent)
-        figures, _ = run("training", command, out / "train.log", out / "train.figures.json")
+        figures, _ = run(LoggedCommand("training", command, out / "train.log", out / "train.figures.json"))
         result |= {"run_id": figures["run_id"], "metrics": {k: v for k, v in figures.items() if isinstance(v, float)}}
         if evaluate:
             asked = ("pipeline.evaluate", str(out / "model"), *map(str, evaluate))
-            scores, _ = run("evaluation", asked, out / "evaluate.log", out / "evaluate.figures.json")
+            scores, _ = run(
+                LoggedCommand("evaluation", asked, out / "evaluate.log", out / "evaluate.figures.json")
+            )
             for benchmark, score in scores.items():
                 result["metrics"] |= {f"eval/{benchmark}/{key}": score[key] for key in ("accuracy", "ci95")}
     except CommandFailed as failure:
-        return {**result, "status": "FAILED", "error": str(failure).splitlines()[-1]}
+        return {**result, "status": "FAILED", "error": str(failure).splitlines()[0]}
     result["status"] = "FINISHED"
     atomic_write(out / RESULT, json.dumps({**result, "config": dump_config(trial.config)}, indent=2).encode())
     return result

@@ -1,8 +1,10 @@
-"""Starts a launcher for one job and stays its parent: console, signals, the end. Imports no torch.
+"""Starts a launcher for one job and supervises it: console output, signals, failures. Imports torch only to count GPUs.
 
-Parent and ranks talk through the launcher's inherited pipes: ranks' lines that begin with `CONSOLE` are shown, all
-others go to `launcher.log`; a byte on stdin asks the ranks to save and end, and the end of stdin tells them that the
-parent is gone. To other hosts pdsh brings neither, so what the parent asks stands in a file of the output as well."""
+Parent and ranks communicate through the pipes that the ranks inherit from the launcher. Lines of a rank that begin with
+`CONSOLE` are shown, and every line goes to `launcher.log`. A byte on stdin requests that the ranks save and exit, and
+end of file on stdin means that the parent is gone. pdsh forwards neither to other hosts, so the parent also writes its
+requests to a file in the output folder.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from pipeline.core.ranks import free_port
+from pipeline.core.ranks import ACCELERATOR_VARIABLE, free_port, is_cpu_forced
 from pipeline.core.redact import environment_secrets, redact
 from pipeline.launch.rank_process import (
     CONSOLE,
@@ -37,31 +41,52 @@ from pipeline.launch.rank_process import (
 )
 
 LOG = "launcher.log"
-_LAST_WORDS_S = 30.0  # that hosts get to end by themselves when a rank has failed
+_GRACE_PERIOD_S = 30.0  # how long hosts may take to exit by themselves after a rank has failed
 _LOG_TAIL_LINES = 15
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where the ranks of a job run.
+
+    Attributes:
+        nproc: ranks on each machine, or on the whole Ray cluster; None takes the slots of the hostfile.
+        on_gpu: whether the ranks compute on GPUs.
+        hostfile: machines that the launcher reaches by ssh; None means this machine.
+        ray_address: address of the Ray cluster whose nodes run the ranks; None means no Ray, but the `deepspeed`
+            launcher.
+    """
+
+    nproc: int | None
+    on_gpu: bool
+    hostfile: Path | None = None
+    ray_address: str | None = None
+
+
 def devices(nproc: int | None) -> tuple[bool, int]:
-    """Whether ranks run on GPUs, and how many there are on this machine.
+    """Returns whether ranks run on GPUs, and how many ranks this machine runs.
 
     Raises:
-        UserError: `nproc` is not possible here.
+        UserError: `nproc` is below 1 or above the number of GPUs.
     """
     import torch
 
     if nproc is not None and nproc < 1:
-        raise UserError("--nproc", f"is {nproc}", "give 1 or more")
-    gpus = torch.cuda.device_count() if os.environ.get("DS_ACCELERATOR") != "cpu" else 0
+        raise UserError("--nproc", f"{nproc} is below 1", "give 1 or more")
+    gpus = torch.cuda.device_count() if not is_cpu_forced() else 0
     if gpus and nproc and nproc > gpus:
-        raise UserError("--nproc", f"is {nproc}, this machine has {gpus} GPUs", "give at most that")
+        raise UserError("--nproc", f"{nproc} exceeds the {gpus} GPUs of this machine", f"give at most {gpus}")
     return gpus > 0, nproc or gpus or 1
 
 
 def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
-    """Host -> ranks on it.
+    """Returns the number of ranks on each host, in the order of the file.
+
+    Args:
+        nproc: ranks on each host, instead of the slots of the file.
 
     Raises:
-        UserError: missing file or malformed line.
+        UserError: the file is missing, names no host, or has a malformed or repeated line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -74,127 +99,118 @@ def read_hostfile(path: Path, nproc: int | None) -> dict[str, int]:
             continue
         match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
         if match is None or match[1] in hosts:
-            raise UserError(f"{path}:{number}", "is not a new host", "write one `HOST slots=N` a line")
+            raise UserError(f"{path}:{number}", "is malformed or repeats a host", "write one `HOST slots=N` per line")
         hosts[match[1]] = nproc or int(match[2])
     if not hosts:
-        raise UserError(path, "names no host", "write one `HOST slots=N` a line")
+        raise UserError(path, "names no host", "write one `HOST slots=N` per line")
     return hosts
 
 
 def supervise(
     arguments: Sequence[str],
     output: Path,
+    placement: Placement,
     *,
-    nproc: int | None,
-    hostfile: Path | None,
-    on_gpu: bool,
     module: str = "pipeline.train",
-    ray_address: str | None = None,
-    show: Callable[[str], None] = lambda line: print(line, end="", flush=True),
+    on_line: Callable[[str], None] = lambda line: print(line, end="", flush=True),
 ) -> tuple[int, str]:
-    """Runs `MODULE ARGUMENTS` on every rank until it ends.
+    """Runs `MODULE ARGUMENTS` on every rank until all have exited.
 
     Args:
-        nproc: ranks on each machine, or on the Ray cluster.
-        ray_address: of the cluster whose nodes take the ranks, in the place of the `deepspeed` launcher.
-        show: receives the lines that ranks wrote with `say`.
+        output: folder of the job; receives the launcher's log and the records of the ranks.
+        on_line: receives each line that a rank wrote for the console.
 
     Returns:
-        the exit code, and what to tell the user about a failure (empty when there was none).
+        the exit code, and an explanation of a failure for the user (empty if there was none).
     """
-    if ray_address is not None:
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline.launch.ray_launcher",
-            "--address",
-            ray_address,
-            "--ranks",
-            str(nproc),
-        ]
-        command += ["--output", str(output), *(["--gpu"] if on_gpu else [])]
-    else:
-        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--module", "--no_local_rank"]
-        command += ["--master_port", str(free_port()), "--hostfile", str(hostfile or os.devnull)]
-        command += ["--num_accelerators", str(nproc)] if nproc else []
-    command += [module, *arguments]
     output.mkdir(parents=True, exist_ok=True)
     for folder in (FAILURES, RANKS):
-        for left_over in (output / folder).glob("*.json"):
-            left_over.unlink()
+        for stale in (output / folder).glob("*.json"):
+            stale.unlink()
     (output / STOP_REQUEST).write_text("")  # now, because a shared file system is slow to show a new file
     secrets = environment_secrets()
     with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
-            command,
-            env=_environment(nproc or 1, on_gpu),
+            [*_launcher(placement, output), module, *arguments],
+            env=_environment(placement.nproc or 1, placement.on_gpu),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a Ctrl-C of the terminal reaches the ranks through us, once
+            start_new_session=True,  # a Ctrl-C of the terminal reaches the ranks once, through us
         )
         with _forward_signals(process, output):
-            if hostfile is not None:
+            if placement.hostfile is not None:
                 threading.Thread(target=_end_after_failure, args=(process, output), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:
                 line = redact(line, secrets)
                 with contextlib.suppress(OSError):  # a full disk must not end the job
                     log.write(line.encode())
-                _, marked, said = line.partition(CONSOLE)  # pdsh puts the host before it
-                if marked:
-                    show(said)
+                _, marker, text = line.partition(CONSOLE)  # pdsh writes the host in front of it
+                if marker:
+                    on_line(text)
             code = process.wait()
     code, message = _explain(code, output)
     return code, redact(message, secrets)
 
 
+def _launcher(placement: Placement, output: Path) -> list[str]:
+    python = [sys.executable, "-m"]
+    if placement.ray_address is not None:
+        command = [*python, "pipeline.launch.ray_launcher", "--address", placement.ray_address]
+        command += ["--ranks", str(placement.nproc), "--output", str(output)]
+        return [*command, "--gpu"] if placement.on_gpu else command
+    command = [*python, "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+    command += ["--master_port", str(free_port()), "--hostfile", str(placement.hostfile or os.devnull)]
+    return [*command, "--num_accelerators", str(placement.nproc)] if placement.nproc else command
+
+
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    own = {SUPERVISED: "1", MARKED: "1", "PYTHONUNBUFFERED": "1"}
+    forced = {SUPERVISED: "1", MARKED: "1", "PYTHONUNBUFFERED": "1"}
     if not on_gpu:
-        own["DS_ACCELERATOR"] = "cpu"
-    # Without a bound every rank takes all cores, and ranks then wait for each other's threads.
-    bound = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    # ssh, under pdsh, would wait for ever for a host that is cut off.
-    ssh = {"PDSH_SSH_ARGS_APPEND": "-oServerAliveInterval=15 -oServerAliveCountMax=3"}
-    return {**bound, **ssh, **os.environ, **own}
+        forced[ACCELERATOR_VARIABLE] = "cpu"
+    # Without a limit, every rank would use all cores, and ranks would wait for each other's threads.
+    defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    # Without these, ssh under pdsh would wait forever for a host that is cut off.
+    defaults["PDSH_SSH_ARGS_APPEND"] = "-oServerAliveInterval=15 -oServerAliveCountMax=3"
+    return {**defaults, **os.environ, **forced}
 
 
 @contextlib.contextmanager
 def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[None]:
-    """The first signal asks the ranks to save and end; the second ends them at once."""
-    asked = False
+    """Forwards signals: the first one requests that the ranks save and exit, the second one kills them."""
+    stop_requested = False
 
     def forward(number: int, _: object) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal stop_requested
+        if stop_requested:
             _end(process, output)
             return
-        asked = True
+        stop_requested = True
         _request(output, SAVE)
-        print("saving a checkpoint before ending (again: end at once)", file=sys.stderr, flush=True)
+        logger.info("saving a checkpoint before exiting (signal again to exit at once)")
         assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.write("s")
             process.stdin.flush()
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in numbers}
+    previous = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         if process.poll() is None:
             _end(process, output)
 
 
-def _request(output: Path, what: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk: ranks of this host are asked through their pipes
-        (output / STOP_REQUEST).write_text(what)
+def _request(output: Path, request: str) -> None:
+    with contextlib.suppress(OSError):  # on a full disk, the pipes still reach the ranks of this host
+        (output / STOP_REQUEST).write_text(request)
 
 
 def _end(process: subprocess.Popen[str], output: Path) -> None:
@@ -203,30 +219,30 @@ def _end(process: subprocess.Popen[str], output: Path) -> None:
 
 
 def _end_after_failure(process: subprocess.Popen[str], output: Path) -> None:
-    """Ends the job soon after a rank has failed: pdsh would wait for every host, and one that hangs never ends."""
+    """Ends the job soon after a rank has failed: pdsh would wait for every host, and one that hangs never exits."""
     while process.poll() is None:
         if any((output / FAILURES).glob("*.json")):
             try:
-                process.wait(_LAST_WORDS_S)
+                process.wait(_GRACE_PERIOD_S)
             except subprocess.TimeoutExpired:
                 _end(process, output)
         time.sleep(STOP_REQUEST_POLL_S)
 
 
 def _explain(code: int, output: Path) -> tuple[int, str]:
+    """Returns the exit code of the job, and the cause of a failure as the ranks recorded it."""
     if code == 0:
         return 0, ""
     log = output / LOG
-    failures = failures_of(output)
-    # A rank that loses another one fails too; what it says is true but not the cause.
-    causes = sorted((f for f in failures if not f["lost_peer"]), key=lambda failure: failure["time"])
+    # A rank that loses another one fails too; its message is true but not the cause.
+    causes = [failure for failure in failures_of(output) if not failure["lost_peer"]]
     if causes:
-        first = causes[0]
-        if first["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
-            return first["code"], first["message"]
-        at = "" if first["step"] is None else f" at step {first['step']}"
-        who = ranks_by_host([first["rank"]], ranks_of(output))
-        return EXIT_FAILURE, f"{who} failed{at}: {first['message']} (see {log})"
+        cause = min(causes, key=lambda failure: failure["time"])
+        if cause["code"] in (EXIT_USER_ERROR, EXIT_STOPPED):
+            return cause["code"], cause["message"]
+        when = "" if cause["step"] is None else f" at step {cause['step']}"
+        rank = ranks_by_host([cause["rank"]], ranks_of(output))
+        return EXIT_FAILURE, f"{rank} failed{when}: {cause['message']} (see {log})"
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_TAIL_LINES:]
     text = "\n".join(f"  | {line}" for line in tail)
     return EXIT_FAILURE, f"{lost_ranks(output)} End of {log}:\n{text}"

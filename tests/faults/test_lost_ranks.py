@@ -55,6 +55,6 @@ def test_dead_and_hung_ranks_are_named_and_the_run_goes_on(tmp_path: Path) -> No
     os.kill(second, signal.SIGSTOP)
     code, out, err = end_of(job, output)
     assert code == 0, err
-    assert err.count("rank 1 died or hung without a word after step") == 2, err
+    assert err.count("rank 1 exited or hung without an error message after step") == 2, err
     assert "restart 2 of 2" in err and out.count("resumed from") == 2
     assert checkpoint_dir.list_checkpoints(output)[0].name == f"step-{STEPS:06d}"

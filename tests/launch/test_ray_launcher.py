@@ -104,7 +104,7 @@ class Job:
 def test_a_rank_on_each_node_and_its_code(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(cluster, tmp_path, monkeypatch)
     code, message = job.run("fail")
-    assert code == EXIT_FAILURE and message.startswith("rank 0, 1 died or hung without a word"), message
+    assert code == EXIT_FAILURE and message.startswith("rank 0, 1 exited or hung without an error message"), message
     first, second = sorted(job.said, key=lambda own: own["RANK"])
     assert [first[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "0", "0", "1"]
     assert [second[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["1", "1", "0", "1"]

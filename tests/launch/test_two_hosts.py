@@ -153,7 +153,7 @@ def test_a_signal_saves_on_all_hosts_and_a_dead_host_is_named(
         hosts[1].power_off()
         code, _, said = end_of(jobs[0], output)
         jobs[1].communicate()
-        assert code == EXIT_FAILURE and "rank 1 on worker-2 died or hung without a word after step" in said, said
+        assert code == EXIT_FAILURE and "rank 1 on worker-2 exited or hung without an error message after step" in said, said
     with two_hosts(config, monkeypatch):
         code, _, said = end_of(start_on_hosts(config, output), output)
     assert code == 0, said

@@ -1,5 +1,5 @@
-"""A prepared feature set: its questions in numbers, and random access to clips and features. Knows nothing of order or
-tokens."""
+"""A prepared feature set: a table of its questions, and random access to clips and features. Does not know the sampling
+order or tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pipeline.data.mds_reader import REPAIR, MdsReader, copy_file
 
 @dataclass(frozen=True)
 class Clip:
-    """What is known of a clip beside its features."""
+    """A clip without its features."""
 
     clip_id: str
     duration_s: float
@@ -41,14 +41,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class QuestionTable:
-    """All questions of a set in numbers, in storage order; texts stay in the shards.
+    """All questions of a set as numbers, in storage order; their texts stay in the shards.
 
     Attributes:
-        clip: (questions,) index of the clip.
-        number: (questions,) which question of its clip.
-        characters: (questions,) of question and answer together.
+        clip: (questions,) index of each question's clip.
+        number: (questions,) index of each question among those of its clip.
+        characters: (questions,) characters of question and answer together.
         task, dataset: (questions,) indices into `tasks` and `datasets`.
-        duration_s: (clips,).
+        duration_s: (clips,) duration of each clip.
     """
 
     clip: NDArray[np.int64]
@@ -66,69 +66,75 @@ class QuestionTable:
     def select(
         self, tasks: Sequence[str] | None = None, datasets: Sequence[str] | None = None, key: str = "data"
     ) -> NDArray[np.int64]:
-        """Indices of the questions of these tasks and datasets; None keeps all.
+        """Returns the indices of the questions of these tasks and datasets; None selects all.
 
         Args:
-            key: of the config that asks, for messages.
+            key: config key of the selection, for error messages.
 
         Raises:
-            UserError: a name that the set does not have, or nothing selected.
+            UserError: the set does not have a task or dataset of this name, or nothing is selected.
         """
-        keep = np.ones(len(self), bool)
-        for field, wanted, known, codes in (
+        is_selected = np.ones(len(self), bool)
+        for field, requested, known, codes in (
             ("tasks", tasks, self.tasks, self.task),
             ("datasets", datasets, self.datasets, self.dataset),
         ):
-            if wanted is not None:
-                for name in wanted:
+            if requested is not None:
+                for name in requested:
                     if name not in known:
                         raise UserError(f"{key}.{field}", f"the feature set has no '{name}'", nearest(name, known))
-                keep &= np.isin(codes, [known.index(name) for name in wanted])
-        if not keep.any():
+                is_selected &= np.isin(codes, [known.index(name) for name in requested])
+        if not is_selected.any():
             raise UserError(key, "its tasks and datasets together select no question", "widen one of them")
-        return np.flatnonzero(keep)
+        return np.flatnonzero(is_selected)
 
 
 class FeatureSet:
     """A prepared set: its contract, its questions, and random access to clips and features.
 
     Args:
-        folder: the set: a local path, or a URL of an object store.
-        encoders: feature columns to read; may be fewer than the set holds.
-        cache: local folder that keeps copies of the shards of a far folder, shared by ranks and jobs of this node.
-        cache_bytes: the copies of each feature column take about this much at most; None means no limit.
+        location: local path of the set, or its URL in an object store.
+        encoders: feature columns to read; may be fewer than the set has.
+        cache: local folder for copies of the shards of a remote set, shared by the ranks and jobs of this node.
+        cache_bytes: approximate limit on the copies of each feature column; None means no limit.
+
+    Attributes:
+        folder: the location as a path; of a URL only the name is meaningful.
+        encoders: feature columns that are read.
+        contract: `features.json` of the set.
+        table: all questions as numbers.
 
     Raises:
-        UserError: not a finished set, an encoder that it does not have, a damaged file, a URL without a cache.
+        UserError: the set is not finished, lacks an encoder, has a damaged file, or is a URL without a cache.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        location: str | Path,
         encoders: Sequence[str],
         cache: str | Path | None = None,
         cache_bytes: int | None = None,
     ) -> None:
-        self._place = str(folder).rstrip("/")
-        self.folder = Path(self._place)  # of a URL only the name means anything
+        self._location = str(location).rstrip("/")
+        self.folder = Path(self._location)
         self.encoders = tuple(encoders)
-        if "://" in self._place and cache is None:
-            raise UserError(self._place, "is far and has no cache", "set data.cache to a folder on a local disk")
-        self._cache = None if cache is None else Path(cache) / hashlib.sha256(self._place.encode()).hexdigest()[:16]
+        if "://" in self._location and cache is None:
+            raise UserError(self._location, "is remote and has no cache", "set data.cache to a folder on a local disk")
+        self._cache = None if cache is None else Path(cache) / hashlib.sha256(self._location.encode()).hexdigest()[:16]
         if self._cache is not None:
-            copy_file(f"{self._place}/{CONTRACT_FILE}", self._cache / CONTRACT_FILE)
-        self.contract: FeatureContract = load_contract(self._cache or self._place)
-        require_encoders(self.contract, list(encoders), self._place)
+            copy_file(f"{self._location}/{CONTRACT_FILE}", self._cache / CONTRACT_FILE)
+        self.contract: FeatureContract = load_contract(self._cache or self._location)
+        require_encoders(self.contract, list(encoders), self._location)
         self._clips = self._open(CLIPS, CLIP_COLUMNS, None)
         self._features = {name: self._open(name, FEATURE_COLUMNS, cache_bytes) for name in encoders}
         self.table = self._read_table()
 
     def _open(self, name: str, columns: dict[str, str], cache_bytes: int | None) -> MdsReader:
-        place = f"{self._place}/{name}"
-        column = MdsReader(place, columns, None if self._cache is None else self._cache / name, cache_bytes)
-        if len(column) != self.contract.clips:
-            raise UserError(place, f"holds {len(column)} clips, features.json says {self.contract.clips}", REPAIR)
-        return column
+        location = f"{self._location}/{name}"
+        reader = MdsReader(location, columns, None if self._cache is None else self._cache / name, cache_bytes)
+        if len(reader) != self.contract.clips:
+            raise UserError(location, f"has {len(reader)} clips, features.json says {self.contract.clips}", REPAIR)
+        return reader
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -140,61 +146,62 @@ class FeatureSet:
 
     @property
     def shard_sizes(self) -> list[int]:
-        """Clips in each shard of the column with the most shards, the one worth reading in order."""
-        return max((column.shard_sizes for column in (self._clips, *self._features.values())), key=len)
+        """Clips in each shard of the column with the most shards, the one that is worth reading in order."""
+        return max((reader.shard_sizes for reader in (self._clips, *self._features.values())), key=len)
 
     def clip(self, index: int) -> Clip:
-        """A clip with all its questions."""
+        """Returns a clip with all its questions."""
         return _clip(self._clips[index])
 
     def features(self, index: int, clip_id: str) -> dict[str, NDArray[np.float16]]:
-        """Encoder -> (frames, width) float16, read-only.
+        """Returns encoder -> (frames, width) float16, read-only.
 
         Args:
-            clip_id: of the clip at `index`; a column that holds another one there was swapped or left half-written.
+            clip_id: id of the clip at `index`; a column with another id there was swapped or left half-written.
 
         Raises:
             UserError: a damaged, missing or swapped shard.
         """
         arrays = {}
-        for name, column in self._features.items():
-            sample = column[index]
+        for name, reader in self._features.items():
+            sample = reader[index]
             if sample["clip_id"] != clip_id:
                 fault = f"has clip '{sample['clip_id']}' at {index}, {CLIPS}/ has '{clip_id}' there"
-                raise UserError(f"{self._place}/{name}/index.json", fault, REPAIR)
+                raise UserError(f"{self._location}/{name}/index.json", fault, REPAIR)
             if sample["features"].ndim != 2 or sample["features"].shape[1] != self.widths[name]:
-                fault = f"has features of shape {sample['features'].shape} for clip '{clip_id}', not of the contract's"
-                raise UserError(f"{self._place}/{name}", f"{fault} width {self.widths[name]}", REPAIR)
+                fault = f"has features of shape {sample['features'].shape} for clip '{clip_id}', "
+                fault += f"features.json says width {self.widths[name]}"
+                raise UserError(f"{self._location}/{name}", fault, REPAIR)
             arrays[name] = sample["features"]
         return arrays
 
     def questions(self) -> Iterator[Question]:
-        """All questions, in storage order."""
+        """Yields all questions, in storage order."""
         for shard in range(len(self._clips.shard_sizes)):
             for sample in self._clips.samples(shard):
                 yield from _clip(sample).questions
 
     @property
     def is_text(self) -> bool:
-        """Whether its questions are about no clip: it was prepared without an encoder."""
+        """Whether the questions are about no clip, because the set was prepared without an encoder."""
         return not self.contract.encoders
 
     @property
     def is_cached(self) -> bool:
-        """Whether shards are copied from far away before they are read."""
+        """Whether shards are copied to a local cache before they are read."""
         return self._cache is not None
 
-    def prefetch(self, index: int, part: int, parts: int) -> None:
-        """Makes sure that the shards with a clip's features are here; of `parts` processes each sees to its share."""
-        for column in self._features.values():
-            shard = column.shard_of(index)
-            if shard % parts == part:
-                column.prepare(shard)
+    def prefetch(self, index: int, process: int, num_processes: int) -> None:
+        """Prepares the shards with a clip's features, as far as they are this process's share of all shards."""
+        for reader in self._features.values():
+            shard = reader.shard_of(index)
+            if shard % num_processes == process:
+                reader.prepare(shard)
 
     def _read_table(self) -> QuestionTable:
         tasks: dict[str, int] = {}
         datasets: dict[str, int] = {}
-        parts: list[NDArray[np.int64]] = []
+        shard_rows: list[NDArray[np.int64]] = []
         durations: list[float] = []
         for shard in range(len(self._clips.shard_sizes)):
             rows: list[tuple[int, int, int, int, int]] = []
@@ -205,50 +212,52 @@ class FeatureSet:
                     task = tasks.setdefault(question["task"], len(tasks))
                     rows.append((len(durations), number, characters, task, dataset))
                 durations.append(sample["duration_s"])
-            parts.append(np.array(rows, np.int64).reshape(-1, 5))
-        clip, *rest = np.concatenate(parts).T
+            shard_rows.append(np.array(rows, np.int64).reshape(-1, 5))
+        clip, question_numbers, character_counts, task_codes, dataset_codes = np.concatenate(shard_rows).T
         if len(clip) != self.contract.questions:
-            fault = f"holds {len(clip)} questions, features.json says {self.contract.questions}"
-            raise UserError(f"{self._place}/{CLIPS}", fault, REPAIR)
-        number_, characters_, task_, dataset_ = (np.ascontiguousarray(column, np.int32) for column in rest)
+            fault = f"has {len(clip)} questions, features.json says {self.contract.questions}"
+            raise UserError(f"{self._location}/{CLIPS}", fault, REPAIR)
         return QuestionTable(
-            np.ascontiguousarray(clip),
-            number_,
-            characters_,
-            task_,
-            dataset_,
-            tuple(tasks),
-            tuple(datasets),
-            np.array(durations),
+            clip=np.ascontiguousarray(clip),
+            number=np.ascontiguousarray(question_numbers, np.int32),
+            characters=np.ascontiguousarray(character_counts, np.int32),
+            task=np.ascontiguousarray(task_codes, np.int32),
+            dataset=np.ascontiguousarray(dataset_codes, np.int32),
+            tasks=tuple(tasks),
+            datasets=tuple(datasets),
+            duration_s=np.array(durations),
         )
 
 
-def open_feature_set(place: str, encoders: Sequence[str], data: DataConfig) -> FeatureSet:
-    """A set read as `data.cache` and `data.cache_gib` say.
+def open_feature_set(location: str, encoders: Sequence[str], data: DataConfig) -> FeatureSet:
+    """Opens a set through the cache of `data.cache` and `data.cache_gib`.
 
     Raises:
-        UserError: as `FeatureSet`.
+        UserError: see `FeatureSet`.
     """
     cache_bytes = None if data.cache_gib is None else int(data.cache_gib * 2**30)
-    return FeatureSet(place, encoders, data.cache, cache_bytes)
+    return FeatureSet(location, encoders, data.cache, cache_bytes)
 
 
 def open_mixture(features: FeatureSet, data: DataConfig) -> list[FeatureSet]:
-    """The set of each entry of `data.mixture`, beside `features`, the set of `data.train`.
+    """Opens the set of each entry of `data.mixture`.
+
+    Args:
+        features: the set of `data.train`, which entries without a path share.
 
     Raises:
-        UserError: as `FeatureSet`; or features made by other encoders.
+        UserError: see `FeatureSet`; or the features of a set were made by other encoders.
     """
     sets = []
-    for number, other in enumerate(data.mixture):
-        if other.path is None:
+    for number, mixed in enumerate(data.mixture):
+        if mixed.path is None:
             sets.append(features)
             continue
-        text_only = not load_contract(other.path).encoders
-        sets.append(open_feature_set(other.path, [] if text_only else features.encoders, data))
+        text_only = not load_contract(mixed.path).encoders
+        sets.append(open_feature_set(mixed.path, [] if text_only else features.encoders, data))
         if not text_only:
             expected = {name: features.contract.encoders[name].fingerprint for name in features.encoders}
-            require_same_features(expected, sets[-1].contract, other.path, f"data.train (beside data.mixture.{number})")
+            require_same_features(expected, sets[-1].contract, mixed.path, f"data.train (beside data.mixture.{number})")
     return sets
 
 

@@ -1,6 +1,6 @@
 """Random access to the samples of one MDS folder, local or through a cache of copied shards.
 
-Uses the format, hashes and downloaders of mosaicml-streaming, not its StreamingDataset: `sampler` defines the order, and
+Uses mosaicml-streaming's format, hashes and downloaders, not its StreamingDataset: `sampler` defines the order, and
 what StreamingDataset keeps in shared memory outlives a killed job and blocks the next one, whereas the kernel releases
 a file lock. Two modules import streaming: this one reads, `data_prep.job.mds_writer` writes.
 """

@@ -1,6 +1,6 @@
-"""`pal doctor [CONFIG]`: starts a job of seconds on every node, and says in one table what is wrong where.
+"""`pal doctor [CONFIG]`: runs a job of a few seconds on every node and prints one table of the problems of each node.
 
-A node speaks before it meets the others, so that one which cannot be met is told from one which does not answer."""
+A node reports its own state before it connects to others: one that cannot connect is not taken for one that is down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -19,16 +18,17 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core import provenance
-from pipeline.core.console import format_table
+from pipeline.core.arguments import add_config, add_json, write_figures
+from pipeline.core.console import format_table, logger
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract, require_encoders
-from pipeline.core.ranks import Ranks, read_ranks
+from pipeline.core.ranks import Ranks, is_rank, read_ranks
 from pipeline.launch import rank_process, supervisor
 from pipeline.tracking import writer
 
 MIN_DISK_GIB = 20.0
 MIN_SHARED_MEMORY_GIB = 1.0  # Docker's default of 64 MiB holds neither NCCL's buffers nor a loader's batches
-MAX_CLOCK_S = 1.0  # further apart, the times of logs and of failures do not say what came first
+MAX_CLOCK_OFFSET_S = 1.0  # beyond it, the times in logs and failure records do not tell what happened first
 ALL_REDUCE_MIB = {"cpu": 16, "cuda": 256}
 ALL_REDUCES = 5
 SHARED_MEMORY = Path("/dev/shm")
@@ -39,35 +39,31 @@ Node = dict[str, Any]
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     config = load_config(ExperimentConfig, arguments.config, arguments.overrides) if arguments.config else None
-    if "RANK" in os.environ:
+    if is_rank():
         return run_rank(config, read_ranks(), arguments.timeout)
     on_gpu, nproc = supervisor.devices(arguments.nproc)
-    hosts = (
-        supervisor.read_hostfile(arguments.hostfile, arguments.nproc) if arguments.hostfile else {"localhost": nproc}
-    )
-    given = [arguments.config, *arguments.overrides] if arguments.config else []
+    hosts = {"localhost": nproc}
+    if arguments.hostfile:
+        hosts, nproc = supervisor.read_hostfile(arguments.hostfile, arguments.nproc), arguments.nproc
+    experiment = [arguments.config, *arguments.overrides] if arguments.config else []
     records: list[Node] = []
     with tempfile.TemporaryDirectory() as folder:
         code, message = supervisor.supervise(
-            [*given, f"--timeout={arguments.timeout}"],
+            [*experiment, f"--timeout={arguments.timeout}"],
             Path(folder),
-            nproc=arguments.nproc if arguments.hostfile else nproc,
-            hostfile=arguments.hostfile,
-            on_gpu=on_gpu,
+            supervisor.Placement(nproc, on_gpu, arguments.hostfile),
             module="pipeline.doctor",
-            show=lambda line: records.append(json.loads(line)),
+            on_line=lambda line: records.append(json.loads(line)),
         )
-    nodes = gather(records, hosts)
-    rows = examine(nodes, hosts)
-    problems = [{"check": check, **problem} for check, _, found in rows for problem in found]
-    print(table(rows, len(hosts)))
+    nodes = merge_records(records, hosts)
+    checks = run_checks(nodes, hosts)
+    problems = [{"check": name, **problem} for name, _, check_problems in checks for problem in check_problems]
+    print(table(checks, len(hosts)))
     if code and not problems:
         problems.append({"check": "launcher", "host": "", "fault": message})
     if code and all(problem["check"] in ("answer", "launcher") for problem in problems):
-        print(f"pal: {message}", file=sys.stderr)
-    if arguments.json:
-        figures = {"nodes": nodes, "problems": problems}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        logger.error(message)
+    write_figures({"nodes": nodes, "problems": problems}, arguments.json)
     return EXIT_FAILURE if problems else 0
 
 
@@ -75,14 +71,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal doctor",
         description="Check the machines before a run: versions, GPUs, disks, clocks, tracker, features, and a timed "
-        "all-reduce under the launcher. Exits with 1 when something is wrong.",
+        "all-reduce under the launcher. With CONFIG, also check the output folder, features and tracker of that "
+        "experiment. Exits with 1 if something is wrong.",
     )
-    parser.add_argument("config", nargs="?", help="an experiment, whose output, features and tracker are checked too")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+    add_config(parser, optional=True)
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks on each machine (default: its GPUs, or 1)")
-    parser.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` a line")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="to wait for other nodes (120)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found here as well")
+    parser.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` per line")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for nodes (120)")
+    add_json(parser, "the state of every node and the problems")
     return parser
 
 
@@ -90,26 +86,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_rank(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> int:
-    """Looks around on this node (its first rank does), meets the other ranks, reduces with them."""
-    speaks = ranks.local_rank == 0
-    if speaks:
-        _tell(ranks, look_around(config, ranks))
+    """Inspects this node (on its first rank only), connects to the other ranks and times an all-reduce with them."""
+    represents_node = ranks.local_rank == 0
+    if represents_node:
+        _report(ranks, inspect_node(config, ranks))
     try:
-        met = _meet(config, ranks, timeout_s)
-    except Exception as error:  # of torch, NCCL or gloo; the table shows it
-        _tell(ranks, {"all_reduce_fault": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+        connection = _connect(config, ranks, timeout_s)
+    except Exception as error:  # raised by torch, NCCL or gloo; the table shows it
+        _report(ranks, {"all_reduce_fault": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
         return EXIT_FAILURE
-    if speaks:
-        _tell(ranks, met)
+    if represents_node:
+        _report(ranks, connection)
     return 0
 
 
-def _tell(ranks: Ranks, values: Mapping[str, Any]) -> None:
+def _report(ranks: Ranks, values: Mapping[str, Any]) -> None:
     rank_process.report(json.dumps({"rank": ranks.rank, **values}))
 
 
-def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
-    """What one node finds on itself. Faults are texts; None means that nothing is wrong."""
+def inspect_node(config: ExperimentConfig | None, ranks: Ranks) -> Node:
+    """Returns the state of this node. Each `*_fault` is a text, or None if nothing is wrong."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
@@ -123,7 +119,7 @@ def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
         "busy_gpus": [n for n, (free, total) in enumerate(memory) if free < 0.9 * total],
         "folder": str(existing),
         "disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
-        "disk_fault": None if os.access(existing, os.W_OK) else f"{existing} cannot be written",
+        "disk_fault": None if os.access(existing, os.W_OK) else f"{existing} is not writable",
         "shared_memory_gib": round(shutil.disk_usage(SHARED_MEMORY).free / 2**30, 1),
     }
     if config is not None:
@@ -133,14 +129,14 @@ def look_around(config: ExperimentConfig | None, ranks: Ranks) -> Node:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns the folder, or its nearest ancestor that exists."""
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
 def _fault(check: Callable[[], None]) -> str | None:
     try:
         check()
-    except Exception as error:  # a store's or server's client raises errors of many libraries
+    except Exception as error:  # clients of object stores and servers raise errors of many libraries
         return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 
@@ -150,8 +146,8 @@ def _read_features(config: ExperimentConfig) -> None:
         require_encoders(load_contract(folder), config.model.encoders, folder)
 
 
-def _meet(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> Node:
-    """The clock at a moment that all nodes share, whether they share the output folder, and the all-reduce."""
+def _connect(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> Node:
+    """Returns the clock at a moment common to all nodes, whether they share the output folder, and all-reduce times."""
     import torch
 
     from pipeline.engine import init_process_group, leave_process_group, on_gpu
@@ -160,10 +156,10 @@ def _meet(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> No
     kind = "cuda" if on_gpu() else "cpu"
     device = torch.device(kind, ranks.local_rank) if kind == "cuda" else torch.device(kind)
     torch.distributed.barrier()
-    torch.distributed.barrier()  # the first one also opens connections, and ranks leave it at different times
-    met: Node = {"clock_s": time.time(), "sharing_fault": None}
+    torch.distributed.barrier()  # the first one also opens connections, so ranks leave it at different times
+    connection: Node = {"clock_s": time.time(), "sharing_fault": None}
     if config is not None and not _shares(config.output.absolute(), ranks):
-        met["sharing_fault"] = f"does not see what rank 0 writes beside {config.output}"
+        connection["sharing_fault"] = f"does not see what rank 0 writes beside {config.output}"
     length = ALL_REDUCE_MIB[kind] * 2**18
     seconds = []
     for _ in range(ALL_REDUCES):
@@ -171,72 +167,74 @@ def _meet(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) -> No
         torch.distributed.barrier()
         started = time.perf_counter()
         torch.distributed.all_reduce(numbers)
-        right = bool((numbers == ranks.world_size).all())  # waits for the device
+        is_correct = bool((numbers == ranks.world_size).all())  # waits for the device
         seconds.append(time.perf_counter() - started)
-        if not right:
+        if not is_correct:
             raise RuntimeError(f"the sum over {ranks.world_size} ranks is wrong")
-    sent = 2 * (ranks.world_size - 1) / ranks.world_size * length * 4  # bytes, by a ring
-    met["all_reduce"] = {"mib": ALL_REDUCE_MIB[kind], "s": min(seconds), "gb_s": round(sent / min(seconds) / 1e9, 2)}
+    sent_bytes = 2 * (ranks.world_size - 1) / ranks.world_size * length * 4  # by each rank of a ring
+    gb_s = round(sent_bytes / min(seconds) / 1e9, 2)
+    connection["all_reduce"] = {"mib": ALL_REDUCE_MIB[kind], "s": min(seconds), "gb_s": gb_s}
     leave_process_group()
-    return met
+    return connection
 
 
 def _shares(output: Path, ranks: Ranks) -> bool:
-    """Whether this rank sees what rank 0 makes where the output will be."""
+    """Returns whether this rank sees a folder that rank 0 creates at the place of the output."""
     import torch
 
     from pipeline.engine import from_main_rank
 
     folder = _existing(output)
     written = from_main_rank(tempfile.mkdtemp(prefix=".pal-doctor-", dir=folder) if ranks.is_main else None)
-    seen = Path(written).is_dir()
+    is_shared = Path(written).is_dir()
     torch.distributed.barrier()
     if ranks.is_main:
         Path(written).rmdir()
-    return seen
+    return is_shared
 
 
 # ---- the table ----------------------------------------------------------------------------------------------------
 
 Problem = dict[str, str]
-Check = tuple[str, str, list[Problem]]  # its name, what most nodes have, what is wrong where
+Check = tuple[str, str, list[Problem]]  # name, value on most nodes, problems with their hosts
 
 
-def gather(records: Sequence[Node], hosts: Mapping[str, int]) -> dict[str, Node]:
-    """Everything that the ranks of each host told; nothing for a host that is silent."""
-    host_of = [host for host, ranks in hosts.items() for _ in range(ranks)]
+def merge_records(records: Sequence[Node], hosts: Mapping[str, int]) -> dict[str, Node]:
+    """Merges the records of all ranks of each host; a host that did not answer has an empty record."""
+    host_of_rank = [host for host, ranks in hosts.items() for _ in range(ranks)]
     nodes: dict[str, Node] = {host: {} for host in hosts}
     for record in records:
-        nodes[host_of[record["rank"]]] |= {key: value for key, value in record.items() if key != "rank"}
+        nodes[host_of_rank[record["rank"]]] |= {key: value for key, value in record.items() if key != "rank"}
     return nodes
 
 
-def examine(nodes: Mapping[str, Node], hosts: Mapping[str, int]) -> list[Check]:
-    """Every check, over the nodes that could make it."""
-    spoke = {host: node for host, node in nodes.items() if "versions" in node}
-    met = {host: node for host, node in nodes.items() if "clock_s" in node}
-    answers = _checked("answer", f"{len(spoke)} of {len(hosts)} nodes", nodes, lambda n: None if n else "says nothing")
-    if not spoke:
-        return [answers]
-    packages = sorted({name for node in spoke.values() for name in node["versions"]})
+def run_checks(nodes: Mapping[str, Node], hosts: Mapping[str, int]) -> list[Check]:
+    """Returns every check, each over the nodes that could report on it."""
+    answering = {host: node for host, node in nodes.items() if "versions" in node}
+    connected = {host: node for host, node in nodes.items() if "clock_s" in node}
+    count = f"{len(answering)} of {len(hosts)} nodes"
+    answer = _checked("answer", count, nodes, lambda node: None if node else "does not answer")
+    if not answering:
+        return [answer]
+    packages = sorted({name for node in answering.values() for name in node["versions"]})
+    folders = ", ".join({node["folder"] for node in answering.values()})
     checks = [
-        answers,
-        *(_equal(name, {host: node["versions"].get(name) for host, node in spoke.items()}) for name in packages),
-        _equal("code", {host: node["code"] or None for host, node in spoke.items()}),
-        _equal("GPUs", {host: _count(node["gpus"]) for host, node in spoke.items()}),
-        _checked("ranks", f"{sum(hosts.values())}", spoke, _crowded),
-        _at_least("disk", "disk_gib", MIN_DISK_GIB, spoke),
-        _at_least(str(SHARED_MEMORY), "shared_memory_gib", MIN_SHARED_MEMORY_GIB, spoke),
-        _checked("writing", ", ".join({node["folder"] for node in spoke.values()}), spoke, lambda n: n["disk_fault"]),
+        answer,
+        *(_equal(name, {host: node["versions"].get(name) for host, node in answering.items()}) for name in packages),
+        _equal("code", {host: node["code"] or None for host, node in answering.items()}),
+        _equal("GPUs", {host: _gpu_summary(node["gpus"]) for host, node in answering.items()}),
+        _checked("ranks", f"{sum(hosts.values())}", answering, _gpu_fault),
+        _at_least("disk", "disk_gib", MIN_DISK_GIB, answering),
+        _at_least(str(SHARED_MEMORY), "shared_memory_gib", MIN_SHARED_MEMORY_GIB, answering),
+        _checked("writing", folders, answering, lambda node: node["disk_fault"]),
     ]
-    if any("features_fault" in node for node in spoke.values()):
-        checks += [
-            _checked("features", "readable", spoke, lambda n: n["features_fault"]),
-            _checked("tracker", "reachable", spoke, lambda n: n["tracker_fault"]),
-        ]
-    if met:
-        checks += [_checked("shared output", "the same", met, lambda n: n["sharing_fault"]), _clocks(met)]
-    checks.append(_checked("all-reduce", _speed(met), spoke, lambda n: n.get("all_reduce_fault")))
+    if any("features_fault" in node for node in answering.values()):
+        checks.append(_checked("features", "readable", answering, lambda node: node["features_fault"]))
+        checks.append(_checked("tracker", "reachable", answering, lambda node: node["tracker_fault"]))
+    if connected:
+        shared = _checked("shared output", "the same", connected, lambda node: node["sharing_fault"])
+        checks += [shared, _clocks(connected)]
+    checks.append(_checked("all-reduce", _speed(connected), answering, lambda node: node.get("all_reduce_fault")))
     return checks
 
 
@@ -247,34 +245,34 @@ def _checked(name: str, value: str, nodes: Mapping[str, Node], fault: Callable[[
 
 def _equal(name: str, values: Mapping[str, str | None]) -> Check:
     common, _ = Counter(values.values()).most_common(1)[0]
-    other = [{"host": host, "fault": f"has {value or 'none'}"} for host, value in values.items() if value != common]
-    return name, common or "none", other
+    problems = [{"host": host, "fault": f"has {value or 'none'}"} for host, value in values.items() if value != common]
+    return name, common or "none", problems
 
 
 def _at_least(name: str, key: str, least: float, nodes: Mapping[str, Node]) -> Check:
     def fault(node: Node) -> str | None:
-        return f"has {node[key]:g} GiB free, {least:g} are needed" if node[key] < least else None
+        return f"has {node[key]:g} GiB free, needs {least:g}" if node[key] < least else None
 
     return _checked(name, f"{min(node[key] for node in nodes.values()):g} GiB free or more", nodes, fault)
 
 
-def _crowded(node: Node) -> str | None:
+def _gpu_fault(node: Node) -> str | None:
     if 0 < len(node["gpus"]) < node["ranks"]:
         return f"has {len(node['gpus'])} GPUs for {node['ranks']} ranks"
-    return f"others use GPU {', '.join(map(str, node['busy_gpus']))}" if node["busy_gpus"] else None
+    return f"other processes use GPU {', '.join(map(str, node['busy_gpus']))}" if node["busy_gpus"] else None
 
 
-def _count(gpus: Sequence[str]) -> str | None:
+def _gpu_summary(gpus: Sequence[str]) -> str | None:
     return ", ".join(f"{number} x {name}" for name, number in Counter(gpus).items()) or None
 
 
 def _clocks(nodes: Mapping[str, Node]) -> Check:
     times = sorted(node["clock_s"] for node in nodes.values())
-    middle = times[len(times) // 2]
+    median = times[len(times) // 2]
 
     def fault(node: Node) -> str | None:
-        off = node["clock_s"] - middle
-        return f"is {off:+.1f} s off" if abs(off) > MAX_CLOCK_S else None
+        offset = node["clock_s"] - median
+        return f"is {offset:+.1f} s off" if abs(offset) > MAX_CLOCK_OFFSET_S else None
 
     return _checked("clocks", f"{times[-1] - times[0]:.3f} s apart", nodes, fault)
 
@@ -287,8 +285,8 @@ def _speed(nodes: Mapping[str, Node]) -> str:
 
 
 def table(checks: Sequence[Check], num_nodes: int) -> str:
-    """A line for each check; what is wrong stands behind it, a line for each host."""
-    lines = [("check", "this machine" if num_nodes == 1 else f"{num_nodes} nodes", "wrong")]
+    """Returns the checks as a table: a row per check and, if several hosts have a problem, a further row for each."""
+    lines = [("check", "this machine" if num_nodes == 1 else f"{num_nodes} nodes", "problem")]
     for name, value, problems in checks:
         texts = [f"{problem['host']}: {problem['fault']}" for problem in problems] or ["-"]
         lines.append((name, value, texts[0]))

@@ -1,8 +1,9 @@
-"""The door: quick help, exit codes, one line for a mistake."""
+"""`pal`: fast help, the version, exit codes, one line for a user error, and closed pipes."""
 
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 
@@ -37,6 +38,29 @@ def test_help_of_a_command_loads_no_heavy_library(name: str) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = pal("--version")
+    assert (result.returncode, result.stdout) == (0, f"pal {version('pal-pipeline')}\n")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "train --help"])
+def test_a_reader_that_closes_the_pipe_causes_no_traceback(arguments: str) -> None:
+    # The shell's `:` closes its end of the pipe without reading.
+    command = f"{{ {sys.executable} -m pipeline.cli {arguments}; echo code $? >&2; }} | :"
+    result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert result.stderr in ("code 0\n", "code 1\n"), "0 if the pipe was closed after the last byte"
+
+
+def test_output_that_is_flushed_into_a_closed_pipe_ends_with_code_1() -> None:
+    code = (
+        "import os, sys; from pipeline.core.errors import run_command\n"
+        "reader, writer = os.pipe(); os.dup2(writer, 1); os.close(reader)\n"
+        "sys.exit(run_command(lambda argv: print('text') or 0, []))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_unknown_command_names_the_nearest() -> None:

@@ -1,4 +1,4 @@
-"""One table says what is wrong where; the job runs under the launcher, and hosts are reached as pdsh reaches them."""
+"""`pal doctor`: one table names each problem and its host; the job runs under the launcher, on one and on two hosts."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def node(**changes: Any) -> dict[str, Any]:
 
 
 def problems(**nodes: dict[str, Any]) -> list[tuple[str, str, str]]:
-    checks = doctor.examine({"one": node(), "two": node(), "three": node(), **nodes}, HOSTS)
-    return [(check, found["host"], found["fault"]) for check, _, faults in checks for found in faults]
+    checks = doctor.run_checks({"one": node(), "two": node(), "three": node(), **nodes}, HOSTS)
+    return [(check, problem["host"], problem["fault"]) for check, _, rows in checks for problem in rows]
 
 
 def test_healthy_nodes_have_no_problem() -> None:
@@ -60,10 +60,10 @@ def test_healthy_nodes_have_no_problem() -> None:
         ({"versions": {"python": "3.11.7"}}, "torch", "has none"),
         ({"code": "def"}, "code", "has def"),
         ({"gpus": ["A100 80 GiB", "A100 40 GiB"]}, "GPUs", "has 1 x A100 80 GiB, 1 x A100 40 GiB"),
-        ({"busy_gpus": [1]}, "ranks", "others use GPU 1"),
-        ({"disk_gib": 3.0}, "disk", "has 3 GiB free, 20 are needed"),
-        ({"shared_memory_gib": 0.1}, "/dev/shm", "has 0.1 GiB free, 1 are needed"),
-        ({"disk_fault": "/shared cannot be written"}, "writing", "/shared cannot be written"),
+        ({"busy_gpus": [1]}, "ranks", "other processes use GPU 1"),
+        ({"disk_gib": 3.0}, "disk", "has 3 GiB free, needs 20"),
+        ({"shared_memory_gib": 0.1}, "/dev/shm", "has 0.1 GiB free, needs 1"),
+        ({"disk_fault": "/shared is not writable"}, "writing", "/shared is not writable"),
         ({"features_fault": "no such bucket"}, "features", "no such bucket"),
         ({"tracker_fault": "refused"}, "tracker", "refused"),
         ({"clock_s": 1042.0}, "clocks", "is +42.0 s off"),
@@ -71,7 +71,7 @@ def test_healthy_nodes_have_no_problem() -> None:
         ({"all_reduce_fault": "DistError: NCCL"}, "all-reduce", "DistError: NCCL"),
     ],
 )
-def test_a_fault_is_told_once_with_its_host(changes: dict[str, Any], check: str, fault: str) -> None:
+def test_a_fault_is_listed_once_with_its_host(changes: dict[str, Any], check: str, fault: str) -> None:
     assert problems(two=node(**changes)) == [(check, "two", fault)]
 
 
@@ -79,16 +79,16 @@ def test_a_node_with_fewer_gpus_than_ranks() -> None:
     assert ("ranks", "two", "has 1 GPUs for 2 ranks") in problems(two=node(gpus=["A100 80 GiB"]))
 
 
-def test_silent_nodes_are_named_and_the_others_still_examined() -> None:
+def test_nodes_that_do_not_answer_are_named_and_the_others_still_checked() -> None:
     assert problems(two={}, three=node(disk_gib=1.0)) == [
-        ("answer", "two", "says nothing"),
-        ("disk", "three", "has 1 GiB free, 20 are needed"),
+        ("answer", "two", "does not answer"),
+        ("disk", "three", "has 1 GiB free, needs 20"),
     ]
-    assert problems(one={}, two={}, three={}) == [("answer", host, "says nothing") for host in HOSTS]
+    assert problems(one={}, two={}, three={}) == [("answer", host, "does not answer") for host in HOSTS]
 
 
-def test_ranks_belong_to_the_hosts_in_their_order() -> None:
-    nodes = doctor.gather([{"rank": 0, "a": 1}, {"rank": 3, "b": 2}, {"rank": 1, "c": 3}], {"x": 3, "y": 1})
+def test_ranks_are_assigned_to_hosts_in_the_order_of_the_hostfile() -> None:
+    nodes = doctor.merge_records([{"rank": 0, "a": 1}, {"rank": 3, "b": 2}, {"rank": 1, "c": 3}], {"x": 3, "y": 1})
     assert nodes == {"x": {"a": 1, "c": 3}, "y": {"b": 2}}
 
 
@@ -105,7 +105,7 @@ class RefusingTracker(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-def test_a_node_sees_what_it_cannot_reach_and_tells_no_password(
+def test_unreachable_services_are_reported_without_the_password(
     experiment: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
@@ -114,25 +114,25 @@ def test_a_node_sees_what_it_cannot_reach_and_tells_no_password(
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         uri = f"http://127.0.0.1:{server.server_port}"
-        there = load_config(ExperimentConfig, experiment, [f"tracking.uri={uri}", "data.validation=null"])
-        seen = doctor.look_around(there, Ranks(0, 1, 0, 1))
+        config = load_config(ExperimentConfig, experiment, [f"tracking.uri={uri}", "data.validation=null"])
+        state = doctor.inspect_node(config, Ranks(0, 1, 0, 1))
     finally:
         server.shutdown()
-    assert "401" in seen["tracker_fault"]
-    assert seen["features_fault"] is None
-    assert PLANTED not in json.dumps(seen)
-    gone = load_config(ExperimentConfig, experiment, [f"tracking.uri={uri}", "data.train=/nowhere"])
+    assert "401" in state["tracker_fault"]
+    assert state["features_fault"] is None
+    assert PLANTED not in json.dumps(state)
+    config = load_config(ExperimentConfig, experiment, [f"tracking.uri={uri}", "data.train=/nowhere"])
     server.server_close()
-    seen = doctor.look_around(gone, Ranks(0, 1, 0, 1))
-    assert "/nowhere" in seen["features_fault"]
-    assert seen["tracker_fault"]
+    state = doctor.inspect_node(config, Ranks(0, 1, 0, 1))
+    assert "/nowhere" in state["features_fault"]
+    assert state["tracker_fault"]
 
 
 def _doctor(folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
+    variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, "-m", "pipeline.doctor", *map(str, arguments), "--json", str(folder / "doctor.json")],
-        env={**os.environ, **own},
+        env={**os.environ, **variables},
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -141,17 +141,17 @@ def _doctor(folder: Path, *arguments: object, **environment: str) -> subprocess.
 
 def test_this_machine_under_the_launcher(experiment: Path, tmp_path: Path) -> None:
     done = _doctor(tmp_path, experiment, "--nproc", 2)
-    found = json.loads((tmp_path / "doctor.json").read_text())
-    assert done.returncode == (1 if found["problems"] else 0), done.stderr
-    # The disk of the machine that tests run on is not ours to judge.
-    assert {problem["check"] for problem in found["problems"]} <= {"disk", "/dev/shm"}
-    assert found["nodes"]["localhost"]["all_reduce"]["gb_s"] > 0
+    figures = json.loads((tmp_path / "doctor.json").read_text())
+    assert done.returncode == (1 if figures["problems"] else 0), done.stderr
+    # The disk of the machine that runs the tests may be full.
+    assert {problem["check"] for problem in figures["problems"]} <= {"disk", "/dev/shm"}
+    assert figures["nodes"]["localhost"]["all_reduce"]["gb_s"] > 0
     assert "all-reduce" in done.stdout
     assert not list(experiment.parent.glob(".pal-doctor-*"))
 
 
 SSH = """#!/bin/sh
-# Stands in for ssh: a host is this machine under another name, but for one that does not answer.
+# Replaces ssh: every host is this machine under another name, except one that does not answer.
 while [ "${1#-}" != "$1" ]; do case "$1" in -[olp]) shift 2 ;; *) shift ;; esac; done
 case "$1" in *silent*) echo "ssh: connect to host $1: timed out" >&2; exit 255 ;; esac
 shift
@@ -162,23 +162,23 @@ exec env -i PATH="$PATH" HOME="$HOME" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 sh -c
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
-@pytest.mark.parametrize("second", ["there", "silent"])
+@pytest.mark.parametrize("second", ["reachable", "silent"])
 def test_two_hosts_through_pdsh(experiment: Path, tmp_path: Path, second: str) -> None:
     ssh = tmp_path / "ssh"
     ssh.write_text(SSH)
     ssh.chmod(0o755)
     hostfile = tmp_path / "hostfile"
-    hostfile.write_text(f"here slots=1\n{second} slots=1\n")
+    hostfile.write_text(f"first slots=1\n{second} slots=1\n")
     done = _doctor(
         tmp_path, experiment, "--hostfile", hostfile, "--timeout", 15, PATH=f"{tmp_path}:{os.environ['PATH']}"
     )
-    found = json.loads((tmp_path / "doctor.json").read_text())
-    wrong = {(problem["check"], problem["host"]) for problem in found["problems"]}
-    wrong -= {(check, host) for check in ("disk", "/dev/shm") for host in ("here", second)}
-    if second == "there":
-        assert not wrong, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "doctor.json").read_text())
+    failed = {(problem["check"], problem["host"]) for problem in figures["problems"]}
+    failed -= {(check, host) for check in ("disk", "/dev/shm") for host in ("first", second)}
+    if second == "reachable":
+        assert not failed, done.stdout + done.stderr
     else:
-        assert ("answer", "silent") in wrong, done.stdout + done.stderr
+        assert ("answer", "silent") in failed, done.stdout + done.stderr
         assert done.returncode == 1
 
 
@@ -194,14 +194,14 @@ def test_two_hosts_and_a_cut_cable_between_them(experiment: Path, tmp_path: Path
         path = f"{tmp_path / 'hosts'}:{os.environ['PATH']}"
         healthy = _doctor(tmp_path, *arguments, PATH=path)
         print(healthy.stdout, healthy.stderr)
-        found = json.loads((tmp_path / "doctor.json").read_text())
-        assert {problem["check"] for problem in found["problems"]} <= {"disk", "/dev/shm"}
-        assert set(found["nodes"]) == set(names) and all("all_reduce" in node for node in found["nodes"].values())
+        figures = json.loads((tmp_path / "doctor.json").read_text())
+        assert {problem["check"] for problem in figures["problems"]} <= {"disk", "/dev/shm"}
+        assert set(figures["nodes"]) == set(names) and all("all_reduce" in node for node in figures["nodes"].values())
 
         second.unplug()
         cut = _doctor(tmp_path, *arguments, PATH=path)
     print(cut.stdout, cut.stderr)
     problems = json.loads((tmp_path / "doctor.json").read_text())["problems"]
-    wrong = {(problem["check"], problem["host"]) for problem in problems}
-    assert cut.returncode == 1 and ("all-reduce", "worker-2") in wrong
-    assert not [check for check, _ in wrong if check == "answer"]
+    failed = {(problem["check"], problem["host"]) for problem in problems}
+    assert cut.returncode == 1 and ("all-reduce", "worker-2") in failed
+    assert not [check for check, _ in failed if check == "answer"]

@@ -1,4 +1,4 @@
-"""Ranks on a real Ray cluster of two nodes: where they are, what they are told, what becomes of them."""
+"""Ranks on a real Ray cluster of two nodes: their placement and environment, stop requests, and the loss of a node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError
 from pipeline.core.ranks import free_port
 from pipeline.launch import ray_launcher, supervisor
-from pipeline.launch.ray_launcher import Place
+from pipeline.launch.ray_launcher import RankLocation
 from tests.helpers.ray_clusters import RayCluster
 
 SECRET = "planted-secret-of-the-driver-1414"
@@ -39,22 +39,24 @@ raise SystemExit(3 if what == "fail" and os.environ["RANK"] == "1" else 0)
 """
 
 
-def test_ranks_of_a_node_are_neighbours_and_see_its_gpus() -> None:
-    places = [
-        Place("10.0.0.1", "a", ("2",), 5000),
-        Place("10.0.0.1", "a", ("5",), 5001),
-        Place("10.0.0.2", "b", ("0",), 1),
+def test_ranks_of_a_node_are_adjacent_and_see_all_its_gpus() -> None:
+    locations = [
+        RankLocation("10.0.0.1", "a", ("2",), 5000),
+        RankLocation("10.0.0.1", "a", ("5",), 5001),
+        RankLocation("10.0.0.2", "b", ("0",), 1),
     ]
-    found = ray_launcher.environments(places)
+    environments = ray_launcher.rank_environments(locations)
     keys = ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES")
-    assert [tuple(own[key] for key in keys) for own in found] == [
+    assert [tuple(environment[key] for key in keys) for environment in environments] == [
         ("0", "0", "0", "2", "2,5"),
         ("1", "0", "1", "2", "2,5"),
         ("2", "1", "0", "1", "0"),
     ]
-    for own in found:
-        assert (own["WORLD_SIZE"], own["MASTER_ADDR"], own["MASTER_PORT"]) == ("3", "10.0.0.1", "5000")
-    assert "CUDA_VISIBLE_DEVICES" not in ray_launcher.environments([Place("10.0.0.1", "a", (), 1)])[0]
+    for environment in environments:
+        group = (environment["WORLD_SIZE"], environment["MASTER_ADDR"], environment["MASTER_PORT"])
+        assert group == ("3", "10.0.0.1", "5000")
+    (without_gpus,) = ray_launcher.rank_environments([RankLocation("10.0.0.1", "a", (), 1)])
+    assert "CUDA_VISIBLE_DEVICES" not in without_gpus
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 class Job:
-    """Two ranks of the script above under `launch.supervise`."""
+    """Two ranks of the script above under `supervisor.supervise`; `reports` holds the environment of each."""
 
     def __init__(self, cluster: RayCluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "a_rank.py").write_text(RANK)
@@ -78,57 +80,57 @@ class Job:
         monkeypatch.setenv("PYTHONPATH", str(folder))
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
         self._address, self._output = cluster.address, folder / "output"
-        self.said: list[dict[str, Any]] = []
+        self.reports: list[dict[str, Any]] = []
 
     def run(self, what: str) -> tuple[int, str]:
         return supervisor.supervise(
             [what, str(self._output)],
             self._output,
-            nproc=2,
-            hostfile=None,
-            on_gpu=False,
+            supervisor.Placement(2, on_gpu=False, ray_address=self._address),
             module="a_rank",
-            ray_address=self._address,
-            show=lambda line: self.said.append(json.loads(line)),
+            on_line=lambda line: self.reports.append(json.loads(line)),
         )
 
-    def when_begun(self, act: Callable[[], None]) -> None:
+    def when_started(self, act: Callable[[], None]) -> None:
         def wait_and_act() -> None:
-            while len(self.said) < 2:
+            while len(self.reports) < 2:
                 time.sleep(0.05)
             act()
 
         threading.Thread(target=wait_and_act, daemon=True).start()
 
 
-def test_a_rank_on_each_node_and_its_code(cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_node_runs_a_rank_and_its_exit_code_is_returned(
+    cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = Job(cluster, tmp_path, monkeypatch)
     code, message = job.run("fail")
     assert code == EXIT_FAILURE and message.startswith("rank 0, 1 exited or hung without an error message"), message
-    first, second = sorted(job.said, key=lambda own: own["RANK"])
+    first, second = sorted(job.reports, key=lambda environment: environment["RANK"])
     assert [first[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["0", "0", "0", "1"]
     assert [second[key] for key in ("RANK", "NODE_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == ["1", "1", "0", "1"]
     assert first["MASTER_PORT"] == second["MASTER_PORT"]
-    for own in (first, second):
-        assert own["cwd"] == str(tmp_path) and own["DS_ACCELERATOR"] == "cpu" and own["OMP_NUM_THREADS"] == "1"
-        assert SECRET not in json.dumps(own)  # the nodes' own business
+    for environment in (first, second):
+        assert environment["cwd"] == str(tmp_path)
+        assert environment["DS_ACCELERATOR"] == "cpu" and environment["OMP_NUM_THREADS"] == "1"
+        assert SECRET not in json.dumps(environment), "nodes have their own secrets"
 
 
 @pytest.mark.slow
-def test_a_signal_reaches_ranks_as_under_the_launcher(
+def test_a_signal_stops_ranks_as_under_the_deepspeed_launcher(
     cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(cluster, tmp_path, monkeypatch)
 
     def stop() -> None:
-        """As Ray stops a job: every process of it has the signal, the one that started the ranks first."""
+        """Signals every process of the job, as Ray does to stop it, the ranks' launcher first."""
         for process in psutil.Process().children():
             if "pipeline.launch.ray_launcher" in process.cmdline():
                 process.terminate()
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    job.when_begun(stop)
+    job.when_started(stop)
     assert job.run("wait") == (EXIT_STOPPED, "stopped at step 7")
 
 
@@ -138,16 +140,16 @@ def test_a_lost_node_is_named_and_the_next_job_waits_for_another(
 ) -> None:
     job = Job(cluster, tmp_path, monkeypatch)
     killed: set[int] = set()
-    job.when_begun(lambda: killed.update(cluster.lose(cluster.nodes[-1])))
+    job.when_started(lambda: killed.update(cluster.lose(cluster.nodes[-1])))
     code, message = job.run("wait")
-    (rank,) = [own["RANK"] for own in job.said if own["pid"] in killed]
+    (rank,) = [environment["RANK"] for environment in job.reports if environment["pid"] in killed]
     assert code == EXIT_FAILURE and message.startswith(f"rank {rank} failed: Ray has lost it on node"), message
     cluster.add_node()
     assert job.run("end") == (0, "")
 
 
-def test_mistakes_are_told_before_anything_starts() -> None:
-    with pytest.raises(UserError, match="--nproc: is 0"):
+def test_user_errors_are_raised_before_anything_starts() -> None:
+    with pytest.raises(UserError, match="--nproc: 0 is below 1"):
         ray_launcher.devices("auto", 0)
-    with pytest.raises(UserError, match="--ray: no cluster answers"):
+    with pytest.raises(UserError, match=r"--ray: no cluster at .* accepts our token"):
         ray_launcher.devices(f"127.0.0.1:{free_port()}", 1)

@@ -1,4 +1,4 @@
-"""What the parent of a job shows and keeps of what its ranks say."""
+"""The parent of a job: what it shows and logs of the output of its ranks, and how it requests that they stop."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SECRET = "correct-horse-battery"
 def supervise(
     output: Path, monkeypatch: pytest.MonkeyPatch, script: str, hostfile: Path | None = None
 ) -> tuple[int, str]:
-    """With a script in the place of the launcher."""
+    """Calls `supervise` with a script in place of the launcher."""
     real = subprocess.Popen
 
     def popen(_: object, **settings: Any) -> subprocess.Popen[str]:
         return real([sys.executable, "-c", script], **settings)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    return supervisor.supervise(["config"], output, nproc=1, hostfile=hostfile, on_gpu=False)
+    return supervisor.supervise(["config"], output, supervisor.Placement(1, False, hostfile))
 
 
 def test_no_secret_of_the_environment_is_logged(
@@ -51,7 +51,9 @@ def test_no_secret_that_the_launcher_reads_from_its_file_is_logged(
     assert "NCCL_DEBUG=WARN\nMLFLOW_TRACKING_PASSWORD=***" in (tmp_path / supervisor.LOG).read_text()
 
 
-def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_requests_reach_ranks_on_other_hosts_through_the_output_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rank_process, "STOP_REQUEST_POLL_S", 0.01)
     monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
     ended, stopped = threading.Event(), threading.Event()
@@ -68,9 +70,9 @@ def test_ranks_of_other_hosts_are_asked_through_the_output(tmp_path: Path, monke
 def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though another host hangs, and pdsh waits for it."""
+    """Another host hangs, and pdsh would wait for it."""
     monkeypatch.setattr(rank_process, "STOP_REQUEST_POLL_S", 0.01)
-    monkeypatch.setattr(supervisor, "_LAST_WORDS_S", 0.1)
+    monkeypatch.setattr(supervisor, "_GRACE_PERIOD_S", 0.1)
     script = (
         "from pathlib import Path; from pipeline.launch import rank_process; import time; "
         f"rank_process.record_exit(Path({str(tmp_path)!r}), 1, 7, 1, 'no memory'); time.sleep(60)"

@@ -1,4 +1,4 @@
-"""Two hosts: the same run as two ranks of one; what becomes of it when they lose each other, or it is to stop."""
+"""Two hosts train like two ranks on one host; the job ends in order when the hosts lose each other or it is stopped."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_a_launcher_on_each_host_gives_the_losses_of_one_host(tmp_path: Path) ->
         for rank in range(2)
     ]
     try:
-        said = [host.communicate(timeout=LIMIT_S)[0] for host in hosts]
+        logs = [host.communicate(timeout=LIMIT_S)[0] for host in hosts]
     finally:
         for host in hosts:
             host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], "\n".join(text[-3000:] for text in said)
+    assert [host.returncode for host in hosts] == [0, 0], "\n".join(text[-3000:] for text in logs)
 
     one, two = ([metrics["train/loss"] for _, metrics in read_metrics(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 4
@@ -68,7 +68,7 @@ needs_pdsh = pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is no
 
 
 def launcher_on(host: Host, node_rank: int, config: Path, output: Path) -> subprocess.Popen[str]:
-    """The form without ssh: a launcher of its own on each host."""
+    """Starts a launcher on one host, as is done on every host where there is no ssh."""
     words = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_ssh", "--node_rank", node_rank]
     words += ["--hostfile", config.parent / "hostfile", "--master_addr", NAMES[0]]
     words += ["--module", "pipeline.train", config, f"output={output}"]
@@ -87,10 +87,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(config: Path) -> list[float]:
-    """The losses of a run that nothing disturbs, on one host."""
+    """Losses of an undisturbed run on one host."""
     output = config.parent / "whole"
-    code, _, said = end_of(start_job(config, "--nproc", 2, f"output={output}"), output)
-    assert code == 0, said
+    code, _, err = end_of(start_job(config, "--nproc", 2, f"output={output}"), output)
+    assert code == 0, err
     return losses(output)
 
 
@@ -100,7 +100,7 @@ def losses(output: Path) -> list[float]:
 
 @contextlib.contextmanager
 def two_hosts(config: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Host]]:
-    """Both hosts, fresh, and an ssh that reaches them."""
+    """Starts both hosts, and puts an ssh that reaches them on the PATH."""
     folder = config.parent / "hosts"
     with monkeypatch.context() as changes, hosts_named(NAMES, folder) as hosts:
         changes.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -115,7 +115,7 @@ def start_on_hosts(config: Path, output: Path) -> subprocess.Popen[str]:
 @pytest.mark.timeout(900)
 @needs_hosts
 @needs_pdsh
-def test_a_cut_cable_is_told_with_both_hosts_and_the_run_goes_on(
+def test_a_cut_cable_is_reported_with_both_hosts_and_the_run_resumes(
     config: Path, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = config.parent / "cut"
@@ -123,12 +123,12 @@ def test_a_cut_cable_is_told_with_both_hosts_and_the_run_goes_on(
         job = start_on_hosts(config, output)
         wait_for_step(job, output, 5)
         second.unplug()
-        code, _, said = end_of(job, output)
+        code, _, err = end_of(job, output)
     assert code == EXIT_FAILURE
-    assert "rank 0 on worker-1; rank 1 on worker-2 lost the other ranks after step" in said
+    assert "rank 0 on worker-1; rank 1 on worker-2 lost the other ranks after step" in err
     with two_hosts(config, monkeypatch):
-        code, out, said = end_of(start_on_hosts(config, output), output)
-    assert code == 0 and "resumed from" in out, said
+        code, out, err = end_of(start_on_hosts(config, output), output)
+    assert code == 0 and "resumed from" in out, err
     assert losses(output) == expected
 
 
@@ -139,22 +139,24 @@ def test_a_cut_cable_is_told_with_both_hosts_and_the_run_goes_on(
 def test_a_signal_saves_on_all_hosts_and_a_dead_host_is_named(
     config: Path, expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One run: through pdsh up to Ctrl-C, without ssh until a host has no power, through pdsh the rest."""
+    """Runs one job in three parts: under pdsh until Ctrl-C, without ssh until a host loses power, under pdsh again."""
     output = config.parent / "stopped"
     with two_hosts(config, monkeypatch) as hosts:
         job = start_on_hosts(config, output)
         wait_for_step(job, output, 5)
         job.send_signal(signal.SIGINT)
-        code, _, said = end_of(job, output)
-        assert code == EXIT_STOPPED, said
+        code, _, err = end_of(job, output)
+        assert code == EXIT_STOPPED, err
 
         jobs = [launcher_on(host, rank, config, output) for rank, host in enumerate(hosts)]
         wait_for_step(jobs[0], output, 20)
         hosts[1].power_off()
-        code, _, said = end_of(jobs[0], output)
+        code, _, err = end_of(jobs[0], output)
         jobs[1].communicate()
-        assert code == EXIT_FAILURE and "rank 1 on worker-2 exited or hung without an error message after step" in said, said
+        assert (
+            code == EXIT_FAILURE and "rank 1 on worker-2 exited or hung without an error message after step" in err
+        ), err
     with two_hosts(config, monkeypatch):
-        code, _, said = end_of(start_on_hosts(config, output), output)
-    assert code == 0, said
+        code, _, err = end_of(start_on_hosts(config, output), output)
+    assert code == 0, err
     assert losses(output) == expected

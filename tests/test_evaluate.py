@@ -1,5 +1,5 @@
-"""Answers depend on model and features alone; a model that hears fails on other clips' audio; foreign features are
-refused; scores reach the run that trained the model."""
+"""Answers depend on model and features alone; swapped audio makes a model that uses audio fail; features of another
+encoder are refused; scores are logged to the run that trained the model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -20,12 +20,22 @@ from pipeline.core.streams import Connector, preset_streams
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.collate import Example, collate
 from pipeline.data.feature_set import FeatureSet
-from pipeline.evaluate import evaluate, main
+from pipeline.evaluate import main
 from pipeline.evaluation.baselines import swap_within_domains
-from pipeline.evaluation.generate_answers import AnswerGenerator, Share, generate_answers, open_answer_generator
+from pipeline.evaluation.evaluate_benchmark import BenchmarkResult, EvaluationOptions, evaluate_benchmark
+from pipeline.evaluation.generate_answers import (
+    AnswerGenerator,
+    GenerationSettings,
+    Partition,
+    generate_answers,
+    group_clips,
+    open_answer_generator,
+    unanswered_groups,
+)
+from pipeline.evaluation.question_sets import QuestionSource
 from pipeline.inference.responder import Responder
 from pipeline.model import PalForCausalLM
-from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.tracking.writer import EVALUATIONS
 from pipeline.training import run_dir
 from pipeline.training.build import save_model
@@ -37,7 +47,7 @@ SYSTEM_PROMPT = "Listen."
 
 
 def write_set(folder: Path) -> Path:
-    """Clips of three sounds, told apart by their features and by nothing in the questions."""
+    """Writes clips of three sounds that differ in their features and not in their questions."""
     rows, frames = [], []
     for number in range(CLIPS_IN_SET):
         sound = SOUNDS[number % 3]
@@ -68,13 +78,14 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> FeatureSet:
 def tokenizer(tmp_path_factory: pytest.TempPathFactory, features: FeatureSet) -> PreTrainedTokenizerBase:
     folder = tmp_path_factory.mktemp("language_model")
     texts = [f"{q.question} {q.answer}" for clip in range(3) for q in features.clip(clip).questions]
-    save_scratch_language_model(folder, texts * 5, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2)
+    sizes = RandomLanguageModel(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2)
+    save_random_language_model(folder, texts * 5, sizes)
     return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCausalLM:
-    """A tiny LAL model that has learned the set by heart."""
+    """A tiny LAL model that has memorised the set."""
     chat = ChatTemplate(tokenizer, SYSTEM_PROMPT, max_text_tokens=128)
     torch.manual_seed(0)
     model = PalForCausalLM.from_language_model(
@@ -96,7 +107,7 @@ def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCau
         loss = model(**inputs).loss
         if loss < 0.01:
             return model
-        assert step < 300, "does not learn"
+        assert step < 300, "the model does not learn"
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -136,22 +147,29 @@ def exported(
 
 @pytest.fixture
 def generator(exported: Path, tmp_path: Path) -> Iterator[AnswerGenerator]:
-    with open_answer_generator(
-        exported, max_new_tokens=16, batch_size=4, journal=tmp_path / "journal", nproc=1
-    ) as generator:
+    settings = GenerationSettings(exported, max_new_tokens=16, batch_size=4, journal=tmp_path / "journal")
+    with open_answer_generator(settings) as generator:
         yield generator
 
 
-def test_a_model_that_hears_fails_on_other_audio(generator: AnswerGenerator, features: FeatureSet) -> None:
-    place = str(features.folder)
-    scores, lines, _ = evaluate(generator, place, swap_audio=True, majority_from=place)
+def evaluate(generator: AnswerGenerator, location: Any, cache: Path | None = None, **options: Any) -> BenchmarkResult:
+    return evaluate_benchmark(generator, QuestionSource(str(location), cache), EvaluationOptions(**options))
+
+
+def own_audio() -> dict[int, int]:
+    return {clip: clip for clip in range(CLIPS_IN_SET)}
+
+
+def test_a_model_that_uses_audio_fails_on_swapped_audio(generator: AnswerGenerator, features: FeatureSet) -> None:
+    result = evaluate(generator, features.folder, swap_audio=True, majority_from=str(features.folder))
+    scores, lines = result.scores, result.predictions
     assert scores["accuracy"] == 1.0
     assert (scores["questions"], scores["clips"]) == (2 * CLIPS_IN_SET, CLIPS_IN_SET)
-    # What is heard decides: with another clip's audio the answer is right where that clip's answer is the same.
-    heard = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
+    # The audio decides: with another clip's audio the answer is right where that clip's answer is the same.
+    swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
     agreeing = [
         features.clip(clip).questions[number].answer == features.clip(other).questions[number].answer
-        for clip, other in heard.items()
+        for clip, other in swapped.items()
         for number in range(2)
     ]
     assert scores["swapped_audio"]["accuracy"] == pytest.approx(np.mean(agreeing))
@@ -163,76 +181,77 @@ def test_a_model_that_hears_fails_on_other_audio(generator: AnswerGenerator, fea
     assert [line["question_id"] for line in lines[:4]] == ["0/0", "0/1", "1/0", "1/1"], "in storage order"
 
 
-def test_batch_size_changes_nothing_and_a_clip_is_heard_once(
+def test_answers_do_not_depend_on_batch_size_and_a_clip_is_encoded_once(
     responder: Responder, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard_clips: list[int] = []
-    hear = responder.prefill
+    encoded_clips: list[int] = []
+    prefill = responder.prefill
 
-    def counting_hear(clips: Any, hidden: Any) -> Any:
-        heard_clips.append(len(clips))
-        return hear(clips, hidden)
+    def counting_prefill(clips: Any, hidden: Any) -> Any:
+        encoded_clips.append(len(clips))
+        return prefill(clips, hidden)
 
-    monkeypatch.setattr(responder, "prefill", counting_hear)
+    monkeypatch.setattr(responder, "prefill", counting_prefill)
     swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
-    for heard in ({clip: clip for clip in range(CLIPS_IN_SET)}, swapped):
+    for pairing in (own_audio(), swapped):
         answers = []
         for batch_size in (1, 5, 64):
-            heard_clips.clear()
+            encoded_clips.clear()
+            groups = group_clips(features.table, pairing, batch_size)
             answers.append(
-                {k: v for group in generate_answers(responder, features, heard, batch_size) for k, v in group.items()}
+                {k: v for group in generate_answers(responder, features, groups, batch_size) for k, v in group.items()}
             )
-            assert sum(heard_clips) == CLIPS_IN_SET
+            assert sum(encoded_clips) == CLIPS_IN_SET
         assert answers[0] == answers[1] == answers[2]
         assert sorted(answers[0]) == list(range(2 * CLIPS_IN_SET))
 
 
-def test_shares_are_all_of_it_and_finished_groups_are_not_asked(responder: Responder, features: FeatureSet) -> None:
-    heard = {clip: clip for clip in range(CLIPS_IN_SET)}
-    alone = list(generate_answers(responder, features, heard, 4))
-    shares = [list(generate_answers(responder, features, heard, 4, share=Share(number, 3))) for number in range(3)]
-    assert all(shares)
-    assert [group for groups in shares for group in groups] == [g for number in range(3) for g in alone[number::3]]
-    first, second = list(alone[0]), list(alone[1])
-    left = list(generate_answers(responder, features, heard, 4, finished=[*first, *second[:-1]]))
-    assert left == alone[1:], "a group without all of its answers is asked again"
+def test_partitions_cover_the_work_and_answered_groups_are_skipped(responder: Responder, features: FeatureSet) -> None:
+    groups = group_clips(features.table, own_audio(), 4)
+    answers = list(generate_answers(responder, features, groups, 4))
+    parts = [list(generate_answers(responder, features, Partition(n, 3).select(groups), 4)) for n in range(3)]
+    assert all(parts)
+    assert [group for part in parts for group in part] == [group for n in range(3) for group in answers[n::3]]
+    first, second = list(answers[0]), list(answers[1])
+    unanswered = unanswered_groups(groups, [*first, *second[:-1]])
+    assert unanswered == groups[1:], "a group with a missing answer is answered again"
 
 
 @pytest.fixture
 def arguments(exported: Path, features: FeatureSet, tmp_path: Path) -> Callable[..., list[str]]:
-    """Of an evaluation whose predictions have this name."""
+    """Makes the arguments of an evaluation whose predictions have a name."""
 
-    def of(name: str, *more: str) -> list[str]:
+    def make(name: str, *more: str) -> list[str]:
         files = ["--predictions", str(tmp_path / f"{name}.jsonl"), "--batch-size", "4"]
         return [str(exported), str(features.folder), "--swap-audio", *files, *more]
 
-    return of
+    return make
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of questions of each call of the model."""
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Receives the number of questions of each call of the model."""
     real, counts = Responder.answer, []
 
-    def counting_answer(self: Responder, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
+    def counting_answer(self: Responder, prefix: Any, questions: list[str], *others: Any) -> list[str]:
         counts.append(len(questions))
-        return real(self, prefix, questions, *rest)
+        return real(self, prefix, questions, *others)
 
     monkeypatch.setattr(Responder, "answer", counting_answer)
     return counts
 
 
-def test_a_killed_evaluation_goes_on(
-    arguments: Callable[..., list[str]], asked: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_killed_evaluation_resumes(
+    arguments: Callable[..., list[str]], answered: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(arguments("whole")) == 0
-    asked.clear()
+    answered.clear()
     counting = Responder.answer
 
-    def dying_answer(self: Responder, prefix: Any, questions: list[str], *rest: Any) -> list[str]:
-        if len(asked) == 6:
+    def dying_answer(self: Responder, prefix: Any, questions: list[str], *others: Any) -> list[str]:
+        if len(answered) == 6:
             raise KeyboardInterrupt
-        return counting(self, prefix, questions, *rest)
+        return counting(self, prefix, questions, *others)
 
     with monkeypatch.context() as dying:
         dying.setattr(Responder, "answer", dying_answer)
@@ -241,42 +260,43 @@ def test_a_killed_evaluation_goes_on(
     with next((tmp_path / "broken.jsonl.partial").iterdir()).open("a") as file:
         file.write('["half a li')
     assert main(arguments("broken")) == 0
-    assert sum(asked) == 36, "no finished question is asked again"
+    assert sum(answered) == 36, "no answered question is answered again"
     assert (tmp_path / "broken.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not (tmp_path / "broken.jsonl.partial").exists()
 
 
-def test_nodes_answer_their_shares_and_one_scores(
-    arguments: Callable[..., list[str]], asked: list[int], tmp_path: Path
+def test_nodes_answer_their_shares_and_one_node_scores(
+    arguments: Callable[..., list[str]], answered: list[int], tmp_path: Path
 ) -> None:
     assert main(arguments("whole")) == 0
-    asked.clear()
+    answered.clear()
     counts = []
     for number in (2, 0, 1):
         assert main(arguments("shared", f"--share={number}/3")) == 0
         assert not (tmp_path / "shared.jsonl").exists(), "a share scores nothing"
-        counts.append(sum(asked))
+        counts.append(sum(answered))
     assert 0 < counts[0] < counts[1] < counts[2] == 36
     assert main(arguments("shared")) == 0
-    assert sum(asked) == 36, "nothing is asked again"
+    assert sum(answered) == 36, "nothing is answered again"
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_shares_of_shares_are_all_of_it() -> None:
-    parts = [Share(node, 3).part(process, 2) for node in range(3) for process in range(2)]
-    assert parts == [Share(number, 6) for number in range(6)]
+def test_partitions_of_partitions_cover_the_work() -> None:
+    parts = [Partition(node, 3).split(process, 2) for node in range(3) for process in range(2)]
+    assert parts == [Partition(index, 6) for index in range(6)]
 
 
 @pytest.mark.slow
-def test_processes_change_nothing(exported: Path, features: FeatureSet, tmp_path: Path) -> None:
+def test_answers_do_not_depend_on_the_number_of_processes(exported: Path, features: FeatureSet, tmp_path: Path) -> None:
     for nproc in (1, 2):
         files = ["--predictions", str(tmp_path / f"{nproc}.jsonl"), "--batch-size", "4"]
         assert main([str(exported), str(features.folder), f"--nproc={nproc}", *files]) == 0
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
 
 
-def test_a_limit_takes_clips_from_all_over_the_set(generator: AnswerGenerator, features: FeatureSet) -> None:
-    scores, lines, _ = evaluate(generator, str(features.folder), limit=3)
+def test_a_limit_takes_evenly_spaced_clips(generator: AnswerGenerator, features: FeatureSet) -> None:
+    result = evaluate(generator, features.folder, limit=3)
+    scores, lines = result.scores, result.predictions
     assert scores["clips"] == 3
     assert list(dict.fromkeys(line["clip_id"] for line in lines)) == ["clip-0", "clip-3", "clip-6"]
     assert "swapped_audio" not in scores
@@ -288,7 +308,7 @@ def test_features_of_another_encoder_are_refused(generator: AnswerGenerator, tmp
     encoder = contract.encoders["log_mel"].model_copy(update={"revision": "2"})
     (folder / CONTRACT_FILE).write_text(contract.model_copy(update={"encoders": {"log_mel": encoder}}).dump())
     with pytest.raises(UserError, match=f"fingerprint {encoder.fingerprint}, .*model was made with"):
-        evaluate(generator, str(folder))
+        evaluate(generator, folder)
 
 
 @pytest.mark.parametrize(
@@ -300,35 +320,34 @@ def test_features_of_another_encoder_are_refused(generator: AnswerGenerator, tmp
         (["--limit=1", "--swap-audio"], "two clips"),
         (["--share=2/2"], "'2/2' is not I/N"),
         (["--share=half"], "'half' is not I/N"),
-        (["--share=0/2"], "leaves its answers nowhere"),
+        (["--share=0/2"], "would lose its answers"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(
-    exported: Path, features: FeatureSet, settings: list[str], fault: str
-) -> None:
+def test_impossible_settings_are_refused(exported: Path, features: FeatureSet, settings: list[str], fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         main([str(exported), str(features.folder), *settings])
 
 
-def test_a_far_set_is_read_through_the_cache(generator: AnswerGenerator, features: FeatureSet, tmp_path: Path) -> None:
+def test_a_remote_set_is_read_through_the_cache(
+    generator: AnswerGenerator, features: FeatureSet, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="--cache"):
         evaluate(generator, "s3://bucket/held-out")
-    place, cache = str(features.folder), tmp_path / "cache"
-    scores, _, _ = evaluate(generator, place, cache=cache)
-    assert scores["accuracy"] == 1.0
+    cache = tmp_path / "cache"
+    assert evaluate(generator, features.folder, cache=cache).scores["accuracy"] == 1.0
     assert list(cache.rglob("*.mds")), "shards were copied"
 
 
-@pytest.mark.parametrize("lone", [0, 1, 2, 3])
-def test_every_clip_hears_another_one_of_its_domain(lone: int) -> None:
+@pytest.mark.parametrize("singletons", [0, 1, 2, 3])
+def test_every_clip_gets_the_audio_of_another_clip_of_its_domain(singletons: int) -> None:
     domains = {clip: ("sound", "music")[clip % 2] for clip in range(20)}
-    domains |= {100 + clip: f"lone-{clip}" for clip in range(lone)}
-    heard = swap_within_domains(domains)
-    assert heard.keys() == domains.keys() == set(heard.values()), "each audio is heard once"
-    assert all(clip != other for clip, other in heard.items())
-    assert heard == swap_within_domains(dict(reversed(domains.items())))
-    crossing = [clip for clip, other in heard.items() if domains[clip] != domains[other]]
-    assert len(crossing) <= max(lone, 2 * (lone == 1))
+    domains |= {100 + clip: f"domain-{clip}" for clip in range(singletons)}
+    swapped = swap_within_domains(domains)
+    assert swapped.keys() == domains.keys() == set(swapped.values()), "each audio is used once"
+    assert all(clip != other for clip, other in swapped.items())
+    assert swapped == swap_within_domains(dict(reversed(domains.items())))
+    crossing = [clip for clip, other in swapped.items() if domains[clip] != domains[other]]
+    assert len(crossing) <= max(singletons, 2 * (singletons == 1))
 
 
 def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
@@ -358,7 +377,7 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
     assert artifact.path == f"{EVALUATIONS}/held-out.json"
 
 
-def test_what_is_not_an_exported_model_is_one_line(tmp_path: Path, features: FeatureSet) -> None:
+def test_a_folder_that_is_no_exported_model_is_refused(tmp_path: Path, features: FeatureSet) -> None:
     with pytest.raises(UserError, match="is not an exported model"):
         main([str(tmp_path), str(features.folder)])
     with pytest.raises(UserError, match="have the same name"):

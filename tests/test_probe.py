@@ -1,4 +1,5 @@
-"""`pal probe`: shares that sum to 1, scores with each pathway hidden, pictures; `pal ask --picture` draws any file."""
+"""`pal probe` writes shares that sum to 1, scores with each pathway hidden, and pictures; `pal ask --picture` draws any
+file."""
 
 import json
 from pathlib import Path
@@ -25,7 +26,7 @@ def test_the_command_writes_shares_scores_and_pictures(exported: Path, tmp_path:
     assert all(set(row) >= {"accuracy", "ci95", "by_domain"} for row in figures["masking"].values())
     names = {file.name for file in out.iterdir()}
     assert names >= {"attention_by_layer.png", "attention_by_head.png", "masking.png"}
-    assert any(name.startswith("listening_") for name in names)
+    assert any(name.startswith("attention_over_time_") for name in names)
 
 
 def test_a_foreign_set_and_impossible_settings_are_refused(exported: Path, tmp_path: Path) -> None:

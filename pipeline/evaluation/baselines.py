@@ -1,4 +1,4 @@
-"""What an evaluation is compared with: answers about other clips' audio, and those that need no audio."""
+"""Controls of an evaluation: the same questions with other clips' audio, and answers that use no audio."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SWAP_SEED = 0
 
 
 def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
-    """Gives each clip another clip's audio, at random but always the same.
+    """Pairs each clip with the audio of another clip: a random permutation with a fixed seed.
 
-    Within a domain, since that is the stricter control: audio of a foreign domain would make the questions absurd and
-    the score fall for that reason alone, while here the model hears something plausible and only the clip is wrong.
-    Clips that are alone in their domain swap among themselves.
+    Audio is swapped within a domain, which is the stricter control: with audio of another domain the questions make no
+    sense and accuracy falls for that reason alone, while here the audio is plausible and only the clip is wrong. Clips
+    that are alone in their domain swap among themselves.
 
     Args:
         domains: clip -> domain.
 
     Returns:
-        clip -> the clip heard instead: never itself.
+        clip -> the clip whose audio replaces its own; never itself.
 
     Raises:
         UserError: fewer than two clips.
@@ -37,15 +37,15 @@ def swap_within_domains(domains: Mapping[int, str]) -> dict[int, int]:
         groups[domains[clip]].append(clip)
     rng = np.random.default_rng(SWAP_SEED)
     cycles = [rng.permutation(groups[domain]).tolist() for domain in sorted(groups) if len(groups[domain]) > 1]
-    alone = [clip for members in groups.values() if len(members) == 1 for clip in members]
-    if len(alone) == 1:
-        cycles[0] += alone
-    elif alone:
-        cycles.append(alone)
-    return {clip: cycle[place - 1] for cycle in cycles for place, clip in enumerate(cycle)}
+    singletons = [clip for members in groups.values() if len(members) == 1 for clip in members]
+    if len(singletons) == 1:
+        cycles[0] += singletons
+    elif singletons:
+        cycles.append(singletons)
+    return {clip: cycle[index - 1] for cycle in cycles for index, clip in enumerate(cycle)}
 
 
 def majority_baseline(features: FeatureSet) -> MajorityBaseline:
-    """The answers of a training set, counted; see `scoring.MajorityBaseline`."""
+    """Returns the majority baseline of a training set; see `scoring.MajorityBaseline`."""
     questions = (question for clip in range(len(features)) for question in features.clip(clip).questions)
     return MajorityBaseline((question.task, question.question, question.answer) for question in questions)

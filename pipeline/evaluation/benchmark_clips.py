@@ -1,4 +1,4 @@
-"""A benchmark's audio files as clips with questions: read like a feature set, encoded when their turn comes."""
+"""A benchmark's audio files as clips with questions: read like a feature set, each file encoded when it is needed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pipeline.evaluation.benchmarks import Benchmark
 from pipeline.inference.encode_audio import AudioEncoders, duration_s
 
 
-class AudioClips:
+class BenchmarkClips:
     """The questions of a benchmark, grouped by audio file.
 
     Args:
-        audio_encoders: makes the encoders, when the first file is to be heard.
+        audio_encoders: creates the encoders when the first file is encoded.
 
     Attributes:
-        table: as that of a feature set; of tasks and datasets it tells nothing.
-        identity: changes with the questions and the sizes of the audio files.
+        table: question table as of a feature set, without tasks, datasets and numbers of characters.
+        identity: hash of the questions and of the sizes of the audio files.
 
     Raises:
         UserError: an audio file that cannot be opened.
@@ -45,25 +45,26 @@ class AudioClips:
             for file, questions in files.items()
         ]
         sizes = [file.stat().st_size for file in files]
-        asked = [(item.question_id, item.prompt, item.audio.name) for item in benchmark.items]
-        self.identity = hashlib.sha256(repr((asked, sizes)).encode()).hexdigest()
+        contents = [(item.question_id, item.prompt, item.audio.name) for item in benchmark.items]
+        self.identity = hashlib.sha256(repr((contents, sizes)).encode()).hexdigest()
         pairs = [(clip, n) for clip, questions in enumerate(files.values()) for n in range(len(questions))]
         clip, number = np.array(pairs, np.int64).T
-        nothing = np.zeros(len(pairs), np.int32)
+        zeros = np.zeros(len(pairs), np.int32)
         durations = np.array([clip.duration_s for clip in self._clips])
-        self.table = QuestionTable(clip, number.astype(np.int32), nothing, nothing, nothing, (), (), durations)
+        self.table = QuestionTable(clip, number.astype(np.int32), zeros, zeros, zeros, (), (), durations)
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def clip(self, index: int) -> Clip:
+        """Returns a clip with all its questions."""
         return self._clips[index]
 
     def features(self, index: int, clip_id: str) -> dict[str, NDArray[np.float16]]:
-        """Encoder -> (frames, width) float16.
+        """Returns encoder -> (frames, width) float16.
 
         Raises:
-            UserError: audio that cannot be decoded, or an encoder that cannot be had.
+            UserError: audio that cannot be decoded, or an encoder that cannot be loaded.
         """
         if self._audio_encoders is None:
             self._audio_encoders = self._make_audio_encoders()

@@ -1,11 +1,16 @@
-"""The pictures. The one door to matplotlib; knows numbers and labels, not where they come from.
+"""Figures of runs, scaling experiments and attention. Receives numbers and labels; does not know where they come from.
 
-Every function returns a figure; `figure.savefig(path)` writes it. Nothing global (pyplot) is touched."""
+Every function returns a figure, which `figure.savefig(path)` writes. No global state of matplotlib (pyplot) is used."""
 
-from pipeline.plots.attention import plot_attention_by_head, plot_attention_by_layer, plot_listening, plot_spectrogram
+from pipeline.plots.attention import (
+    plot_attention_by_head,
+    plot_attention_by_layer,
+    plot_attention_over_time,
+    plot_spectrogram,
+)
 from pipeline.plots.runs import (
-    Bars,
     Curve,
+    DomainAccuracy,
     Point,
     plot_accuracy_against,
     plot_accuracy_by_domain,
@@ -14,9 +19,9 @@ from pipeline.plots.runs import (
 from pipeline.plots.scaling import Difference, Line, plot_accuracy_by, plot_cost, plot_differences, plot_law
 
 __all__ = [
-    "Bars",
     "Curve",
     "Difference",
+    "DomainAccuracy",
     "Line",
     "Point",
     "plot_accuracy_against",
@@ -24,10 +29,10 @@ __all__ = [
     "plot_accuracy_by_domain",
     "plot_attention_by_head",
     "plot_attention_by_layer",
+    "plot_attention_over_time",
     "plot_cost",
     "plot_differences",
     "plot_law",
-    "plot_listening",
     "plot_loss_curves",
     "plot_spectrogram",
 ]

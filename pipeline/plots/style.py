@@ -1,11 +1,11 @@
-"""How every picture looks."""
+"""Colours, markers and layout shared by all figures."""
 
 from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart under every common colour blindness; the yellow is too pale for lines on white.
+# Okabe and Ito's palette, distinct under every common colour blindness, without its yellow (too pale on white).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 LINE_STYLES = ("-", "--", "-.", ":")
@@ -13,7 +13,7 @@ DPI = 150
 
 
 def new_figure(title: str, x_label: str, y_label: str, width: float = 7.0) -> tuple[Figure, Axes]:
-    """A titled picture with a light grid; `width` in inches."""
+    """Returns a figure with a title and a light grid; `width` is in inches."""
     figure = Figure(figsize=(width, 4.6), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
@@ -26,5 +26,5 @@ def new_figure(title: str, x_label: str, y_label: str, width: float = 7.0) -> tu
 
 
 def colour_of(index: int) -> str:
-    """The colour of the run, or the part, of this number."""
+    """Returns the colour of the series with this index."""
     return COLOURS[index % len(COLOURS)]

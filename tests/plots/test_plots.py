@@ -1,4 +1,4 @@
-"""The pictures: what must be written on them is there, and no label covers another or a point."""
+"""Figures have the expected labels, and no label covers another label or a point."""
 
 import itertools
 from pathlib import Path
@@ -10,7 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from pipeline.plots import Bars, Curve, Point, plot_accuracy_against, plot_accuracy_by_domain, plot_loss_curves
+from pipeline.plots import (
+    Curve,
+    DomainAccuracy,
+    Point,
+    plot_accuracy_against,
+    plot_accuracy_by_domain,
+    plot_loss_curves,
+)
 
 NAMES = ("plits", "lal", "pal_v3")
 
@@ -59,7 +66,7 @@ def test_point_labels_cover_neither_each_other_nor_leave_the_frame(xs: list[floa
     assert [label.get_text() for label in axes.texts] == [point.label for point in points]
     assert axes.get_xlabel() == "peak memory (GiB)"
     boxes = boxes_of_labels(figure)
-    assert all(0 <= tick <= 1 for tick in axes.get_yticks()), "no accuracy beyond 0 and 100 % is promised"
+    assert all(0 <= tick <= 1 for tick in axes.get_yticks()), "no tick is outside 0 to 100 %"
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     frame = axes.get_window_extent()
     assert all(frame.x0 <= b.x0 and b.x1 <= frame.x1 and frame.y0 <= b.y0 and b.y1 <= frame.y1 for b in boxes)
@@ -67,23 +74,23 @@ def test_point_labels_cover_neither_each_other_nor_leave_the_frame(xs: list[floa
     assert not any(box.contains(x, y) for box in boxes for x, y in markers)
 
 
-def test_many_points_have_their_names_in_a_legend() -> None:
+def test_many_points_are_named_in_a_legend() -> None:
     points = [Point(f"variant-{i}", 1.0, 0.5, 0.4, 0.6) for i in range(21)]
     figure = plot_accuracy_against(points, "peak memory (GiB)", "Accuracy against memory")
     assert legend_of(figure) == [point.label for point in points] and not figure.axes[0].texts
-    looks = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
-    assert len(looks - {("_", colour) for _, colour in looks}) == 21, "no two look alike"
+    styles = {(line.get_marker(), line.get_color()) for line in figure.axes[0].lines if len(line.get_xdata()) == 1}
+    assert len(styles - {("_", colour) for _, colour in styles}) == 21, "every point has its own style"
 
 
-def test_bars_show_control_and_guess_for_every_domain(tmp_path: Path) -> None:
-    heard = dict.fromkeys(("sound", "music", "speech"), (0.9, 0.85, 0.93))
+def test_bars_show_control_and_baseline_for_every_domain(tmp_path: Path) -> None:
+    accuracy = dict.fromkeys(("sound", "music", "speech"), (0.9, 0.85, 0.93))
     swapped = dict.fromkeys(("sound", "music", "speech"), (0.3, 0.2, 0.35))
     figure = plot_accuracy_by_domain(
-        [Bars(name, heard, swapped) for name in NAMES], dict.fromkeys(heard, 0.33), "Accuracy by domain"
+        [DomainAccuracy(name, accuracy, swapped) for name in NAMES], dict.fromkeys(accuracy, 0.33), "Accuracy by domain"
     )
     axes = figure.axes[0]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["music", "sound", "speech"]
-    assert set(legend_of(figure)) == {*NAMES, *(f"{name}, swapped audio" for name in NAMES), "commonest answer"}
+    assert set(legend_of(figure)) == {*NAMES, *(f"{name}, swapped audio" for name in NAMES), "majority baseline"}
     assert sorted(bar.get_height() for bar in axes.patches) == [0.3] * 9 + [0.9] * 9
     spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches)
     assert all(left[1] <= right[0] + 1e-9 for left, right in itertools.pairwise(spans))

@@ -1,4 +1,4 @@
-"""Published benchmarks as their authors lay them out: questions, prompts, verdicts, prediction files."""
+"""Published benchmarks in their own layouts: questions, prompts, scoring rules, prediction files."""
 
 from pipeline.evaluation.benchmarks.base import Benchmark, Item
 from pipeline.evaluation.benchmarks.captions import AudioCaps, Clotho

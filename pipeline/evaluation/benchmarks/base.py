@@ -1,4 +1,4 @@
-"""A published benchmark: its questions about audio files, its scoring rules, and the file its official scorer reads."""
+"""A published benchmark: questions about audio files, scoring rules, and the file that its official scorer reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from pipeline.core.errors import UserError
 
 @dataclass(frozen=True)
 class Item:
-    """One question; `row` is what the benchmark's file says of it. An empty answer: its publishers keep it."""
+    """One question.
+
+    Attributes:
+        answer: reference answer; empty where the publishers withhold it.
+        row: the question's entry in the benchmark's file.
+    """
 
     question_id: str
     audio: Path
@@ -27,69 +32,74 @@ class Item:
 
 
 class Benchmark(ABC):
-    """One benchmark in a folder as it is published.
+    """A benchmark in a folder, laid out as it is published.
 
     Args:
-        place: the folder, or the file of its questions; audio paths start from the file's folder.
+        location: folder, or file of the questions; audio paths are relative to the file's folder.
 
     Attributes:
-        file: of its questions.
-        items: its questions, in the order of the file.
+        name: name of the benchmark on the command line.
+        files: patterns of the questions' file in the folder.
+        caveat: limitation of the scores that their reader must know; empty if there is none.
+        file: file of the questions.
+        items: questions, in the order of the file.
 
     Raises:
-        UserError: no such file, rows without what is needed, missing audio.
+        UserError: no such file, incomplete rows, missing audio.
     """
 
     name: str
-    files: Sequence[str]  # patterns of the file of questions in the folder
-    remark = ""  # what whoever reads its scores must know
+    files: Sequence[str]
+    caveat = ""
 
-    def __init__(self, place: Path) -> None:
-        self.file = place if place.is_file() else self._find(place)
+    def __init__(self, location: Path) -> None:
+        self.file = location if location.is_file() else self._find(location)
         self.items = self._read()
         if not self.items:
-            raise UserError(self.file, "holds no question", f"give {self.name} as it is published")
+            raise UserError(self.file, "holds no questions", f"give the folder of {self.name} as published")
         missing = [item.audio for item in self.items if not item.audio.is_file()]
         if missing:
             fault = f"{len(missing)} of {len(self.items)} audio files are missing, the first is {missing[0]}"
-            raise UserError(self.file, fault, f"put {self.name}'s audio where its publishers do, or remove its rows")
+            raise UserError(
+                self.file, fault, f"put the audio where {self.name}'s publishers put it, or remove its rows"
+            )
 
-    def _find(self, place: Path) -> Path:
-        found = sorted({file for pattern in self.files for file in place.glob(pattern)})
-        if len(found) != 1:
-            fault = f"holds {len(found)} files named {' or '.join(self.files)}"
-            raise UserError(place, fault, f"give the folder or the file of {self.name}'s questions")
-        return found[0]
+    def _find(self, folder: Path) -> Path:
+        matches = sorted({file for pattern in self.files for file in folder.glob(pattern)})
+        if len(matches) != 1:
+            fault = f"holds {len(matches)} files named {' or '.join(self.files)}"
+            raise UserError(folder, fault, f"give the folder or the file of {self.name}'s questions")
+        return matches[0]
 
     @abstractmethod
     def _read(self) -> list[Item]:
-        """All questions."""
+        """Reads all questions."""
 
     @abstractmethod
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """The verdict on one answer."""
+        """Returns whether an answer counts as correct by the benchmark's rule."""
 
-    def marks(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
-        """Metric -> question_id -> mark, of metrics that are means of marks.
+    def question_scores(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Returns metric -> question_id -> score, for metrics that are means over questions.
 
         Args:
-            predictions: question_id -> answer, for at least one question; no other question counts.
+            predictions: question_id -> answer, for at least one question; other questions do not count.
         """
         return {}
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """Named numbers beside the mean of `correct`; None for one that cannot be computed.
+        """Returns metrics beside accuracy; None for a metric that cannot be computed.
 
         Args:
-            predictions: question_id -> answer, for at least one question; those without one are not counted.
+            predictions: question_id -> answer, for at least one question; other questions do not count.
         """
         return {}
 
     def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str] | None:
-        """Name and text of the file that an official scorer reads; None where there is no such scorer."""
+        """Returns name and text of the file that the official scorer reads; None where there is no such scorer."""
         return None
 
 
 def words(text: str) -> list[str]:
-    """Without case and punctuation."""
+    """Returns the words of a text, without case and punctuation."""
     return re.findall(r"\w+", text.casefold())

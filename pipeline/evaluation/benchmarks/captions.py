@@ -1,6 +1,7 @@
 """Captioning: AudioCaps (NAACL 2019) and Clotho (arXiv 1910.09387), scored by CIDEr of pycocoevalcap.
 
-Prompts are ours and name the style, as LTU's do. Answers are written as DCASE's captioning tasks want them."""
+The prompts are this project's and name the style, as LTU's do. Predictions are written in the format of DCASE's
+captioning tasks."""
 
 from __future__ import annotations
 
@@ -14,17 +15,17 @@ from pipeline.evaluation.benchmarks.base import Benchmark, Item, words
 
 
 class _Captions(Benchmark):
-    """A benchmark of captions; needs pycocoevalcap (the extra `captions`)."""
+    """A captioning benchmark; needs pycocoevalcap (the extra `captions`)."""
 
     prompt: str
-    remark = "spice, spider and fense need Java or models that are downloaded; their tools read the CSV of the answers"
+    caveat = "spice, spider and fense need Java or downloaded models; their tools read the CSV of the predictions"
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, location: Path) -> None:
         try:
             import pycocoevalcap.cider.cider  # noqa: F401
         except ImportError as error:
             raise UserError(self.name, "needs pycocoevalcap", "pip install 'pal-pipeline[captions]'") from error
-        super().__init__(place)
+        super().__init__(location)
 
     def _item(self, audio: Path, captions: list[str]) -> Item:
         row = {"file_name": audio.name, "captions": captions}
@@ -35,28 +36,29 @@ class _Captions(Benchmark):
             return list(csv.DictReader(file))
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Whether it is one of the captions, word for word."""
+        """Returns whether the prediction is one of the captions, word for word."""
         return words(prediction) in [words(caption) for caption in item.row["captions"]]
 
-    def marks(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
-        """`cider` (arXiv 1411.5726, as CIDEr-D, 0 to 10), which weighs words by how many of these files have them.
+    def question_scores(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Returns `cider` (arXiv 1411.5726, as CIDEr-D, 0 to 10), which weights words by the number of files with them.
 
-        Words are taken without case and punctuation; the official tokenizer, which needs Java, parts "don't" otherwise.
+        Texts are split into words without case and punctuation. The official tokenizer, which needs Java, splits
+        words such as "don't" differently.
         """
         from pycocoevalcap.cider.cider import Cider
 
         items = [item for item in self.items if item.question_id in predictions]
         captions = {item.question_id: [" ".join(words(text)) for text in item.row["captions"]] for item in items}
-        said = {name: [" ".join(words(predictions[name]))] for name in captions}
-        _, marks = Cider().compute_score(captions, said)
-        return {"cider": dict(zip(captions, map(float, marks), strict=True))}
+        hypotheses = {name: [" ".join(words(predictions[name]))] for name in captions}
+        _, scores = Cider().compute_score(captions, hypotheses)
+        return {"cider": dict(zip(captions, map(float, scores), strict=True))}
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """None for the usual ones that cannot be computed here; see `remark`."""
+        """Returns None for the usual metrics that cannot be computed here; see `caveat`."""
         return dict.fromkeys(("spice", "spider", "fense"))
 
     def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str]:
-        """The CSV of DCASE's captioning tasks: file_name, caption_predicted."""
+        """Returns the CSV of DCASE's captioning tasks: file_name, caption_predicted."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["file_name", "caption_predicted"])
@@ -76,16 +78,18 @@ class Clotho(_Captions):
         for number, row in enumerate(self._table(), start=1):
             captions = [text for key, text in row.items() if key and key.startswith("caption_") and text]
             if "file_name" not in row or not captions:
-                raise UserError(f"{self.file}, clip {number}", "has no file_name or no caption", "fetch it again")
+                raise UserError(
+                    f"{self.file}, clip {number}", "has no file_name or no caption", "download the file again"
+                )
             items.append(self._item(self.file.parent / "evaluation" / row["file_name"], captions))
         return items
 
 
 class AudioCaps(_Captions):
-    """AudioCaps' test split: `test.csv` (audiocap_id, youtube_id, start_time, caption), a caption a line.
+    """AudioCaps' test split: `test.csv` (audiocap_id, youtube_id, start_time, caption), one caption per line.
 
-    Its publishers give no audio: the folder holds, at any depth, one file for each clip, whose name begins with the
-    YouTube id (of 11 characters) or with a `Y` and the id.
+    Its publishers distribute no audio: the folder holds, at any depth, one file per clip, whose name begins with the
+    YouTube id (11 characters) or with a `Y` and the id.
     """
 
     name = "audiocaps"
@@ -101,6 +105,8 @@ class AudioCaps(_Captions):
         captions: dict[str, list[str]] = {}
         for number, row in enumerate(self._table(), start=1):
             if not row.get("youtube_id") or not row.get("caption"):
-                raise UserError(f"{self.file}, line {number + 1}", "has no youtube_id or no caption", "fetch it again")
+                raise UserError(
+                    f"{self.file}, line {number + 1}", "has no youtube_id or no caption", "download the file again"
+                )
             captions.setdefault(row["youtube_id"], []).append(row["caption"])
-        return [self._item(audio.get(clip, self.file.parent / clip), given) for clip, given in captions.items()]
+        return [self._item(audio.get(clip, self.file.parent / clip), texts) for clip, texts in captions.items()]

@@ -1,7 +1,7 @@
-"""Closed classification as LTU asks it (arXiv 2305.10790, section 5): a free answer, which must name the right classes.
+"""Classification as in LTU (arXiv 2305.10790, section 5): a free-form answer that must name the right classes.
 
-LTU compares embeddings of answer and labels; here the answer must name the classes word for word, so that no second
-model judges. The scores are therefore lower bounds of LTU's."""
+LTU compares embeddings of answer and labels. Here the answer must name the classes word for word, so that no second
+model is needed; the scores are therefore lower bounds of LTU's."""
 
 from __future__ import annotations
 
@@ -19,73 +19,69 @@ from pipeline.evaluation.benchmarks.multiple_choice import chosen, named
 
 
 class _Classification(Benchmark):
-    """One class for each file."""
+    """A benchmark with one class per file."""
 
     domain = "sound"
     question: str
     instruction = "Answer with one of these, word for word"
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Whether the answer names the right class and no other."""
+        """Returns whether the answer names the right class and no other."""
         number = chosen(prediction, item.choices)
         return number is not None and item.choices[number] == item.answer
 
     def _items(self, root: Path, labels: Mapping[str, Sequence[str]]) -> list[Item]:
-        """Items of audio files (below `root`) and their classes."""
-        choices = tuple(sorted({label for given in labels.values() for label in given}))
+        """Returns the items of audio files (relative to `root`) and their classes."""
+        choices = tuple(sorted({label for classes in labels.values() for label in classes}))
         prompt = f"{self.question}\n{self.instruction}: {', '.join(choices)}."
         return [
-            Item(file, root / file, prompt, ", ".join(given), choices, self.domain, self.name, {"labels": given})
-            for file, given in labels.items()
+            Item(file, root / file, prompt, ", ".join(classes), choices, self.domain, self.name, {"labels": classes})
+            for file, classes in labels.items()
         ]
 
     def _table(self, columns: Sequence[str]) -> list[dict[str, str]]:
-        """Rows of the file of questions, a CSV with these columns and others."""
+        """Reads the rows of the questions' file, a CSV with at least these columns."""
         with self.file.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if not rows or not set(columns) <= rows[0].keys():
             raise UserError(
-                self.file, f"has no columns {' and '.join(columns)}", f"give {self.name} as it is published"
+                self.file, f"has no columns {' and '.join(columns)}", f"give the folder of {self.name} as published"
             )
         return rows
 
 
 class _Tagging(_Classification):
-    """Any number of classes for each file."""
+    """A benchmark with any number of classes per file."""
 
     question = "Which sounds are in this recording?"
     instruction = "Name each that you hear, word for word, out of these"
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Whether the answer names all classes of the file and no other."""
+        """Returns whether the answer names all classes of the file and no other."""
         return {item.choices[number] for number in named(prediction, item.choices)} == set(item.row["labels"])
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """`f1_micro`; and over the classes that occur in these files `f1_macro` and `mean_average_precision`.
+        """Returns `f1_micro`; and `f1_macro` and `mean_average_precision` over the classes that occur in these files.
 
-        A class that is named ranks a file before all where it is not; files of equal rank count together, as in
-        scikit-learn's average precision.
+        In the average precision of a class, files whose answer names it rank before all others.
         """
+        from sklearn.metrics import average_precision_score, f1_score  # takes a second to import
+
         items = [item for item in self.items if item.question_id in predictions]
-        truth_NC = np.array([[choice in item.row["labels"] for choice in item.choices] for item in items])
-        said_NC = np.zeros_like(truth_NC)
+        labels_NC = np.array([[choice in item.row["labels"] for choice in item.choices] for item in items])
+        predicted_NC = np.zeros_like(labels_NC)
         for row, item in enumerate(items):
-            said_NC[row, sorted(named(predictions[item.question_id], item.choices))] = True
-        occurring = truth_NC.any(axis=0)
-        hits = (truth_NC & said_NC).sum(axis=0)
-        true, said = truth_NC.sum(axis=0), said_NC.sum(axis=0)
-        f1 = 2 * hits / np.maximum(true + said, 1)
-        recall, precision = hits / np.maximum(true, 1), hits / np.maximum(said, 1)
-        average_precision = recall * precision + (1 - recall) * true / len(items)
+            predicted_NC[row, sorted(named(predictions[item.question_id], item.choices))] = True
+        classes = [(labels_NC[:, number], predicted_NC[:, number]) for number in np.flatnonzero(labels_NC.any(axis=0))]
         return {
-            "f1_micro": float(2 * hits.sum() / (true.sum() + said.sum())),
-            "f1_macro": float(f1[occurring].mean()),
-            "mean_average_precision": float(average_precision[occurring].mean()),
+            "f1_micro": float(f1_score(labels_NC.ravel(), predicted_NC.ravel(), zero_division=0.0)),
+            "f1_macro": float(np.mean([f1_score(*pair, zero_division=0.0) for pair in classes])),
+            "mean_average_precision": float(np.mean([average_precision_score(*pair) for pair in classes])),
         }
 
 
 class Esc50(_Classification):
-    """ESC-50: `meta/esc50.csv` (filename, category, ...) and `audio/`. All five folds: nothing was trained on them."""
+    """ESC-50: `meta/esc50.csv` (filename, category, ...) and `audio/`. All five folds, since none is trained on."""
 
     name = "esc50"
     files = ("meta/esc50.csv",)
@@ -127,15 +123,18 @@ class VocalSound(_Classification):
         try:
             names = [Path(row["wav"]).name for row in json.loads(self.file.read_text(encoding="utf-8"))["data"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(self.file, f"is no list of recordings ({error!r})", "fetch it again") from error
-        said = {name: Path(name).stem.rpartition("_")[2] for name in names}
-        return self._items(root, {f"{audio}/{name}": [self.classes.get(said[name], said[name])] for name in names})
+            raise UserError(self.file, f"is no list of recordings ({error!r})", "download the file again") from error
+        class_of = {name: Path(name).stem.rpartition("_")[2] for name in names}
+        return self._items(
+            root, {f"{audio}/{name}": [self.classes.get(class_of[name], class_of[name])] for name in names}
+        )
 
 
 class Dcase2017(_Tagging):
-    """DCASE 2017 task 4 A, evaluation set: `groundtruth_weak_label_evaluation_set.csv`, a label a line, and the audio.
+    """DCASE 2017 task 4 A, evaluation set: `groundtruth_weak_label_evaluation_set.csv`, one label per line,
+    and the audio.
 
-    The audio's names have a `Y` before those in the file.
+    The names of the audio files are those in the CSV with a `Y` before them.
     """
 
     name = "dcase2017"
@@ -147,8 +146,8 @@ class Dcase2017(_Tagging):
         with self.file.open(newline="", encoding="utf-8") as file:
             for line, row in enumerate(csv.reader(file, delimiter="\t"), start=1):
                 if len(row) != 4:
-                    fault = f"has {len(row)} columns, not file, begin, end, label"
-                    raise UserError(f"{self.file}, line {line}", fault, "fetch it again")
+                    fault = f"has {len(row)} columns instead of file, begin, end, label"
+                    raise UserError(f"{self.file}, line {line}", fault, "download the file again")
                 labels.setdefault(f"{self.audio}/Y{row[0]}", []).append(row[3])
         return self._items(self.file.parent, labels)
 

@@ -1,4 +1,4 @@
-"""LibriSpeech: transcripts, scored by word error rate through jiwer (the extra `speech`)."""
+"""LibriSpeech: transcripts, scored by jiwer's word error rate (the extra `speech`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ PROMPT = "Write down what is said, word for word."
 
 
 class LibriSpeech(Benchmark):
-    """One part (`test-clean`, ...): `<speaker>/<chapter>/<speaker>-<chapter>.trans.txt` beside its FLAC files."""
+    """One part (`test-clean`, ...): `<speaker>/<chapter>/<speaker>-<chapter>.trans.txt` beside FLAC files."""
 
     name = "librispeech"
     files = ()
 
-    def _find(self, place: Path) -> Path:
-        return place
+    def _find(self, folder: Path) -> Path:
+        return folder
 
     def _read(self) -> list[Item]:
         try:
@@ -34,19 +34,19 @@ class LibriSpeech(Benchmark):
         return items
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Whether no word is wrong."""
+        """Returns whether every word is right."""
         return self._wer([item.answer], [prediction]) == 0
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """`wer`: wrong, left out and added words, over the words that were said."""
+        """Returns `wer`: substituted, deleted and inserted words over the words of the transcripts."""
         answered = [
             (item.answer, predictions[item.question_id]) for item in self.items if item.question_id in predictions
         ]
         return {"wer": self._wer(*map(list, zip(*answered, strict=True)))}
 
     @staticmethod
-    def _wer(said: list[str], heard: list[str]) -> float:
-        """Without case and punctuation, which the transcripts do not have."""
+    def _wer(references: list[str], hypotheses: list[str]) -> float:
+        """Returns the word error rate without case and punctuation, which the transcripts do not have."""
         import jiwer
 
         plain = jiwer.Compose(
@@ -58,4 +58,4 @@ class LibriSpeech(Benchmark):
                 jiwer.ReduceToListOfListOfWords(),
             ]
         )
-        return float(jiwer.wer(said, heard, reference_transform=plain, hypothesis_transform=plain))
+        return float(jiwer.wer(references, hypotheses, reference_transform=plain, hypothesis_transform=plain))

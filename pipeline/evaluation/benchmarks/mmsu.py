@@ -1,7 +1,8 @@
 """MMSU (arXiv 2506.04779): a letter from A to D.
 
-Its scorer takes the first character, else the one before the last ("... is A."); leaves an answer with neither out of
-the denominator; and judges an empty answer by the letter of the row before. Both its number and a sane one are told."""
+The official scorer takes the first character, or else the last but one ("... is A."), leaves an answer with neither out
+of the denominator, and scores an empty answer by the letter of the row before. `official_accuracy` follows it;
+`accuracy` counts every question."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ LETTERS = "ABCD"
 
 
 class Mmsu(MultipleChoice):
+    """MMSU: `mmsu*.json` or JSON lines, with the audio beside it."""
+
     name = "mmsu"
     files = ("mmsu*.json*", "MMSU*.json*", "question/mmsu*.json*")
     audio_key = "audio_path"
@@ -35,25 +38,25 @@ class Mmsu(MultipleChoice):
         )
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Whether a reader would say that the right choice is meant; without a choice, wrong."""
+        """Returns whether the answer means the right choice; an answer without a choice is wrong."""
         number = chosen(prediction, item.choices)
         return number is not None and item.choices[number] == item.answer
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """`official_accuracy`, over the `official_questions` that the official scorer counts."""
-        right = counted = 0
+        """Returns `official_accuracy`, over the `official_questions` that the official scorer counts."""
+        correct = counted = 0
         letter = None
         for item in self.items:
             if item.question_id not in predictions:
                 continue
-            said = predictions[item.question_id].strip().replace("\n", "")
-            if said and said != "None":
-                letters = [said[place] for place in (0, -2) if len(said) >= -place and said[place] in LETTERS]
+            text = predictions[item.question_id].strip().replace("\n", "")
+            if text and text != "None":
+                letters = [text[index] for index in (0, -2) if len(text) >= -index and text[index] in LETTERS]
                 if not letters:
                     continue
                 letter = letters[0]
-            elif letter is None:  # the official scorer ends with an error
+            elif letter is None:  # the official scorer fails here
                 return {"official_accuracy": None, "official_questions": None}
             counted += 1
-            right += item.row.get(f"choice_{str(letter).lower()}", "") == item.row["answer_gt"]
-        return {"official_accuracy": right / counted if counted else 0.0, "official_questions": float(counted)}
+            correct += item.row.get(f"choice_{str(letter).lower()}", "") == item.row["answer_gt"]
+        return {"official_accuracy": correct / counted if counted else 0.0, "official_questions": float(counted)}

@@ -1,4 +1,4 @@
-"""Captions are marked by CIDEr, and written for the tools that need what is not here."""
+"""Captions are scored by CIDEr, and written for the tools that compute the other metrics."""
 
 import csv
 import json
@@ -24,16 +24,18 @@ def write_clotho(root: Path, captions: dict[str, list[str]]) -> Path:
     return root
 
 
-def test_captions_are_marked_by_cider(tmp_path: Path) -> None:
-    """A hand-calculated mark: one word, one caption in each of two files, that no other file shares.
+def test_captions_are_scored_by_cider(tmp_path: Path) -> None:
+    """A score calculated by hand: one word, one caption in each of two files, that no other file shares.
 
     tf-idf of the word is log 2 in caption and answer, so the 1-grams agree fully (1), and there are no longer n-grams
     (0): 10 * (1 + 0 + 0 + 0) / 4. Of an answer of two such words beside the one the cosine is 1 / sqrt(2), and the
     lengths, which the reference implementation counts in pairs of words, differ by one: exp(-1 / (2 * 6^2)).
     """
     clotho = Clotho(write_clotho(tmp_path, {"a.wav": ["Rain!"], "b.wav": ["dog"]}))
-    assert clotho.marks({"a.wav": "rain", "b.wav": "DOG."}) == {"cider": pytest.approx({"a.wav": 2.5, "b.wav": 2.5})}
-    mixed = clotho.marks({"a.wav": "rain dog", "b.wav": ""})["cider"]
+    assert clotho.question_scores({"a.wav": "rain", "b.wav": "DOG."}) == {
+        "cider": pytest.approx({"a.wav": 2.5, "b.wav": 2.5})
+    }
+    mixed = clotho.question_scores({"a.wav": "rain dog", "b.wav": ""})["cider"]
     assert mixed == pytest.approx({"a.wav": 2.5 / math.sqrt(2) * math.exp(-1 / 72), "b.wav": 0})
     assert clotho.is_correct(clotho.items[0], "rain.") and not clotho.is_correct(clotho.items[0], "a rain")
     assert set(clotho.extra_metrics({"a.wav": "rain"})) == {"spice", "spider", "fense"}
@@ -42,8 +44,9 @@ def test_captions_are_marked_by_cider(tmp_path: Path) -> None:
 def test_captions_are_evaluated_and_written_for_the_official_tools(
     exported: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "pal")
     clotho = write_clotho(tmp_path / "clotho", {"a, b.wav": ["a dog", "dogs bark"], "c.wav": ["rain"]})
     caps = tmp_path / "audiocaps"
     ids = ["Y1234567890", "-abcdefghi_"]
@@ -57,7 +60,7 @@ def test_captions_are_evaluated_and_written_for_the_official_tools(
     ]
     out = ["--predictions", str(tmp_path / "p.jsonl"), "--json", str(tmp_path / "s.json"), "--max-new-tokens=3"]
     assert main([str(exported / "model"), f"clotho={clotho}", f"audiocaps={caps}", *out]) == 0
-    assert capsys.readouterr().err.count("spice, spider and fense need Java") == 2
+    assert caplog.text.count("spice, spider and fense need Java") == 2
     scores = json.loads((tmp_path / "s.json").read_text())
     assert scores["clotho"]["cider"] >= 0 and scores["clotho"]["cider_ci95"][0] <= scores["clotho"]["cider"]
     assert scores["clotho"]["spice"] is None
@@ -66,7 +69,7 @@ def test_captions_are_evaluated_and_written_for_the_official_tools(
     assert (tmp_path / "p.audiocaps.csv").read_text().startswith("file_name,caption_predicted\n")
 
 
-def test_captions_without_their_library_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_need_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     with pytest.raises(UserError, match=r"clotho: needs pycocoevalcap; pip install 'pal-pipeline\[captions\]'"):
         Clotho(tmp_path)

@@ -1,4 +1,4 @@
-"""Classes that an answer names, counted as their publishers count; layouts as published."""
+"""Classes that an answer names are scored as the publishers score them; layouts are read as published."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_class_must_be_named_and_no_other(tmp_path: Path) -> None:
 
 def test_every_class_that_is_named_counts_and_none_within_another() -> None:
     classes = ("Car", "Car alarm", "Air horn, truck horn", "Police car (siren)")
-    for said, numbers in (
+    for answer, numbers in (
         ("car alarm", {1}),
         ("A car, and a car alarm.", {0, 1}),
         ("air horn, truck horn; police car (siren)", {2, 3}),
@@ -48,7 +48,7 @@ def test_every_class_that_is_named_counts_and_none_within_another() -> None:
         ("cars", set()),
         ("", set()),
     ):
-        assert named(said, classes) == numbers
+        assert named(answer, classes) == numbers
 
 
 def test_vocal_sounds_take_their_class_from_the_file_name(tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_tags_are_counted_by_class(tmp_path: Path) -> None:
     table = 'fname,labels,mids\na,"Bark,Dog","/m/1,/m/2"\nb,Purr,/m/3\nc,"Dog","/m/2"\n'
     write_text(tmp_path / "fsd" / "FSD50K.ground_truth" / "eval.csv", table)
     fsd = Fsd50k(tmp_path / "fsd")
-    said = {item.question_id: text for item, text in zip(fsd.items, ("dog", "purr, dog", "Dog."), strict=True)}
-    assert [fsd.is_correct(item, said[item.question_id]) for item in fsd.items] == [False, False, True]
-    # Bark: never named. Dog: 2 of 2 found, 3 named. Purr: 1 of 1. Average precision: Bark 1/3, Dog 2/3, Purr 1.
-    assert fsd.extra_metrics(said) == pytest.approx(
+    answers = {item.question_id: text for item, text in zip(fsd.items, ("dog", "purr, dog", "Dog."), strict=True)}
+    assert [fsd.is_correct(item, answers[item.question_id]) for item in fsd.items] == [False, False, True]
+    # Bark: never named. Dog: 2 of 2 named, 3 times in all. Purr: 1 of 1. Average precision: Bark 1/3, Dog 2/3, Purr 1.
+    assert fsd.extra_metrics(answers) == pytest.approx(
         {
             "f1_micro": 2 * 3 / (4 + 4),
             "f1_macro": (0 + 4 / 5 + 1) / 3,
@@ -87,7 +87,7 @@ def test_tags_are_counted_by_class(tmp_path: Path) -> None:
     assert set(fsd.extra_metrics({one: "Purr"}).values()) == {1.0}, "classes that do not occur have no score"
 
 
-def test_dcase_tags_stand_in_lines_of_their_own(tmp_path: Path) -> None:
+def test_dcase_tags_are_one_per_line(tmp_path: Path) -> None:
     for name in ("Y-id_30.000_40.000.wav", "Yother_0.000_10.000.wav"):
         write_audio(tmp_path / "evaluation_set_formatted_audio_segments" / name)
     lines = [

@@ -1,4 +1,4 @@
-"""Word error rate over a whole part of LibriSpeech."""
+"""The word error rate covers a whole part of LibriSpeech."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""MMSU's official number, with the quirks of its scorer, beside a sane one."""
+"""MMSU's official accuracy follows the quirks of its scorer; accuracy does not."""
 
 import json
 from pathlib import Path
@@ -30,23 +30,22 @@ def write_mmsu(root: Path, count: int) -> Mmsu:
 
 
 @pytest.mark.parametrize(
-    ("predictions", "official", "counted", "sane"),
+    ("predictions", "official", "counted", "correct"),
     [
         (["B", "B. low", "(B)"], 1.0, 3, 3),  # of "(B)" the character before the last
-        (["B", ""], 1.0, 2, 1),  # an empty answer is apply_benchmark_rules by the letter before it
+        (["B", ""], 1.0, 2, 1),  # an empty answer is scored by the letter before it
         (["A", "", "None"], 0.0, 3, 0),
-        (["", "B"], None, None, 1),  # with no letter before it the scorer ends with an error
+        (["", "B"], None, None, 1),  # without a letter before it the scorer fails
         (["B", "no idea", "5"], 1.0, 1, 1),  # without a letter it does not count
         (["Because of noise", "B"], 1.0, 2, 1),  # "B" of Because
         (["low", "B"], 1.0, 1, 2),
         (["D", "\nB\n"], 0.5, 2, 1),
     ],
 )
-def test_mmsu_tells_the_official_number_and_a_sane_one(
-    tmp_path: Path, predictions: list[str], official: float | None, counted: float | None, sane: int
+def test_mmsu_reports_official_accuracy_beside_accuracy(
+    tmp_path: Path, predictions: list[str], official: float | None, counted: float | None, correct: int
 ) -> None:
     benchmark = write_mmsu(tmp_path, len(predictions))
     extra_metrics = benchmark.extra_metrics({str(number): text for number, text in enumerate(predictions)})
     assert extra_metrics == {"official_accuracy": official, "official_questions": counted}
-    verdicts = [benchmark.is_correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)]
-    assert sum(verdicts) == sane
+    assert sum(benchmark.is_correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)) == correct

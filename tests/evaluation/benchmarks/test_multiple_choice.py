@@ -1,4 +1,4 @@
-"""Which choice an answer means, as a reader would say; benchmarks from their own files; folders that cannot be."""
+"""An answer means one choice or none; benchmarks are evaluated from their own files; wrong folders are refused."""
 
 import json
 from pathlib import Path
@@ -31,11 +31,11 @@ from tests.helpers.published import VOICES, write_rows, write_text
         ("None", None),
     ],
 )
-def test_the_choice_that_a_reader_would_say_is_meant(prediction: str, number: int | None) -> None:
+def test_an_answer_means_one_choice_or_none(prediction: str, number: int | None) -> None:
     assert chosen(prediction, VOICES) == number
 
 
-def test_of_choices_that_contain_each_other_the_longer_is_meant() -> None:
+def test_of_choices_that_contain_each_other_the_longer_one_is_meant() -> None:
     assert chosen("I hear a big dog", ("dog", "big dog")) == 1
     assert chosen("I hear a dog", ("dog", "big dog")) == 0
 
@@ -69,14 +69,14 @@ def test_a_published_benchmark_is_evaluated_from_its_own_files(exported: Path, t
         ({"id": None}, "question 1: has no id"),
     ],
 )
-def test_a_benchmark_that_cannot_be_is_one_line(tmp_path: Path, changes: dict, fault: str) -> None:
+def test_an_invalid_benchmark_is_refused(tmp_path: Path, changes: dict, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         Mmau(write_rows("mmau", tmp_path, **changes))
 
 
-def test_a_folder_without_the_file_names_it(tmp_path: Path) -> None:
+def test_a_folder_without_the_questions_is_refused(tmp_path: Path) -> None:
     for kind in BENCHMARKS.values():
-        with pytest.raises(UserError, match=r"holds (0 files named|no question)"):
+        with pytest.raises(UserError, match=r"holds (0 files named|no questions)"):
             kind(tmp_path)
     write_rows("mmar", tmp_path)
     (tmp_path / "MMAR-meta.jsonl").write_text("{broken")
@@ -84,7 +84,7 @@ def test_a_folder_without_the_file_names_it(tmp_path: Path) -> None:
         Mmar(tmp_path)
 
 
-def test_questions_whose_answers_are_kept_back_are_answered_and_not_scored(
+def test_questions_with_withheld_answers_are_answered_and_not_scored(
     exported: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -111,7 +111,7 @@ def test_questions_whose_answers_are_kept_back_are_answered_and_not_scored(
     assert all(row["model_output"] is not None for row in json.loads((tmp_path / "p.mmau.json").read_text()))
 
 
-def test_audio_and_encoders_that_cannot_be_are_one_line(
+def test_unusable_audio_and_encoders_are_refused(
     exported: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

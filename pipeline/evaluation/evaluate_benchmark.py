@@ -1,0 +1,165 @@
+"""Evaluates a generator on one benchmark: its answers, its scores, and the controls beside them.
+
+Does not know how answers are generated or where results are written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.console import logger
+from pipeline.core.errors import UserError
+from pipeline.evaluation.baselines import majority_baseline, swap_within_domains
+from pipeline.evaluation.benchmark_clips import BenchmarkClips
+from pipeline.evaluation.benchmarks import Benchmark
+from pipeline.evaluation.generate_answers import AnswerGenerator
+from pipeline.evaluation.intervals import bootstrap_ci95
+from pipeline.evaluation.question_sets import (
+    QuestionSet,
+    QuestionSource,
+    evenly_spaced,
+    make_predictions,
+    open_feature_set,
+    open_question_set,
+)
+from pipeline.evaluation.scoring import Prediction, score
+
+OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # values of `audio` in the predictions
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated beside the answers to the clips' own audio.
+
+    Attributes:
+        limit: number of clips, evenly spaced over the set; None means all.
+        swap_audio: also answer with another clip's audio.
+        majority_from: training set whose majority baseline is scored as well.
+        writes_predictions: whether the caller writes the predictions to a file, not the scores alone.
+    """
+
+    limit: int | None = None
+    swap_audio: bool = False
+    majority_from: str | None = None
+    writes_predictions: bool = True
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """The result of one benchmark.
+
+    Attributes:
+        scores: the scores of `scoring.score`, those of the controls under `swapped_audio` and `majority_baseline`, and
+            the metrics of a published benchmark. Questions whose answers the publishers withhold are counted as
+            `unscored`; where all are withheld there are no scores.
+        predictions: predictions as plain JSON, in storage order.
+        official_files: name -> text of the files that official scorers read.
+    """
+
+    scores: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    official_files: dict[str, str] = field(default_factory=dict)
+
+
+def evaluate_benchmark(
+    generator: AnswerGenerator, source: QuestionSource, options: EvaluationOptions | None = None
+) -> BenchmarkResult:
+    """Answers and scores all questions of a benchmark, with the controls of `options`.
+
+    Raises:
+        UserError: no such benchmark, features of another encoder, audio that cannot be read, a swap with one clip, or
+            withheld answers where answers are needed.
+    """
+    options = options or EvaluationOptions()
+    question_set = open_question_set(source, generator.settings.model)
+    clips = evenly_spaced(len(question_set), options.limit)
+    benchmark = question_set.benchmark if isinstance(question_set, BenchmarkClips) else None
+    if benchmark is not None:
+        _check_benchmark(benchmark, source, options)
+
+    def predict(pairing: Mapping[int, int]) -> list[Prediction]:
+        predictions = make_predictions(question_set, generator.generate(question_set, source, pairing))
+        return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
+
+    predictions = predict({clip: clip for clip in clips})
+    scores = _score_answered(predictions)
+    official_files: dict[str, str] = {}
+    if benchmark is not None:
+        scores |= _benchmark_metrics(benchmark, predictions)
+        official = benchmark.predictions_file({p.question_id: p.prediction for p in predictions})
+        official_files = {} if official is None else dict([official])
+    lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in predictions]
+    if options.swap_audio:
+        swapped = predict(_swap(question_set, clips))
+        scores["swapped_audio"] = _score_answered(swapped)
+        lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
+    if options.majority_from is not None:
+        baseline = majority_baseline(open_feature_set(options.majority_from, [], source.cache))
+        guesses = [replace(p, prediction=baseline.predict(p.task, p.question)) for p in predictions]
+        if benchmark is not None:
+            guesses = apply_benchmark_rules(guesses, benchmark)
+        scores["majority_baseline"] = _score_answered(guesses)
+    return BenchmarkResult(scores, lines, official_files)
+
+
+def answer_partition(generator: AnswerGenerator, source: QuestionSource, options: EvaluationOptions) -> None:
+    """Answers the generator's partition of the questions of `evaluate_benchmark`; leaves the answers in the journal.
+
+    Raises:
+        UserError: as `evaluate_benchmark`.
+    """
+    question_set = open_question_set(source, generator.settings.model)
+    clips = evenly_spaced(len(question_set), options.limit)
+    generator.generate(question_set, source, {clip: clip for clip in clips})
+    if options.swap_audio:
+        generator.generate(question_set, source, _swap(question_set, clips))
+
+
+def apply_benchmark_rules(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
+    """Returns the predictions with correctness by the benchmark's own rules."""
+    items = {item.question_id: item for item in benchmark.items}
+    return [replace(p, benchmark_correct=benchmark.is_correct(items[p.question_id], p.prediction)) for p in predictions]
+
+
+def _check_benchmark(benchmark: Benchmark, source: QuestionSource, options: EvaluationOptions) -> None:
+    """Logs the benchmark's caveat; refuses scores and controls where the publishers withhold all answers."""
+    if benchmark.caveat:
+        logger.info(f"{benchmark.name}: {benchmark.caveat}")
+    if any(item.answer for item in benchmark.items):
+        return
+    if not options.writes_predictions:
+        remedy = "give --predictions FILE; the file for their server is written beside it"
+        raise UserError(source.location, "cannot be scored: its publishers withhold the answers", remedy)
+    if options.swap_audio or options.majority_from:
+        fault = "cannot be scored, so controls cannot either: its publishers withhold the answers"
+        raise UserError(source.location, fault, "leave --swap-audio and --majority-from out")
+
+
+def _benchmark_metrics(benchmark: Benchmark, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Returns the metrics of a published benchmark over the questions that have an answer; empty without any."""
+    answered = {p.question_id: p.prediction for p in predictions if p.answer}
+    if not answered:
+        return {}
+    metrics: dict[str, Any] = dict(benchmark.extra_metrics(answered))
+    clip_of = {p.question_id: p.clip_id for p in predictions}
+    for metric, question_scores in benchmark.question_scores(answered).items():
+        values = np.array(list(question_scores.values()))
+        metrics[metric] = float(values.mean())
+        metrics[f"{metric}_ci95"] = list(bootstrap_ci95(values, [clip_of[question] for question in question_scores]))
+    return metrics
+
+
+def _swap(question_set: QuestionSet, clips: Sequence[int]) -> dict[int, int]:
+    return swap_within_domains({clip: question_set.clip(clip).domain for clip in clips})
+
+
+def _score_answered(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Scores the questions that have a reference answer; counts the others."""
+    answered = [prediction for prediction in predictions if prediction.answer]
+    unscored = len(predictions) - len(answered)
+    if not answered:
+        return {"unscored": unscored, "clips": len({prediction.clip_id for prediction in predictions})}
+    return score(answered) | ({"unscored": unscored} if unscored else {})

@@ -1,0 +1,95 @@
+"""Opens what an evaluation asks about: a prepared feature set, or a published benchmark with its own audio files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import read_encoders, require_same_features
+from pipeline.data.feature_set import FeatureSet
+from pipeline.evaluation.benchmark_clips import BenchmarkClips
+from pipeline.evaluation.benchmarks import BENCHMARKS
+from pipeline.evaluation.scoring import Prediction
+from pipeline.inference.encode_audio import AudioEncoders
+from pipeline.inference.responder import load_config_of
+
+QuestionSet = FeatureSet | BenchmarkClips
+
+
+@dataclass(frozen=True)
+class QuestionSource:
+    """Where a question set comes from.
+
+    Attributes:
+        location: folder or URL of a prepared feature set, or `KIND=FOLDER` for a published benchmark.
+        cache: folder for local copies of a remote feature set.
+        encoder_weights: encoder -> location of its weights, for those that are not where they were in preparation.
+    """
+
+    location: str
+    cache: Path | None = None
+    encoder_weights: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_question_set(source: QuestionSource, model: Path) -> QuestionSet:
+    """Opens a feature set, or a published benchmark whose audio is encoded as the model needs it.
+
+    Args:
+        model: exported folder.
+
+    Raises:
+        UserError: as `FeatureSet`, `Benchmark` and `AudioEncoders`; or features of another encoder.
+    """
+    config, description = load_config_of(model)
+    fingerprints = description.feature_fingerprints
+    kind, _, folder = source.location.partition("=")
+    if kind not in BENCHMARKS or not folder:
+        features = open_feature_set(source.location, list(fingerprints), source.cache)
+        require_same_features(fingerprints, features.contract, source.location, str(model))
+        return features
+    contracts = read_encoders(model, fingerprints, config.data.train)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    benchmark = BENCHMARKS[kind](Path(folder))
+    return BenchmarkClips(benchmark, lambda: AudioEncoders(contracts, source.encoder_weights, device))
+
+
+def open_feature_set(location: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:
+    """Opens a feature set in a folder, or in an object store through a cache.
+
+    Raises:
+        UserError: as `FeatureSet`.
+    """
+    if "://" in location and cache is None:
+        raise UserError(location, "is in an object store", "give --cache a folder on a local disk")
+    return FeatureSet(location, encoders, cache)
+
+
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """Returns `limit` of the indices 0 to `count` - 1 at even distances; None means all of them."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [index * count // limit for index in range(limit)]
+
+
+def make_predictions(question_set: QuestionSet, answers: Mapping[int, str]) -> list[Prediction]:
+    """Returns generated answers (by index of the question) with their reference answers, in storage order."""
+    predictions = []
+    for index in sorted(answers):
+        clip = question_set.clip(int(question_set.table.clip[index]))
+        question = clip.questions[question_set.table.number[index]]
+        predictions.append(
+            Prediction(
+                question_id=question.question_id,
+                clip_id=clip.clip_id,
+                domain=clip.domain,
+                task=question.task,
+                question=question.question,
+                answer=question.answer,
+                prediction=answers[index],
+            )
+        )
+    return predictions

@@ -1,4 +1,4 @@
-"""A clip is heard once for any number of questions, as preparation would have heard it; what cannot be is one line."""
+"""`pal ask`: a clip is encoded once for any number of questions, as preparation encodes it; mistakes are one line."""
 
 import io
 import json
@@ -15,28 +15,28 @@ from pipeline.inference.responder import load_responder
 from pipeline.model import PalForCausalLM
 
 
-def test_a_file_is_heard_as_preparation_hears_it(exported: Path) -> None:
+def test_a_file_is_encoded_as_preparation_encodes_it(exported: Path) -> None:
     features = FeatureSet(exported / "set", ["log_mel"])
     stored = features.features(0, "clip")["log_mel"]
     fingerprints = {"log_mel": features.contract.encoders["log_mel"].fingerprint}
-    sound = AudioEncoders(read_encoders(exported / "model", fingerprints, "nowhere"), {}, "cpu").encode(
+    audio = AudioEncoders(read_encoders(exported / "model", fingerprints, "no set"), {}, "cpu").encode(
         exported / "clip.flac"
     )
-    assert sound.duration_s == 70.0
-    assert (sound.features["log_mel"] == stored).all()
+    assert audio.duration_s == 70.0
+    assert (audio.features["log_mel"] == stored).all()
     assert spectrogram(exported / "clip.flac").shape == (7000, 64)
 
 
-def test_questions_share_one_hearing(
+def test_questions_share_one_prefill(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: list[int] = []
+    calls: list[int] = []
     audio_tokens = PalForCausalLM.audio_tokens
-    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: encoded.append(1) or audio_tokens(*a))
+    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: calls.append(1) or audio_tokens(*a))
     questions = [f"What is it? {n}" for n in range(10)]
     arguments = [str(exported / "model"), str(exported / "clip.flac"), "--max-new-tokens=4", "--json"]
     assert main([*arguments, str(tmp_path / "a.json"), *questions]) == 0
-    assert len(encoded) == 1, "audio is computed once"
+    assert len(calls) == 1, "the audio tokens are computed once"
     figures = json.loads((tmp_path / "a.json").read_text())
     assert [answer["question"] for answer in figures["answers"]] == questions
     assert capsys.readouterr().out == "".join(f"{answer['answer']}\n" for answer in figures["answers"])
@@ -44,16 +44,16 @@ def test_questions_share_one_hearing(
 
     responder = load_responder(exported / "model", 4)
     stored = FeatureSet(exported / "set", ["log_mel"]).features(0, "clip")
-    together = responder.answer(responder.prefill([stored]), questions, [0] * 10)
-    assert [answer["answer"] for answer in figures["answers"]] == together, "as an evaluation answers"
+    batch_answers = responder.answer(responder.prefill([stored]), questions, [0] * 10)
+    assert [answer["answer"] for answer in figures["answers"]] == batch_answers, "the answers of an evaluation"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{questions[0]}\n\n{questions[1]}\n"))
     assert main([*arguments, str(tmp_path / "b.json")]) == 0
     typed = json.loads((tmp_path / "b.json").read_text())["answers"]
-    assert [answer["answer"] for answer in typed] == together[:2]
+    assert [answer["answer"] for answer in typed] == batch_answers[:2]
 
 
-def test_what_cannot_be_asked_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "noise.wav").write_bytes(b"no audio")
     model, clip = exported / "model", exported / "clip.flac"
     foreign = json.loads((model / ENCODERS_FILE).read_text())
@@ -64,20 +64,20 @@ def test_what_cannot_be_asked_is_one_line(exported: Path, tmp_path: Path, capsys
         (other / file.name).symlink_to(file)
     (other / ENCODERS_FILE).unlink()
     (other / ENCODERS_FILE).write_text(json.dumps(foreign))
-    for arguments, said in (
+    for arguments, message in (
         ([model, tmp_path / "noise.wav", "What?"], "noise.wav: is undecodable"),
         ([model, tmp_path / "gone.wav", "What?"], "gone.wav: is missing"),
-        ([model, clip, "What <audio>?"], "holds <audio>"),
-        ([model, clip, "--encoder=clap=here", "What?"], "the model has no encoder 'clap'"),
+        ([model, clip, "What <audio>?"], "contains <audio>"),
+        ([model, clip, "--encoder=clap=folder", "What?"], "the model has no encoder 'clap'"),
         ([other, clip, "What?"], "does not tell of the encoder 'log_mel'"),
         ([tmp_path, clip, "What?"], "is not an exported model"),
     ):
         assert run_command(main, [str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("pal: ") and said in error
+        assert error.startswith("pal: ") and message in error
 
 
-def test_an_encoder_that_would_hear_otherwise_is_refused(exported: Path) -> None:
+def test_an_encoder_that_would_make_other_features_is_refused(exported: Path) -> None:
     features = FeatureSet(exported / "set", ["log_mel"])
     contract = features.contract.encoders["log_mel"]
     with pytest.raises(UserError, match="makes features with fingerprint"):

@@ -1,0 +1,1 @@
+"""Answers questions about audio files and streams with an exported model."""

@@ -1,4 +1,4 @@
-"""An exported model that answers questions about clips. Owns loading and greedy generation; scores nothing."""
+"""Loads an exported model and generates answers to questions about clips, greedily. Does not score them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ Features = Mapping[str, NDArray[np.float16]]
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered to one question, and how fast: until the first token, and after it."""
+    """One answer and its speed.
+
+    Attributes:
+        question, answer: their texts.
+        tokens: generated tokens.
+        first_token_s: seconds until the first token.
+        tokens_per_s: rate after the first token; None for an answer of one token.
+    """
 
     question: str
     answer: str
@@ -36,7 +43,7 @@ class Answer:
 
 
 def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
-    """How an exported model was trained, and what it is made of; reads no weights.
+    """Reads how an exported model was trained and its model config; reads no weights.
 
     Raises:
         UserError: the folder is not an exported model.
@@ -48,54 +55,62 @@ def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
 
 
 def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Responder:
-    """The model of an exported folder, on a GPU where there is one, with the prompt that it was trained with.
+    """Loads an exported model with the prompt that it was trained with, onto a GPU where there is one.
 
     Args:
-        number: of this process among those that share the GPUs.
+        folder: folder of the exported model.
+        max_new_tokens: maximum length of an answer.
+        number: index of this process among those that share the GPUs.
 
     Raises:
         UserError: the folder is not an exported model.
     """
     config, _ = load_config_of(folder)
     model = PalForCausalLM.from_pretrained(folder, dtype="auto")
-    # What training was bounded by says nothing of a benchmark's longer prompts: the language model's own bound counts.
-    longest = model.config.language_model.max_position_embeddings
-    chat = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=longest)
+    # Not data.max_text_tokens, which bounds training: a benchmark's prompts may be longer, up to the model's own limit.
+    max_text_tokens = model.config.language_model.max_position_embeddings
+    chat_template = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=max_text_tokens)
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    return Responder(model.to(device), chat, max_new_tokens)
+    return Responder(model.to(device), chat_template, max_new_tokens)
 
 
 class Responder:
-    """A model, its prompt and its device.
+    """Generates answers with one model on its device.
+
+    Args:
+        max_new_tokens: maximum length of an answer.
 
     Attributes:
-        model: in evaluation mode.
-        chat: writes its prompts.
-        feature_fingerprints: encoder -> fingerprint of the features that the model understands.
+        model: the model, in evaluation mode.
+        chat_template: renders the prompts.
+        feature_fingerprints: encoder -> fingerprint of the features that the model was trained on.
     """
 
-    def __init__(self, model: PalForCausalLM, chat: ChatTemplate, max_new_tokens: int) -> None:
+    def __init__(self, model: PalForCausalLM, chat_template: ChatTemplate, max_new_tokens: int) -> None:
         self.model = model.eval()
-        self.chat = chat
+        self.chat_template = chat_template
         self._max_new_tokens = max_new_tokens
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
     @torch.inference_mode()
     def prefill(self, clips: Sequence[Features], hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
-        """Reads the prompts' beginning with each of these clips, for any number of questions.
+        """Prefills the prompt's prefix with each of these clips, for any number of questions.
 
         Args:
-            hidden: integrations whose audio tokens the model may not see.
+            hidden: integrations whose audio tokens are masked from the language model.
         """
-        ids = torch.tensor([self.chat.prefix] * len(clips), device=self.model.device)
-        return self.model.read_prefix(ids, None, *self._audio(clips), hidden=hidden)
+        ids = torch.tensor([self.chat_template.prefix] * len(clips), device=self.model.device)
+        return self.model.prefill(ids, None, *self._audio(clips), hidden=hidden)
 
     @torch.inference_mode()
-    def prefill_stream(self, live: StreamingAudio, hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
-        """The same with what is kept of audio that still arrives; for questions until more of it is taken."""
-        return self.model.prefix_of(
-            torch.tensor([self.chat.prefix], device=self.model.device), None, live, hidden=hidden
-        )
+    def prefill_stream(self, audio: StreamingAudio, hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
+        """Prefills the prompt's prefix with the audio kept of a stream; valid until the stream receives more audio.
+
+        Args:
+            hidden: see `prefill`.
+        """
+        ids = torch.tensor([self.chat_template.prefix], device=self.model.device)
+        return self.model.prefill_audio_kv(ids, None, audio, hidden=hidden)
 
     @torch.inference_mode()
     def answer(
@@ -105,99 +120,102 @@ class Responder:
         rows: Sequence[int],
         streamer: BaseStreamer | None = None,
     ) -> list[str]:
-        """Greedy answers of one batch, each at most `max_new_tokens` long.
+        """Generates greedy answers for one batch, each of at most `max_new_tokens` tokens.
 
         Args:
-            prefix: of `hear`.
-            rows: which of its clips each question is about.
-            streamer: is given each token as it comes; for one question.
+            prefix: prefix cache from `prefill` or `prefill_stream`.
+            rows: row of each question's clip in the prefix cache.
+            streamer: receives each token when it is generated; for a single question.
 
         Raises:
-            UserError: a question that is too long, or holds the placeholder.
+            UserError: a question is too long, or contains the placeholder.
         """
-        rests = [self.chat.prompt(question)[len(self.chat.prefix) :] for question in questions]
-        longest = max(map(len, rests))
-        device, pad = self.model.device, self.chat.pad_token_id
-        generated = self.model.generate(
-            input_ids=torch.tensor([[pad] * (longest - len(rest)) + rest for rest in rests], device=device),
-            attention_mask=torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rests], device=device),
+        prefix_length = len(self.chat_template.prefix)
+        suffixes = [self.chat_template.prompt(question)[prefix_length:] for question in questions]
+        longest = max(map(len, suffixes))
+        device, pad = self.model.device, self.chat_template.pad_token_id
+        input_ids = [[pad] * (longest - len(ids)) + ids for ids in suffixes]
+        attention_mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in suffixes]
+        generated = self.model.generate_from_prefix(
+            input_ids=torch.tensor(input_ids, device=device),
+            attention_mask=torch.tensor(attention_mask, device=device),
             prefix=prefix,
             prefix_rows=torch.tensor(rows, device=device),
             max_new_tokens=self._max_new_tokens,
             do_sample=False,
-            eos_token_id=self.chat.end_token_id,
+            eos_token_id=self.chat_template.end_token_id,
             pad_token_id=pad,
             streamer=streamer,
         )
-        return [self.chat.decode(ids) for ids in generated.tolist()]
+        return [self.chat_template.decode(ids) for ids in generated.tolist()]
 
-    def answer_aloud(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
-        """The answer to one question about the first clip of `prefix`; `write` is given the text as it comes.
+    def answer_streaming(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
+        """Answers one question about the first clip of `prefix`; calls `write` with each new piece of text.
 
         Raises:
-            UserError: as `answer`.
+            UserError: see `answer`.
         """
-        words = Words(self.chat, write)
+        streamer = TokenStreamer(self.chat_template, write)
         start = time.perf_counter()
-        (answer,) = self.answer(prefix, [question], [0], streamer=words)
-        first, last, tokens = words.times_s[0], words.times_s[-1], len(words.times_s)
+        (answer,) = self.answer(prefix, [question], [0], streamer=streamer)
+        first, last, tokens = streamer.times_s[0], streamer.times_s[-1], len(streamer.times_s)
         return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
 
     def attention_mass(self, features: Features, question: str, answer: str) -> AttentionMass:
-        """Where in the clip and its text the tokens look that predict this answer.
+        """Measures which parts of clip and text the tokens that predict this answer attend to.
 
         Raises:
-            UserError: a conversation that is too long, or a model of flamingo streams.
+            UserError: the conversation is too long, or the model has flamingo streams.
         """
-        row = self.chat.row([Question(question_id=question, question=question, answer=answer)])
+        row = self.chat_template.row([Question(question_id=question, question=question, answer=answer)])
         ids, labels = (torch.from_numpy(x)[None].to(self.model.device) for x in (row.input_ids, row.labels))
         return probe_attention(self.model, ids, labels, *self._audio([features]))
 
-    def moments(self, look: AttentionMass) -> dict[str, NDArray[np.float32]]:
-        """Pathway -> attention to each of its audio tokens, in order of time, summed over layers.
+    def attention_over_time(self, attention: AttentionMass) -> dict[str, NDArray[np.float32]]:
+        """Returns pathway -> attention to each of its audio tokens, in temporal order, summed over layers.
 
-        Streams whose tokens stand for no particular moment (`qformer`) are left out.
+        Omits streams whose tokens do not correspond to times in the clip (`qformer`).
         """
         curves: dict[str, NDArray[np.float32]] = {}
-        for spec, weights_LN in zip(self.model.specs, look.tokens, strict=True):
+        for spec, weights_LN in zip(self.model.specs, attention.token_weights, strict=True):
             if spec.connector.kind != "qformer":
                 name = f"{spec.integration} ({', '.join(spec.encoders)})"
                 curves[name] = weights_LN.sum(0).numpy()
         return curves
 
     def _audio(self, clips: Sequence[Features]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Features and lengths as the model reads them."""
+        """Returns encoder -> (total frames, width) on the model's device, and encoder -> (clips,) lengths."""
         names = self.feature_fingerprints
         lengths = {name: torch.tensor([len(clip[name]) for clip in clips]) for name in names}
         frames = {name: torch.from_numpy(np.concatenate([clip[name] for clip in clips])) for name in names}
         return {name: x.to(self.model.device, self.model.dtype) for name, x in frames.items()}, lengths
 
 
-class Words(BaseStreamer):
-    """Gives the text of one answer away as it comes.
+class TokenStreamer(BaseStreamer):
+    """Decodes one answer while it is generated.
 
     Args:
-        write: is called with what was added.
+        write: is called with each new piece of text.
 
     Attributes:
-        times_s: when each token came, of `time.perf_counter`.
+        times_s: time of each token, from `time.perf_counter`.
     """
 
-    def __init__(self, chat: ChatTemplate, write: Callable[[str], None]) -> None:
-        self._chat, self._write = chat, write
+    def __init__(self, chat_template: ChatTemplate, write: Callable[[str], None]) -> None:
+        self._chat_template, self._write = chat_template, write
         self._ids: list[int] = []
         self._written = ""
         self.times_s: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        if not value.numel():  # transformers begins with the prompt's ids, of which there are none
+        if not value.numel():  # transformers first passes the ids of the prompt, which is empty
             return
         self.times_s.append(time.perf_counter())
         self._ids += value.flatten().tolist()
-        text = self._chat.decode(self._ids)
-        if not text.endswith("\ufffd"):  # a character whose last bytes are still to come
+        text = self._chat_template.decode(self._ids)
+        if not text.endswith("\ufffd"):  # an incomplete character, whose last bytes are in later tokens
             self._write(text.removeprefix(self._written))
             self._written = text
 
     def end(self) -> None:
-        self._write(self._chat.decode(self._ids).removeprefix(self._written))
+        self._write(self._chat_template.decode(self._ids).removeprefix(self._written))

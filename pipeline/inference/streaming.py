@@ -1,4 +1,6 @@
-"""Audio that still arrives, heard window by window. Owns when to ask; what is kept of it, `StreamingAudio` knows."""
+"""Encodes audio that arrives as a stream, window by window, and schedules the questions about it.
+
+`StreamingAudio` limits how much of the audio is kept."""
 
 from __future__ import annotations
 
@@ -13,41 +15,42 @@ from pipeline.inference.responder import Responder
 from pipeline.model import StreamingAudio
 
 
-def keep_newest(responder: Responder, audio_encoders: AudioEncoders, keep_s: float) -> StreamingAudio:
-    """Nothing yet of a clip of which the newest `keep_s` seconds will be kept.
+def create_streaming_audio(responder: Responder, audio_encoders: AudioEncoders, keep_s: float) -> StreamingAudio:
+    """Returns an empty stream that keeps the newest `keep_s` seconds of audio.
 
     Raises:
-        UserError: a model that cannot hear bit by bit.
+        UserError: the model cannot encode audio incrementally.
     """
-    return StreamingAudio(
-        responder.model, {name: int(keep_s * rate_hz) for name, rate_hz in audio_encoders.frame_rates_hz.items()}
-    )
+    max_tokens = {name: int(keep_s * rate_hz) for name, rate_hz in audio_encoders.frame_rates_hz.items()}
+    return StreamingAudio(responder.model, max_tokens)
 
 
-def listen(live: StreamingAudio, audio_encoders: AudioEncoders, source: BinaryIO, every_s: float) -> Iterator[float]:
-    """Fills `live` from a WAV that arrives, and stops to be asked: every `every_s` seconds, and at the end.
+def receive_audio(
+    audio: StreamingAudio, audio_encoders: AudioEncoders, source: BinaryIO, every_s: float
+) -> Iterator[float]:
+    """Adds a WAV to a stream while it arrives, and pauses for questions: every `every_s` seconds, and at the end.
 
-    Audio counts as heard when its window is complete: 30 s of most encoders.
+    Audio counts as received when its encoder window is complete: 30 s for most encoders.
 
     Yields:
-        how many seconds have been heard since the beginning.
+        seconds of audio received since the beginning.
 
     Raises:
-        UserError: no WAV, or one without a frame.
+        UserError: the source is not a WAV, or ends before the first frame.
     """
-    like = live.language_model
-    frames = dict.fromkeys(audio_encoders.frame_rates_hz, 0)
-    heard_s = asked_s = 0.0
+    model = audio.language_model
+    frame_counts = dict.fromkeys(audio_encoders.frame_rates_hz, 0)
+    received_s = yielded_s = 0.0
     for windows in audio_encoders.encode_stream(source):
-        for name, parts in windows.items():
-            for features in parts:
-                frames[name] += len(features)
-                live.push(name, torch.from_numpy(features).to(like.device, like.dtype))
-        heard_s = min(frames[name] / rate_hz for name, rate_hz in audio_encoders.frame_rates_hz.items())
-        if heard_s >= (asked_s // every_s + 1) * every_s:
-            asked_s = heard_s
-            yield heard_s
-    if not heard_s:
+        for name, window_features in windows.items():
+            for features in window_features:
+                frame_counts[name] += len(features)
+                audio.push(name, torch.from_numpy(features).to(model.device, model.dtype))
+        received_s = min(frame_counts[name] / rate_hz for name, rate_hz in audio_encoders.frame_rates_hz.items())
+        if received_s >= (yielded_s // every_s + 1) * every_s:
+            yielded_s = received_s
+            yield received_s
+    if not received_s:
         raise UserError("standard input", "ends before the first frame of audio", "pipe a longer recording into it")
-    if heard_s > asked_s:
-        yield heard_s
+    if received_s > yielded_s:
+        yield received_s

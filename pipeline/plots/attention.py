@@ -1,4 +1,4 @@
-"""A clip, and where a model listens."""
+"""Plots a clip and the attention of a model to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.plots.style import DPI, colour_of, new_figure
 
 
 def plot_attention_by_layer(rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    """Shares of text, LAL and PLITS in each layer's attention, stacked.
+    """Plots the stacked shares of text, LAL and PLITS in the attention of each layer.
 
     Args:
-        rows: of `pal probe`: `layer`, `text`, `lal`, `plits` (0 to 1, sum 1).
+        rows: rows of `pal probe`: `layer`, `text`, `lal`, `plits` (0 to 1, sum 1).
     """
     figure, axes = new_figure(title, "layer", "attention of the answer's tokens (%)")
     layers = [row["layer"] for row in rows]
@@ -37,7 +37,11 @@ def plot_attention_by_layer(rows: Sequence[Mapping[str, Any]], title: str) -> Fi
 
 
 def plot_attention_by_head(shares: Mapping[str, Sequence[Sequence[float]]], title: str) -> Figure:
-    """Heat maps of layers and heads, one for each pathway; shares[pathway][layer][head] from 0 to 1, one scale."""
+    """Plots a heat map of layers and heads for each pathway, all on one scale.
+
+    Args:
+        shares: shares[pathway][layer][head], 0 to 1.
+    """
     figure = Figure(figsize=(1.5 + 4.5 * len(shares), 4.6), dpi=DPI, layout="constrained")
     figure.suptitle(title)
     highest = max(float(np.max(values)) for values in shares.values())
@@ -54,11 +58,11 @@ def plot_attention_by_head(shares: Mapping[str, Sequence[Sequence[float]]], titl
 
 
 def plot_spectrogram(spectrogram: npt.NDArray[np.float32], duration_s: float, highest_hz: float, title: str) -> Figure:
-    """Log-mel spectrogram of a clip, over seconds and kHz.
+    """Plots the log-mel spectrogram of a clip over seconds and kHz.
 
     Args:
-        spectrogram: (columns, mel bins) of the whole clip.
-        highest_hz: where the bins end that begin at 0 Hz, evenly on the mel scale (HTK's).
+        spectrogram: (frames, mel bins) of the whole clip.
+        highest_hz: upper edge of the bins, which begin at 0 Hz and are even on HTK's mel scale.
     """
     figure = Figure(figsize=(8.5, 4.0), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
@@ -74,28 +78,28 @@ def _mel(hz: float) -> float:
     return 2595 * math.log10(1 + hz / 700)
 
 
-def plot_listening(
+def plot_attention_over_time(
     spectrogram: npt.NDArray[np.float32],
     duration_s: float,
     highest_hz: float,
-    moments: Mapping[str, npt.NDArray[np.float32]],
+    attention: Mapping[str, npt.NDArray[np.float32]],
     title: str,
 ) -> Figure:
-    """Where in a clip an answer's tokens look, over its spectrogram.
+    """Plots the attention of an answer's tokens to the clip over its spectrogram.
 
     Args:
         spectrogram, duration_s, highest_hz: see `plot_spectrogram`.
-        moments: pathway -> attention to each of its tokens, in order of time, evenly over the clip.
+        attention: pathway -> attention to each of its audio tokens, in temporal order, evenly spaced over the clip.
     """
     figure = plot_spectrogram(spectrogram, duration_s, highest_hz, title)
-    right = figure.axes[0].twinx()
-    right.set_ylabel("attention (1 = even over the clip)")
-    for index, (name, weights) in enumerate(moments.items()):
+    attention_axes = figure.axes[0].twinx()
+    attention_axes.set_ylabel("attention (1 = even over the clip)")
+    for index, (name, weights) in enumerate(attention.items()):
         edges = np.linspace(0, duration_s, len(weights) + 1)
         density = weights / max(float(weights.mean()), 1e-12)
-        right.stairs(density, edges, color=colour_of(index), linewidth=2, label=name)
-        right.stairs(density, edges, color=colour_of(index), fill=True, alpha=0.12)
-    right.set_xlim(0, duration_s)
-    right.set_ylim(bottom=0)
-    right.legend(loc="upper right")
+        attention_axes.stairs(density, edges, color=colour_of(index), linewidth=2, label=name)
+        attention_axes.stairs(density, edges, color=colour_of(index), fill=True, alpha=0.12)
+    attention_axes.set_xlim(0, duration_s)
+    attention_axes.set_ylim(bottom=0)
+    attention_axes.legend(loc="upper right")
     return figure

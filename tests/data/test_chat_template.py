@@ -64,7 +64,7 @@ def chatml(tmp_path):
     return load_tokenizer(tmp_path)
 
 
-def chat(tokenizer, system=SYSTEM, max_text_tokens=1000, **options) -> ChatTemplate:
+def template(tokenizer, system=SYSTEM, max_text_tokens=1000, **options) -> ChatTemplate:
     return ChatTemplate(tokenizer, system, max_text_tokens=max_text_tokens, **options)
 
 
@@ -73,23 +73,23 @@ def test_placeholder_is_one_token_beyond_the_vocabulary(chatml):
 
 
 def test_labels_decode_to_the_answer_and_the_end_of_its_turn(tokenizer):
-    this = chat(tokenizer)
+    chat_template = template(tokenizer)
     for question in QUESTIONS:
-        row = this.row([question])
+        row = chat_template.row([question])
         labelled = row.labels[row.labels != IGNORE_INDEX]
-        assert this.decode(labelled) == question.answer.strip()
-        assert labelled[-1] == this.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert chat_template.decode(labelled) == question.answer.strip()
+        assert labelled[-1] == chat_template.end_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
         assert (row.labels[-len(labelled) :] == row.input_ids[-len(labelled) :]).all()  # one run, at the end
         assert (row.segment_ids == 0).all()
 
 
-def test_audio_stands_between_system_text_and_question(tokenizer):
-    text = tokenizer.decode(chat(tokenizer).row(QUESTIONS[:1]).input_ids)
+def test_audio_is_between_system_text_and_question(tokenizer):
+    text = tokenizer.decode(template(tokenizer).row(QUESTIONS[:1]).input_ids)
     assert text.count(AUDIO_TOKEN) == 1
     assert text.index(SYSTEM) < text.index(AUDIO_TOKEN) < text.index("What is it?") < text.index("A dog.")
 
 
-def test_the_row_is_what_the_template_renders(chatml):
+def test_the_row_equals_the_rendered_template(chatml):
     rendered = chatml.apply_chat_template(
         [
             {"role": "system", "content": SYSTEM},
@@ -98,62 +98,62 @@ def test_the_row_is_what_the_template_renders(chatml):
         ],
         tokenize=False,
     )
-    assert chatml.decode(chat(chatml).row(QUESTIONS[:1]).input_ids) == rendered.rstrip()
+    assert chatml.decode(template(chatml).row(QUESTIONS[:1]).input_ids) == rendered.rstrip()
 
 
-def test_prompt_is_the_row_before_the_answer(tokenizer):
-    this = chat(tokenizer)
-    row = this.row(QUESTIONS[:1])
-    assert this.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE_INDEX].tolist()
+def test_the_prompt_is_the_row_up_to_the_answer(tokenizer):
+    chat_template = template(tokenizer)
+    row = chat_template.row(QUESTIONS[:1])
+    assert chat_template.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE_INDEX].tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all_text"])
 def test_packed_rows_equal_the_conversations_token_by_token(tokenizer, loss_on):
-    this = chat(tokenizer, loss_on=loss_on)
-    packed = this.row(QUESTIONS)
+    chat_template = template(tokenizer, loss_on=loss_on)
+    packed = chat_template.row(QUESTIONS)
     for number, question in enumerate(QUESTIONS, start=1):
-        alone = this.row([question])
+        alone = chat_template.row([question])
         seen = np.isin(packed.segment_ids, [0, number])
         assert (packed.input_ids[seen] == alone.input_ids).all()
         assert (packed.labels[seen] == alone.labels).all()
-    assert (packed.input_ids == this.audio_token_id).sum() == 1
-    assert packed.input_ids[packed.segment_ids == 0].tolist() == this.prefix
+    assert (packed.input_ids == chat_template.audio_token_id).sum() == 1
+    assert packed.input_ids[packed.segment_ids == 0].tolist() == chat_template.prefix
 
 
 def test_loss_on_all_text_leaves_out_the_prefix_and_the_first_token_after_the_audio(chatml):
-    row = chat(chatml, loss_on="all_text").row(QUESTIONS[:1])
-    start = len(chat(chatml).prefix) + 1
+    row = template(chatml, loss_on="all_text").row(QUESTIONS[:1])
+    start = len(template(chatml).prefix) + 1
     assert (row.labels[:start] == IGNORE_INDEX).all()
     assert (row.labels[start:] == row.input_ids[start:]).all()
 
 
 def test_no_system_prompt_means_no_system_turn(chatml):
-    assert "system" not in chatml.decode(chat(chatml, system="").prefix)
+    assert "system" not in chatml.decode(template(chatml, system="").prefix)
 
 
 def test_a_prompt_does_not_depend_on_the_day(tmp_path):
     byte_tokenizer(LLAMA3).save_pretrained(tmp_path)
-    assert "Today Date: 26 Jul 2024" in load_tokenizer(tmp_path).decode(chat(load_tokenizer(tmp_path)).prefix)
+    assert "Today Date: 26 Jul 2024" in load_tokenizer(tmp_path).decode(template(load_tokenizer(tmp_path)).prefix)
 
 
-def test_long_conversations_are_named_and_never_cut(chatml):
-    length = len(chat(chatml).row(QUESTIONS[:1]).input_ids)
-    chat(chatml, max_text_tokens=length).row(QUESTIONS[:1])
+def test_long_conversations_are_named_and_never_truncated(chatml):
+    length = len(template(chatml).row(QUESTIONS[:1]).input_ids)
+    template(chatml, max_text_tokens=length).row(QUESTIONS[:1])
     with pytest.raises(UserError, match=f"question 'q0': is {length} text tokens long.*raise data.max_text_tokens"):
-        chat(chatml, max_text_tokens=length - 1).row(QUESTIONS[:1])
+        template(chatml, max_text_tokens=length - 1).row(QUESTIONS[:1])
     with pytest.raises(UserError, match="text tokens long"):
-        chat(chatml, max_text_tokens=120).prompt("x" * 120)
+        template(chatml, max_text_tokens=120).prompt("x" * 120)
 
 
 def test_a_placeholder_in_a_text_is_refused(chatml):
     with pytest.raises(UserError, match=r"question 'bad': contains <audio>"):
-        chat(chatml).row([Question(question_id="bad", question="is <audio> loud?", answer="yes")])
+        template(chatml).row([Question(question_id="bad", question="is <audio> loud?", answer="yes")])
     with pytest.raises(UserError, match=r"data\.system_prompt"):
-        chat(chatml, system="Listen to <audio>.")
+        template(chatml, system="Listen to <audio>.")
 
 
 @pytest.mark.parametrize(
-    ("template", "fault"),
+    ("jinja_template", "fault"),
     [
         ("{% for m in messages %}{{ m['content'] | upper }}<|im_end|>{% endfor %}", "renders no"),
         ("{% for m in messages %}{{ m['content'] * 2 }}<|im_end|>{% endfor %}", "once each"),
@@ -162,10 +162,10 @@ def test_a_placeholder_in_a_text_is_refused(chatml):
         (CHATML.replace("<|im_start|>assistant\n{% endif", "Your answer:{% endif"), "another prompt for generation"),
     ],
 )
-def test_unusable_templates_are_refused(tmp_path, template, fault):
-    byte_tokenizer(template).save_pretrained(tmp_path)
+def test_unusable_templates_are_refused(tmp_path, jinja_template, fault):
+    byte_tokenizer(jinja_template).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=fault):
-        chat(load_tokenizer(tmp_path))
+        template(load_tokenizer(tmp_path))
 
 
 def test_missing_tokenizer_is_named(tmp_path):
@@ -174,9 +174,9 @@ def test_missing_tokenizer_is_named(tmp_path):
 
 
 def test_a_row_about_no_clip_is_the_same_without_the_placeholder(tokenizer):
-    this = chat(tokenizer)
+    chat_template = template(tokenizer)
     for questions in (QUESTIONS[:1], QUESTIONS):
-        with_audio, without = this.row(questions), this.row(questions, audio=False)
-        kept = with_audio.input_ids != this.audio_token_id
+        with_audio, without = chat_template.row(questions), chat_template.row(questions, audio=False)
+        text = with_audio.input_ids != chat_template.audio_token_id
         for name in ("input_ids", "labels", "segment_ids"):
-            assert (getattr(without, name) == getattr(with_audio, name)[kept]).all()
+            assert (getattr(without, name) == getattr(with_audio, name)[text]).all()

@@ -30,7 +30,7 @@ def first_shard(folder: Path, column: str) -> Path:
     return folder / column / "part-00000" / "shard.00000.mds"
 
 
-def test_random_access_gives_what_was_written(folder):
+def test_random_access_reads_what_was_written(folder):
     features = FeatureSet(folder, ["clap", "log_mel"])
     assert len(features) == len(COUNTS) and features.widths == {"clap": 4, "log_mel": 8}
     for index in (5, 0, 3):
@@ -45,7 +45,7 @@ def test_random_access_gives_what_was_written(folder):
             assert (arrays[name] == frames_of(index, width)).all()
 
 
-def test_question_table_tells_each_question_without_its_text(folder):
+def test_the_question_table_describes_each_question_without_its_text(folder):
     features = FeatureSet(folder, ["log_mel"])
     table = features.table
     assert len(table) == sum(COUNTS)
@@ -58,7 +58,7 @@ def test_question_table_tells_each_question_without_its_text(folder):
         assert table.duration_s[table.clip[index]] == clip.duration_s
 
 
-def test_the_table_reads_no_feature(folder):
+def test_the_table_reads_no_features(folder):
     for shard in (folder / "log_mel").rglob("*.mds"):
         shard.unlink()
     FeatureSet(folder, ["log_mel"])
@@ -131,7 +131,7 @@ def lose_partition(folder: Path, column: str) -> Path:
 
 @pytest.mark.parametrize("damage", [flip, truncate, remove, remove_index, break_index, lose_partition])
 @pytest.mark.parametrize("column", [CLIPS, "clap"])
-def test_damage_is_found_and_the_file_named(folder, damage, column):
+def test_damage_is_detected_and_the_file_named(folder, damage, column):
     read_all(folder)
     file = damage(folder, column)
     with pytest.raises(UserError) as error:
@@ -139,16 +139,16 @@ def test_damage_is_found_and_the_file_named(folder, damage, column):
     assert str(file) in str(error.value)
 
 
-def test_swapped_indexes_are_found(folder):
-    swap = [folder / name / "index.json" for name in ("log_mel", CLIPS)]
-    first, second = (index.read_text() for index in swap)
-    swap[0].write_text(second)
-    swap[1].write_text(first)
+def test_swapped_indexes_are_detected(folder):
+    indexes = [folder / name / "index.json" for name in ("log_mel", CLIPS)]
+    first, second = (index.read_text() for index in indexes)
+    indexes[0].write_text(second)
+    indexes[1].write_text(first)
     with pytest.raises(UserError, match=r"clips/index\.json: has columns"):
         read_all(folder)
 
 
-def test_shards_in_another_order_than_the_clips_are_found(folder):
+def test_shards_in_another_order_than_the_clips_are_detected(folder):
     index = folder / "clap" / "index.json"
     values = json.loads(index.read_text())
     index.write_text(json.dumps({**values, "shards": values["shards"][::-1]}))

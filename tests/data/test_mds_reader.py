@@ -24,13 +24,13 @@ def folder(tmp_path) -> Path:
     return write_feature_set(tmp_path / "remote", COUNTS, clips_per_shard=2)
 
 
-def column(folder: Path, cache: Path, cache_bytes: int | None = None) -> MdsReader:
+def reader(folder: Path, cache: Path, cache_bytes: int | None = None) -> MdsReader:
     return MdsReader(f"{folder}/log_mel", FEATURE_COLUMNS, cache, cache_bytes)
 
 
-def read(this: MdsReader, indices: Sequence[int] | None = None) -> None:
+def read(mds_reader: MdsReader, indices: Sequence[int] | None = None) -> None:
     for index in range(len(COUNTS)) if indices is None else indices:
-        assert (this[index]["features"] == frames_of(index, 8)).all()
+        assert (mds_reader[index]["features"] == frames_of(index, 8)).all()
 
 
 def copies(cache: Path) -> list[Path]:
@@ -39,13 +39,13 @@ def copies(cache: Path) -> list[Path]:
 
 def test_only_shards_that_are_read_are_copied_and_later_jobs_reuse_them(folder, tmp_path):
     cache = tmp_path / "cache"
-    read(column(folder, cache), [0, 1, 6])
+    read(reader(folder, cache), [0, 1, 6])
     assert len(copies(cache)) == 2
     for shard in (folder / "log_mel").rglob("*.mds"):
         shard.unlink()
-    read(column(folder, cache), [0, 1, 6, 7])
+    read(reader(folder, cache), [0, 1, 6, 7])
     with pytest.raises(UserError, match=r"remote/log_mel/part-00001/shard\.00000\.mds: cannot be copied"):
-        read(column(folder, cache), [2])
+        read(reader(folder, cache), [2])
 
 
 def truncate(data: bytes) -> bytes:
@@ -61,10 +61,10 @@ def flip_value(data: bytes) -> bytes:
 @pytest.mark.parametrize("damage", [truncate, flip_value])
 def test_a_damaged_copy_is_copied_again(folder, tmp_path, damage):
     cache, source = tmp_path / "cache", folder / "log_mel" / "part-00000" / "shard.00000.mds"
-    read(column(folder, cache), [0])
+    read(reader(folder, cache), [0])
     (copy,) = copies(cache)
     copy.write_bytes(damage(source.read_bytes()))
-    read(column(folder, cache), [0, 1])
+    read(reader(folder, cache), [0, 1])
     assert copy.read_bytes() == source.read_bytes()
 
 
@@ -72,16 +72,16 @@ def test_a_damaged_source_is_named(folder, tmp_path):
     shard = folder / "log_mel" / "part-00000" / "shard.00000.mds"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=f"{shard}: has another xxh64 hash"):
-        read(column(folder, tmp_path / "cache"), [0])
+        read(reader(folder, tmp_path / "cache"), [0])
 
 
 def test_the_cache_stays_within_its_limit(folder, tmp_path):
     cache, size = tmp_path / "cache", (folder / "log_mel" / "part-00000" / "shard.00000.mds").stat().st_size
-    this = column(folder, cache, cache_bytes=int(2.5 * size))
-    read(this)
+    limited = reader(folder, cache, cache_bytes=int(2.5 * size))
+    read(limited)
     assert len(copies(cache)) == 2
-    read(this)  # evicted shards are copied again, although they were checked before
-    read(column(folder, cache))
+    read(limited)  # evicted shards are copied again, although they were checked before
+    read(reader(folder, cache))
 
 
 def test_a_url_needs_a_cache():
@@ -100,7 +100,7 @@ def test_a_set_read_through_a_cache_equals_the_set_read_in_place(folder, tmp_pat
 
 
 def _read_all(folder: Path, cache: Path) -> None:
-    read(column(folder, cache))
+    read(reader(folder, cache))
 
 
 def test_processes_share_a_cache(folder, tmp_path):
@@ -126,7 +126,7 @@ def test_a_worker_forked_while_a_shard_is_copied_does_not_keep_the_lock(folder, 
 
     monkeypatch.setattr(pipeline.data.mds_reader, "copy_file", copy_and_fork)
     try:
-        read(column(folder, tmp_path / "cache"), [0])
+        read(reader(folder, tmp_path / "cache"), [0])
         (copy,) = copies(tmp_path / "cache")
         (lock,) = copy.parent.glob(".*.lock")
         with file_lock(lock, timeout_s=5):
@@ -160,7 +160,7 @@ def test_a_killed_reader_blocks_no_other_and_leaves_no_shared_memory(folder, tmp
         time.sleep(0.01)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    read(column(folder, tmp_path / "cache"))
+    read(reader(folder, tmp_path / "cache"))
     assert not {name for name in set(Path("/dev/shm").iterdir()) - shared_memory if name.name[:6].isdigit()}
 
 

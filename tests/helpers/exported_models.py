@@ -10,18 +10,18 @@ import torch
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import FeatureSet
-from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.training.build import build_model, save_model
 from tests.helpers.corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 
 def write_model(folder: Path, integration: str, **sizes: int) -> Path:
-    """A prepared clip of 70 s (three windows) at 44.1 kHz, and an untrained model that reads its features."""
+    """Writes a clip of 70 s (three windows) at 44.1 kHz, its features, and an untrained model that reads them."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 3, "num_heads": 2, **sizes}
     soundfile.write(folder / "clip.flac", tone(70.0, 44100), 44100)
     manifest = write_manifest(folder / "m.jsonl", [clip_row("clip", "clip.flac")])
     prepare_here(prepare_config(manifest, folder / "set"))
-    save_scratch_language_model(folder / "lm", ["What is it? a dog"] * 5, **sizes)
+    save_random_language_model(folder / "lm", ["What is it? a dog"] * 5, RandomLanguageModel(**sizes))
     values = {
         "output": str(folder / "run"),
         "model": {"language_model": str(folder / "lm"), "encoders": ["log_mel"], "integration": integration},

@@ -1,4 +1,4 @@
-"""Tiny feature sets and a tiny tokenizer for tests; written by MDSWriter, as preparation does it."""
+"""Tiny feature sets, written by MDSWriter as in preparation, and a tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHATML = (
 
 
 def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerBase:
-    """One token a byte: spells every text, and needs no training."""
+    """Returns a tokenizer with one token per byte, which encodes every text and needs no training."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
@@ -47,7 +47,7 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerBas
 
 
 def frames_of(clip: int, width: int) -> np.ndarray:
-    """The features of clip number `clip`: a length of its own, every value tells the clip."""
+    """Returns the features of a clip: the length depends on the clip, and each value identifies it."""
     return np.full((3 + clip % 4, width), clip, np.float16) + np.arange(width, dtype=np.float16) / 8
 
 
@@ -60,8 +60,8 @@ def write_feature_set(
     tasks: Sequence[str] = ("what", "count"),
     datasets: Sequence[str] = ("synth",),
 ) -> Path:
-    """A set of len(questions_per_clip) clips: clip c has id `clip-c`, question q of it id `clip-c/q`, task
-    tasks[q % len], dataset datasets[c % len]."""
+    """Writes a set of len(questions_per_clip) clips: clip c has id `clip-c` and dataset datasets[c % len], its question
+    q has id `clip-c/q` and task tasks[q % len]."""
     encoders = {"log_mel": 8} if encoders is None else encoders
     rows = [
         {
@@ -88,7 +88,7 @@ def write_feature_set(
 def write_rows(
     folder: Path, rows: list[dict], frames: dict[str, list[np.ndarray]], *, clips_per_shard: int = 4
 ) -> Path:
-    """A set of these clips (columns of `CLIP_COLUMNS`), with frames (encoder -> one array for each clip)."""
+    """Writes a set of these clips (columns of `CLIP_COLUMNS`) with frames (encoder -> one array for each clip)."""
     _write_column(folder / CLIPS, CLIP_COLUMNS, rows, clips_per_shard)
     for name, arrays in frames.items():
         samples = [{"clip_id": row["clip_id"], "features": a} for row, a in zip(rows, arrays, strict=True)]
@@ -111,7 +111,7 @@ def write_rows(
 
 
 def _write_column(folder: Path, columns: dict[str, str], samples: list[dict], clips_per_shard: int) -> None:
-    """Partitions of `clips_per_shard` clips with a merged index, the layout of parallel writers."""
+    """Writes partitions of `clips_per_shard` clips with a merged index, the layout of parallel writers."""
     shards = []
     for number, first in enumerate(range(0, len(samples), clips_per_shard)):
         part = folder / f"part-{number:05d}"

@@ -1,4 +1,4 @@
-"""What a further question about a clip costs: nearly what it costs the bare language model, which hears nothing.
+"""A further question about a clip costs little more than the same question to the language model without audio.
 
 `pytest -m slow -s tests/inference/test_question_cost.py` prints the figures."""
 
@@ -24,7 +24,7 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_layers": 8, "num_he
 
 
 def processor_s(work: Callable[[], object]) -> float:
-    """Of this thread alone, so that what else runs on the machine counts little."""
+    """Processor time of this thread, so that other load on the machine counts little."""
     start = time.thread_time()
     work()
     return time.thread_time() - start
@@ -37,12 +37,10 @@ def test_a_further_question_costs_what_a_text_only_one_does(tmp_path: Path, inte
     folder = write_model(tmp_path, integration, **SIZES)
     responder = load_responder(folder / "model", NEW_TOKENS)
     bare = AutoModelForCausalLM.from_pretrained(folder / "lm").eval()
-    chat = responder.chat
-    chat.end_token_id = chat.audio_token_id  # never written: all answers are equally long
+    chat = responder.chat_template
+    chat.end_token_id = chat.audio_token_id  # never generated: all answers are equally long
     soundfile.write(tmp_path / "clip.wav", tone(CLIP_S, 16000), 16000)
-    audio_encoders = AudioEncoders(
-        read_encoders(folder / "model", responder.feature_fingerprints, "nowhere"), {}, "cpu"
-    )
+    audio_encoders = AudioEncoders(read_encoders(folder / "model", responder.feature_fingerprints, "no set"), {}, "cpu")
     prefix = responder.prefill([audio_encoders.encode(tmp_path / "clip.wav").features])
     text = torch.tensor([[token for token in chat.prompt(QUESTION) if token != chat.audio_token_id]])
 
@@ -60,13 +58,13 @@ def test_a_further_question_costs_what_a_text_only_one_does(tmp_path: Path, inte
     try:
         further_question(), text_only()
         pairs = []
-        for number in range(PAIRS):  # one after the other, in turns: a slow minute of the machine slows both
+        for number in range(PAIRS):  # alternating order: a slow minute of the machine slows both
             order = (further_question, text_only) if number % 2 else (text_only, further_question)
-            spent = {work: processor_s(work) for work in order}
-            pairs.append((spent[further_question], spent[text_only]))
+            times = {work: processor_s(work) for work in order}
+            pairs.append((times[further_question], times[text_only]))
     finally:
         torch.set_num_threads(threads)
-    ratio = median(heard / bare_s for heard, bare_s in pairs)
-    heard_ms, bare_ms = (1e3 * median(column) for column in zip(*pairs, strict=True))
-    print(f"\n{integration}: {heard_ms:.0f} ms, text alone {bare_ms:.0f} ms; median of {PAIRS} pairs x{ratio:.3f}")
+    ratio = median(audio_s / bare_s for audio_s, bare_s in pairs)
+    audio_ms, bare_ms = (1e3 * median(column) for column in zip(*pairs, strict=True))
+    print(f"\n{integration}: {audio_ms:.0f} ms, text alone {bare_ms:.0f} ms; median of {PAIRS} pairs x{ratio:.3f}")
     assert ratio < 1.10

@@ -1,4 +1,4 @@
-"""A WAV that arrives is answered as the finished file is; bounds are kept; what cannot be is one line."""
+"""A WAV that arrives as a stream gets the answers of the finished file; memory is bounded; mistakes are one line."""
 
 import io
 import json
@@ -26,7 +26,7 @@ WINDOW_S, FRAME_HZ = 30, 25  # of the log-mel encoder
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("listening"), "lal")
+    return write_model(tmp_path_factory.mktemp("streaming"), "lal")
 
 
 def wav(seconds: float, rate_hz: int = 16000, channels: int = 1) -> bytes:
@@ -38,7 +38,7 @@ def wav(seconds: float, rate_hz: int = 16000, channels: int = 1) -> bytes:
 
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
-    """Sends bytes to standard input through a real pipe, bit by bit."""
+    """Sends bytes to standard input through a real pipe."""
 
     def send(data: bytes) -> None:
         reading, writing = os.pipe()
@@ -47,44 +47,42 @@ def pipe(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
             with os.fdopen(writing, "wb") as file:
                 file.write(data)
 
-        threading.Thread(target=write, daemon=True).start()  # nobody may want to read it
+        threading.Thread(target=write, daemon=True).start()  # possibly nothing reads it
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(fileno=lambda: reading))
 
     return send
 
 
 @pytest.mark.parametrize("channels", [1, 2])
-def test_the_answers_at_the_end_are_those_about_the_file(folder: Path, tmp_path: Path, pipe, channels: int) -> None:
+def test_the_last_answers_equal_those_about_the_file(folder: Path, tmp_path: Path, pipe, channels: int) -> None:
     data = wav(75.5, channels=channels)
     (tmp_path / "clip.wav").write_bytes(data)
     common = ["What is it?", "And then?", "--max-new-tokens=5", "--json"]
     assert main([str(folder / "model"), str(tmp_path / "clip.wav"), *common, str(tmp_path / "file.json")]) == 0
     pipe(data)
-    live = [str(folder / "model"), "-", "--every-s=30", "--keep-s=90", *common, str(tmp_path / "live.json")]
-    assert main(live) == 0
-    file, heard = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("file", "live"))
-    assert [a["heard_s"] for a in heard["answers"]] == pytest.approx([30, 30, 60, 60, 75.5, 75.5], abs=1 / FRAME_HZ)
-    assert [a["answer"] for a in heard["answers"][-2:]] == [a["answer"] for a in file["answers"]]
+    arguments = [str(folder / "model"), "-", "--every-s=30", "--keep-s=90", *common, str(tmp_path / "stream.json")]
+    assert main(arguments) == 0
+    file, stream = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("file", "stream"))
+    assert [a["received_s"] for a in stream["answers"]] == pytest.approx([30, 30, 60, 60, 75.5, 75.5], abs=1 / FRAME_HZ)
+    assert [a["answer"] for a in stream["answers"][-2:]] == [a["answer"] for a in file["answers"]]
 
 
-def test_features_that_arrive_are_those_of_the_file(folder: Path, tmp_path: Path) -> None:
+def test_features_of_a_stream_equal_those_of_the_file(folder: Path, tmp_path: Path) -> None:
     responder = load_responder(folder / "model", 4)
-    audio_encoders = AudioEncoders(
-        read_encoders(folder / "model", responder.feature_fingerprints, "nowhere"), {}, "cpu"
-    )
+    audio_encoders = AudioEncoders(read_encoders(folder / "model", responder.feature_fingerprints, "no set"), {}, "cpu")
     for seconds, rate_hz in ((60.0, 16000), (61.3, 16000), (31.0, 44100)):
         data = wav(seconds, rate_hz)
         (tmp_path / "clip.wav").write_bytes(data)
-        arrived = [w for windows in audio_encoders.encode_stream(io.BytesIO(data)) for w in windows["log_mel"]]
-        assert [len(w) for w in arrived[:-1]] == [WINDOW_S * FRAME_HZ] * (len(arrived) - 1)
+        windows = [w for new in audio_encoders.encode_stream(io.BytesIO(data)) for w in new["log_mel"]]
+        assert [len(w) for w in windows[:-1]] == [WINDOW_S * FRAME_HZ] * (len(windows) - 1)
         expected = audio_encoders.encode(tmp_path / "clip.wav").features["log_mel"]
         if rate_hz == 16000:
-            assert (np.concatenate(arrived) == expected).all()
+            assert (np.concatenate(windows) == expected).all()
         else:
-            np.testing.assert_allclose(np.concatenate(arrived), expected, rtol=0, atol=5e-3)
+            np.testing.assert_allclose(np.concatenate(windows), expected, rtol=0, atol=5e-3)
 
 
-def test_reading_goes_on_while_nobody_takes() -> None:
+def test_reading_continues_while_no_item_is_requested() -> None:
     read, full = [], threading.Event()
 
     def source() -> Iterator[int]:
@@ -93,18 +91,18 @@ def test_reading_goes_on_while_nobody_takes() -> None:
             if number == 3:
                 full.set()
             yield number
-        raise ValueError("torn off")
+        raise ValueError("interrupted")
 
-    taken = read_ahead(source(), most=2)
-    assert next(taken) == 0
-    assert full.wait(10), "one taken, two waiting, one in hand"
-    assert read == [0, 1, 2, 3], "and no more"
-    assert [next(taken) for _ in range(4)] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="torn off"):
-        next(taken)
+    items = read_ahead(source(), limit=2)
+    assert next(items) == 0
+    assert full.wait(10), "one requested, two queued, one waiting for the queue"
+    assert read == [0, 1, 2, 3], "no more than that"
+    assert [next(items) for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="interrupted"):
+        next(items)
 
 
-def test_no_more_is_kept_than_was_asked_for(folder: Path, tmp_path: Path, pipe) -> None:
+def test_no_more_audio_is_kept_than_requested(folder: Path, tmp_path: Path, pipe) -> None:
     sizes = []
     for seconds in (95, 185):
         pipe(wav(seconds))
@@ -115,25 +113,25 @@ def test_no_more_is_kept_than_was_asked_for(folder: Path, tmp_path: Path, pipe) 
     assert sizes == [60 * FRAME_HZ * layers * 2 * kv_width * number / 2**20] * 2
 
 
-def test_what_cannot_be_listened_to_is_one_line(
+def test_a_mistake_about_a_stream_is_one_line(
     folder: Path, tmp_path: Path, pipe, capsys: pytest.CaptureFixture[str]
 ) -> None:
     summaries = write_model(tmp_path, "pal_v3") / "model"
     eight_bits = io.BytesIO()
     soundfile.write(eight_bits, tone(1, 8000), 8000, "PCM_U8", format="WAV")
-    for model, data, arguments, said in (
-        (folder / "model", b"no audio at all", ["What?"], "standard input: cannot be heard"),
-        (folder / "model", b"", ["What?"], "standard input: cannot be heard"),
+    for model, data, arguments, message in (
+        (folder / "model", b"no audio at all", ["What?"], "standard input: cannot be decoded"),
+        (folder / "model", b"", ["What?"], "standard input: cannot be decoded"),
         (folder / "model", eight_bits.getvalue(), ["What?"], "8-bit samples"),
         (folder / "model", wav(0), ["What?"], "ends before the first frame"),
         (folder / "model", b"", [], "questions cannot be typed"),
         (folder / "model", b"", ["What?", "--picture=p.png"], "--picture"),
         (folder / "model", b"", ["What?", "--keep-s=0"], "--keep-s"),
-        (summaries, b"", ["What?"], "this model puts audio into plits"),
+        (summaries, b"", ["What?"], "this model integrates audio by plits"),
     ):
         pipe(data)
         assert run_command(main, [str(model), "-", *arguments]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("pal: ") and said in error
+        assert error.startswith("pal: ") and message in error
     assert run_command(main, [str(folder / "model"), str(folder / "clip.flac"), "What?", "--keep-s=60"]) == 2
-    assert "--keep-s: is for audio that still arrives" in capsys.readouterr().err
+    assert "--keep-s: applies to streaming audio only" in capsys.readouterr().err

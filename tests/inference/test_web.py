@@ -1,4 +1,4 @@
-"""The page of `pal ask --web`: a clip is heard once, pathways go off and on; a browser sees what the model says."""
+"""The page of `pal ask --web`: a clip is encoded once, pathways switch off and on, a browser shows the answers."""
 
 import os
 import re
@@ -26,16 +26,16 @@ BOTH = ["lal", "plits"]
 
 @pytest.fixture(scope="module")
 def model(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained model whose answers depend on what it hears: its audio tokens are loud."""
-    loud = tmp_path_factory.mktemp("web") / "model"
-    shutil.copytree(exported / "model", loud)
-    (file,) = loud.glob("*.safetensors")
+    """An untrained model whose answers depend on the audio, because its audio tokens are scaled up."""
+    scaled = tmp_path_factory.mktemp("web") / "model"
+    shutil.copytree(exported / "model", scaled)
+    (file,) = scaled.glob("*.safetensors")
     weights = load_file(file)
     for name in weights:
         if name.startswith("streams.") and name.endswith("output.weight"):
             weights[name] *= 30
     save_file(weights, file, {"format": "pt"})
-    return loud
+    return scaled
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def responder(model: Path) -> Responder:
 
 @pytest.fixture(scope="module")
 def audio_encoders(model: Path, responder: Responder) -> AudioEncoders:
-    return AudioEncoders(read_encoders(model, responder.feature_fingerprints, "nowhere"), {}, "cpu")
+    return AudioEncoders(read_encoders(model, responder.feature_fingerprints, "no set"), {}, "cpu")
 
 
-def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
+def test_a_clip_is_encoded_once_and_prefilled_once_per_choice_of_pathways(
     exported: Path,
     responder: Responder,
     audio_encoders: AudioEncoders,
@@ -63,26 +63,26 @@ def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
     }
     assert expected[()] != expected["lal", "plits"]
     encoded: list[int] = []
-    read: list[int] = []
-    hear, audio_tokens = AudioEncoders.encode, PalForCausalLM.audio_tokens
-    monkeypatch.setattr(AudioEncoders, "encode", lambda *a: encoded.append(1) or hear(*a))
-    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: read.append(1) or audio_tokens(*a))
+    prefilled: list[int] = []
+    encode, audio_tokens = AudioEncoders.encode, PalForCausalLM.audio_tokens
+    monkeypatch.setattr(AudioEncoders, "encode", lambda *a: encoded.append(1) or encode(*a))
+    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: prefilled.append(1) or audio_tokens(*a))
     page = Page(responder, audio_encoders, "model")
-    heard, picture, line, *nothing = page.hear(str(exported / "clip.flac"))
-    assert heard is not None and picture is not None and "70.0 s" in line and nothing == ["", "", []]
-    asked = list(page.ask(heard, "What?", BOTH))
-    assert [len(text) for _, text, _ in asked] == sorted(len(text) for _, text, _ in asked), "it only grows"
-    assert asked[-1][1] == expected[()]
-    list(page.ask(heard, "Why?", BOTH))
-    list(page.ask(heard, "What?", BOTH))
-    assert (len(encoded), len(read)) == (1, 1)
-    assert list(page.ask_again(heard, ["plits"]))[-1][1] == expected[("lal",)]
-    assert list(page.ask_again(heard, []))[-1][1] == expected[("lal", "plits")]
-    assert list(page.ask_again(heard, BOTH))[-1][1] == expected[()]
-    assert (len(encoded), len(read)) == (1, 3)
-    assert [row[:2] for row in heard.rows] == [
+    session, picture, line, *outputs = page.open_clip(str(exported / "clip.flac"))
+    assert session is not None and picture is not None and "70.0 s" in line and outputs == ["", "", []]
+    updates = list(page.ask(session, "What?", BOTH))
+    assert [len(text) for _, text, _ in updates] == sorted(len(text) for _, text, _ in updates), "the text only grows"
+    assert updates[-1][1] == expected[()]
+    list(page.ask(session, "Why?", BOTH))
+    list(page.ask(session, "What?", BOTH))
+    assert (len(encoded), len(prefilled)) == (1, 1)
+    assert list(page.ask_again(session, ["plits"]))[-1][1] == expected[("lal",)]
+    assert list(page.ask_again(session, []))[-1][1] == expected[("lal", "plits")]
+    assert list(page.ask_again(session, BOTH))[-1][1] == expected[()]
+    assert (len(encoded), len(prefilled)) == (1, 3)
+    assert [row[:2] for row in session.rows] == [
         ["What?", "LAL + PLITS"],
-        ["What?", "nothing"],
+        ["What?", "none"],
         ["What?", "PLITS"],
         ["What?", "LAL + PLITS"],
         ["Why?", "LAL + PLITS"],
@@ -90,7 +90,7 @@ def test_a_clip_is_heard_once_and_read_once_for_each_choice_of_pathways(
     ]
 
 
-def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
+def test_clips_and_questions_that_fail_show_a_message_on_the_page(
     exported: Path,
     tmp_path: Path,
     responder: Responder,
@@ -100,18 +100,18 @@ def test_what_cannot_be_heard_or_asked_is_told_on_the_page(
 
     page = Page(responder, audio_encoders, "model")
     (tmp_path / "noise.wav").write_bytes(b"no audio")
-    heard, picture, line, *_ = page.hear(str(tmp_path / "noise.wav"))
-    assert heard is None and picture is None
+    session, picture, line, *_ = page.open_clip(str(tmp_path / "noise.wav"))
+    assert session is None and picture is None
     assert "**noise.wav** is undecodable" in line and str(tmp_path) not in line
-    assert page.hear(None)[:3] == (None, None, "")
+    assert page.open_clip(None)[:3] == (None, None, "")
     assert "first" in next(page.ask(None, "What?", BOTH))[0]
-    heard = page.hear(str(exported / "clip.flac"))[0]
-    assert "Type a question" in next(page.ask(heard, " ", BOTH))[0]
-    assert "holds <audio>" in list(page.ask(heard, "What <audio>?", BOTH))[-1][0]
-    assert heard is not None and heard.rows == [] and list(page.ask_again(heard, [])) == []
+    session = page.open_clip(str(exported / "clip.flac"))[0]
+    assert "Type a question" in next(page.ask(session, " ", BOTH))[0]
+    assert "contains <audio>" in list(page.ask(session, "What <audio>?", BOTH))[-1][0]
+    assert session is not None and session.rows == [] and list(page.ask_again(session, [])) == []
 
 
-def test_the_page_offers_the_pathways_that_the_model_has(responder: Responder, audio_encoders: AudioEncoders) -> None:
+def test_the_page_offers_the_pathways_of_the_model(responder: Responder, audio_encoders: AudioEncoders) -> None:
     from pipeline.inference.web import Page
 
     page = Page(responder, audio_encoders, "model").build()
@@ -120,7 +120,7 @@ def test_the_page_offers_the_pathways_that_the_model_has(responder: Responder, a
     assert not page.analytics_enabled and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
-def test_the_command_serves_this_machine_alone_unless_told(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_serves_this_machine_only_by_default(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.inference import web
 
     served: list[tuple[str, int]] = []
@@ -131,24 +131,24 @@ def test_the_command_serves_this_machine_alone_unless_told(exported: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["--web", "clip.wav"], "CLIP: has no effect on --web"),
-        (["--web", "--hide=lal"], "--hide: has no effect on --web"),
-        ([], "CLIP: is absent"),
-        (["clip.wav", "--address=127.0.0.1:80"], "--address: is for a page"),
+        (["--web", "clip.wav"], "CLIP: has no effect with --web"),
+        (["--web", "--hide=lal"], "--hide: has no effect with --web"),
+        ([], "CLIP: is missing"),
+        (["clip.wav", "--address=127.0.0.1:80"], "--address: applies to the web page only"),
         (["--web", "--address=80"], "is not HOST:PORT"),
         (["--web", "--address=localhost:66000"], "is not HOST:PORT"),
     ],
 )
-def test_settings_that_mean_nothing_are_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_settings_without_effect_are_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, ["model", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_without_its_library_the_page_says_what_to_install(
+def test_without_gradio_the_message_names_the_package(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -159,7 +159,7 @@ def test_without_its_library_the_page_says_what_to_install(
 
 @pytest.fixture
 def url(model: Path, tmp_path: Path) -> Iterator[str]:
-    """A served page, which Ctrl-C ends."""
+    """Address of a served page, which Ctrl-C ends."""
     import socket
 
     with socket.socket() as free:
@@ -173,11 +173,11 @@ def url(model: Path, tmp_path: Path) -> Iterator[str]:
         )
     try:
         assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said == f"http://127.0.0.1:{port} (Ctrl-C ends)\n", log.read_text()
+        line = process.stdout.readline()
+        assert line == f"http://127.0.0.1:{port} (Ctrl-C ends)\n", log.read_text()
         listening = [c.laddr.ip for c in psutil.Process(process.pid).net_connections() if c.status == "LISTEN"]
         assert listening == ["127.0.0.1"]
-        yield said.split()[0]
+        yield line.split()[0]
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
         assert log.read_text() == ""
@@ -189,7 +189,7 @@ def url(model: Path, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
-def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
+def test_a_browser_uploads_and_records_clips_asks_and_switches_pathways_off(
     url: str,
     exported: Path,
     tmp_path: Path,
@@ -200,13 +200,13 @@ def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
 
     clip, question = exported / "clip.flac", "What?"
     features = audio_encoders.encode(clip).features
-    all_heard, lal_hidden, both_hidden = (
+    none_hidden, lal_hidden, both_hidden = (
         responder.answer(responder.prefill([features], hidden), [question], [0])[0]
         for hidden in ((), ("lal",), ("lal", "plits"))
     )
-    assert all_heard != both_hidden
+    assert none_hidden != both_hidden
     (tmp_path / "noise.wav").write_bytes(b"no audio")
-    asked_for: list[str] = []
+    requests: list[str] = []
     expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -215,21 +215,21 @@ def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
         )
         page = browser.new_context(permissions=["microphone"], viewport={"width": 1280, "height": 900}).new_page()
         page.set_default_timeout(60_000)
-        page.on("request", lambda request: asked_for.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(url)
         upload = page.get_by_test_id("waveform-Clip").get_by_test_id("file-upload")
         upload.set_input_files(clip)
-        expect(page.get_by_text(re.compile(r"Heard \d+\.\d s"))).to_be_visible()
+        expect(page.get_by_text(re.compile(r"Encoded \d+\.\d s"))).to_be_visible()
         expect(page.locator(".matplotlib img")).to_be_visible()
         page.get_by_label("Question").fill(question)
         page.get_by_role("button", name="Ask", exact=True).click()
         expect(page.get_by_test_id("cell-0-1")).to_have_text("LAL + PLITS")
-        expect(page.get_by_label("Answer", exact=True)).to_have_value(all_heard)
+        expect(page.get_by_label("Answer", exact=True)).to_have_value(none_hidden)
         page.get_by_role("checkbox", name="LAL").uncheck()
         expect(page.get_by_test_id("cell-0-1")).to_have_text("PLITS")
         expect(page.get_by_label("Answer", exact=True)).to_have_value(lal_hidden)
         page.get_by_role("checkbox", name="PLITS").uncheck()
-        expect(page.get_by_test_id("cell-0-1")).to_have_text("nothing")
+        expect(page.get_by_test_id("cell-0-1")).to_have_text("none")
         expect(page.get_by_label("Answer", exact=True)).to_have_value(both_hidden)
         page.screenshot(path=tmp_path / "asked.png")
 
@@ -241,7 +241,7 @@ def test_a_browser_drops_and_records_clips_asks_and_switches_a_pathway_off(
         page.get_by_role("button", name="Record", exact=True).click()
         page.wait_for_timeout(2_000)
         page.get_by_role("button", name="Stop", exact=True).click()
-        expect(page.get_by_text(re.compile(r"Heard \d+\.\d s"))).to_be_visible()
+        expect(page.get_by_text(re.compile(r"Encoded \d+\.\d s"))).to_be_visible()
         browser.close()
-    foreign = [address for address in asked_for if not address.startswith((url, "blob:", "data:"))]
+    foreign = [address for address in requests if not address.startswith((url, "blob:", "data:"))]
     assert foreign == [], "the page works without a network"

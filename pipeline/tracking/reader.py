@@ -1,4 +1,4 @@
-"""The one door to MLflow for reading: an experiment's runs as plain values, and the way back for a report of them."""
+"""Reads the runs of an MLflow experiment as plain values, and logs a report of them back to it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
 
 
 KIND_TAG = "pal.kind"
-NOT_TRAINED = ("sweep", "report")  # kinds of runs that hold others' results
+NOT_TRAINED = ("sweep", "report")  # kinds of runs that only hold results of other runs
 LOSS = "train/loss"
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """One training run as MLflow knows it; `evaluations` maps benchmark -> scores (see `pal evaluate`), `label` is its
-    name where that is unique, `started` in seconds since 1970."""
+    """One training run as MLflow recorded it.
+
+    Attributes:
+        label: name of the run, with its id if other runs have the same name.
+        started: start time, in seconds since 1970.
+        losses: (optimizer step, training loss) pairs.
+        evaluations: benchmark -> scores of `pal evaluate`.
+    """
 
     name: str
     label: str
@@ -42,10 +48,10 @@ class TrainedRun:
 
 
 def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experiment]:
-    """An experiment by its name.
+    """Opens an experiment by its name.
 
     Args:
-        uri: of the tracking store; None means MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
+        uri: URI of the tracking store; None means MLFLOW_TRACKING_URI, or `runs/mlflow.db`.
 
     Raises:
         UserError: the store cannot be read, or has no such experiment.
@@ -53,7 +59,7 @@ def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experimen
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
-        raise UserError(uri, "there is no such MLflow database", "give --uri of the runs' tracking store")
+        raise UserError(uri, "there is no such MLflow database", "give the tracking store of the runs as --uri")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -70,20 +76,20 @@ def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experimen
 
 
 def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
-    """Every training run of the experiment, oldest first; runs of one name get their id into the label.
+    """Returns every training run of the experiment, oldest first.
 
     Raises:
-        UserError: there is none.
+        UserError: the experiment has no training run.
     """
-    found: list[Run] = []
+    runs: list[Run] = []
     token = None
     while token is None or token:
         page = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"], page_token=token)
-        found += [run for run in page if run.data.tags.get(KIND_TAG) not in NOT_TRAINED]
+        runs += [run for run in page if run.data.tags.get(KIND_TAG) not in NOT_TRAINED]
         token = page.token or ""
-    if not found:
+    if not runs:
         raise UserError(f"experiment '{experiment.name}'", "has no runs", "train one with `pal train`")
-    names = [run.info.run_name for run in found]
+    names = [run.info.run_name for run in runs]
     return [
         TrainedRun(
             name=name,
@@ -97,14 +103,14 @@ def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
             losses=_loss_history(client, run),
             evaluations=_evaluations(client, run),
         )
-        for name, run in zip(names, found, strict=True)
+        for name, run in zip(names, runs, strict=True)
     ]
 
 
 def _loss_history(client: MlflowClient, run: Run) -> list[tuple[int, float]]:
     if LOSS not in run.data.metrics:
         return []
-    # A step that was trained again after a resume is logged again: the last entry counts.
+    # A step that is repeated after a resume is logged again; the last entry counts.
     history = sorted(client.get_metric_history(run.info.run_id, LOSS), key=lambda metric: metric.timestamp)
     return sorted({metric.step: metric.value for metric in history}.items())
 
@@ -120,36 +126,38 @@ def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
 
 
 def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, Any], Mapping[str, str]]:
-    """The resolved config of the sweep that an experiment's runs are trials of, and the tags of its run.
+    """Returns the resolved config of the sweep whose trials the experiment holds, and the tags of the sweep's run.
 
     Raises:
-        UserError: they are none.
+        UserError: the experiment holds no sweep.
     """
-    found = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'sweep'", max_results=1)
-    if not found:
+    sweeps = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = 'sweep'", max_results=1)
+    if not sweeps:
         raise UserError(f"experiment '{experiment.name}'", "holds no sweep", "run one with `pal sweep`")
     with tempfile.TemporaryDirectory() as folder:
-        file = client.download_artifacts(found[0].info.run_id, SWEEP, folder)
-        return read_yaml(Path(file)), found[0].data.tags
+        file = client.download_artifacts(sweeps[0].info.run_id, SWEEP, folder)
+        return read_yaml(Path(file)), sweeps[0].data.tags
 
 
 def read_correctness(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
-    """Which questions of a benchmark a run answered right: columns `question_id`, `clip_id`, `correct`."""
+    """Returns which questions of a benchmark a run answered correctly: columns `question_id`, `clip_id`, `correct`."""
     with tempfile.TemporaryDirectory() as folder:
         file = client.download_artifacts(run.run_id, f"{CORRECTNESS}/{benchmark}.json", folder)
-        verdicts: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
-        return verdicts
+        correctness: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
+        return correctness
 
 
 def log_back(client: MlflowClient, experiment: Experiment, files: Sequence[Path]) -> None:
-    """Keeps the report in the experiment, its files replaced by each new one: in the run of the sweep, if the runs are
-    trials of one, or in a run of its own."""
+    """Stores a report in the experiment, replacing the previous one.
+
+    It is stored in the run of the sweep if the runs are its trials, otherwise in a run of its own.
+    """
     for kind in NOT_TRAINED:
-        kept = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = '{kind}'", max_results=1)
-        if kept:
+        targets = client.search_runs([experiment.experiment_id], f"tags.`{KIND_TAG}` = '{kind}'", max_results=1)
+        if targets:
             break
     else:
-        kept = [client.create_run(experiment.experiment_id, tags={KIND_TAG: "report"}, run_name="report")]
-        client.set_terminated(kept[0].info.run_id)
+        targets = [client.create_run(experiment.experiment_id, tags={KIND_TAG: "report"}, run_name="report")]
+        client.set_terminated(targets[0].info.run_id)
     for file in files:
-        client.log_artifact(kept[0].info.run_id, str(file), "report")
+        client.log_artifact(targets[0].info.run_id, str(file), "report")

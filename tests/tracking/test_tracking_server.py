@@ -1,4 +1,4 @@
-"""The team's MLflow server as it is shipped: on localhost, behind passwords, and training tells it no secret."""
+"""The team's MLflow server as shipped: on localhost, behind passwords; training logs no secret to it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Server:
         self.folder, self.uri, self.process, self._port = folder, f"http://127.0.0.1:{port}", process, port
 
     def call(self, path: str, user: str | None = None, **values: Any) -> tuple[int, dict[str, Any]]:
-        """Status and answer of a request as `user`; a POST where there are values."""
+        """Returns status and answer of a request as `user`; a POST if there are values."""
         request = urllib.request.Request(
             f"{self.uri}/api/2.0/mlflow/{path}", json.dumps(values).encode() if values else None
         )
@@ -50,9 +50,11 @@ class Server:
             return error.code, {}
 
     def listening(self) -> set[str]:
-        """Addresses on which processes of the server listen."""
-        own = psutil.Process(self.process.pid)
-        sockets = [s for p in (own, *own.children(recursive=True)) for s in p.net_connections() if s.status == "LISTEN"]
+        """Returns the addresses on which processes of the server listen."""
+        parent = psutil.Process(self.process.pid)
+        sockets = [
+            s for p in (parent, *parent.children(recursive=True)) for s in p.net_connections() if s.status == "LISTEN"
+        ]
         return {f"{s.laddr.ip}:{s.laddr.port}" for s in sockets}
 
 
@@ -60,7 +62,7 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     port = free_port()
-    own = {
+    settings = {
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
         "MLFLOW_FLASK_SERVER_SECRET_KEY": KEY,
         "PORT": str(port),
@@ -70,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
             [SCRIPT, folder / "store"],
-            env={**os.environ, **own, "PATH": path},
+            env={**os.environ, **settings, "PATH": path},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -93,22 +95,22 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         process.wait()
 
 
-def test_it_listens_on_localhost_alone(server: Server) -> None:
+def test_the_server_listens_on_localhost_alone(server: Server) -> None:
     assert server.listening() == {server.uri.removeprefix("http://")}
 
 
-def test_nobody_enters_without_a_password(server: Server) -> None:
+def test_nobody_has_access_without_a_password(server: Server) -> None:
     assert server.call("experiments/get?experiment_id=0")[0] == 401
     assert server.call("users/create", username="me", password="whatever-I-like")[0] == 401
     assert server.call("users/create", "guest", username="me", password="whatever-I-like")[0] == 403
     assert server.call("experiments/get?experiment_id=0", "guest")[0] == 200
 
 
-def test_a_folder_of_the_server_is_its_owners(server: Server) -> None:
+def test_only_the_owner_can_read_the_store(server: Server) -> None:
     assert (server.folder / "store").stat().st_mode & 0o077 == 0
 
 
-def test_training_logs_a_run_that_others_read_and_no_secret_with_it(
+def test_training_logs_a_run_that_others_can_read_without_any_secret(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
@@ -127,9 +129,9 @@ def test_training_logs_a_run_that_others_read_and_no_secret_with_it(
     assert server.call("runs/set-tag", "guest", **change)[0] == 403
     assert server.call("runs/set-tag", "trainer", **change)[0] == 200
 
-    told = [out, err, json.dumps(answer), (server.folder / "server.log").read_text()]
+    texts = [out, err, json.dumps(answer), (server.folder / "server.log").read_text()]
     files = [file for folder in (output, server.folder / "store") for file in folder.rglob("*") if file.is_file()]
     assert output / "metrics.jsonl" in files and len(files) > 10
-    told += [file.read_bytes().decode(errors="replace") for file in files]
+    texts += [file.read_bytes().decode(errors="replace") for file in files]
     for secret in (*PASSWORDS.values(), KEY, TOKEN):
-        assert not [text for text in told if secret in text]
+        assert not [text for text in texts if secret in text]

@@ -1,4 +1,4 @@
-"""Records reach MLflow when it answers, stay on disk when it does not, and training waits for neither."""
+"""Records reach MLflow when it answers and stay on disk when it does not; training never waits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.config import TrackingConfig
 from pipeline.tracking import writer
-from pipeline.tracking.writer import Tracker
+from pipeline.tracking.shipper import FOLDERS
+from pipeline.tracking.writer import RunDescription, Tracker
 
 
 @pytest.fixture
@@ -25,9 +26,7 @@ def start(output: Path, ids: list[str], config: TrackingConfig | None = None, ru
         config or TrackingConfig(experiment="e"),
         output,
         run_id=run_id,
-        params={"train.seed": 0},
-        tags={"git": "abc"},
-        artifacts={"config.yaml": "a: 1\n"},
+        description=RunDescription({"train.seed": 0}, {"git": "abc"}, {"config.yaml": "a: 1\n"}),
         on_run_id=ids.append,
     )
 
@@ -42,7 +41,7 @@ def history(output: Path, run_id: str, key: str = "train/loss") -> list[tuple[in
     return [(m.step, m.value) for m in client(output).get_metric_history(run_id, key)]
 
 
-def test_a_run_is_recorded_and_goes_on_after_a_resume(tmp_path: Path, ids: list[str]) -> None:
+def test_a_run_is_recorded_and_resumed(tmp_path: Path, ids: list[str]) -> None:
     output = tmp_path / "run"
     tracker = start(output, ids)
     for step in (1, 2):
@@ -62,10 +61,10 @@ def test_a_run_is_recorded_and_goes_on_after_a_resume(tmp_path: Path, ids: list[
     assert not (tmp_path / "mlruns").exists() and (tmp_path / "mlartifacts").is_dir()
 
 
-def test_a_dead_server_neither_stops_nor_holds_training(
+def test_a_dead_server_neither_stops_nor_delays_training(
     tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server accepts connections and never answers: the worst case for a client that waits."""
+    """The server accepts connections and never answers, the worst case for a client that waits."""
     with socket.socket() as silent, monkeypatch.context() as patch:
         patch.setattr(writer, "EXIT_WAIT_S", 0.5)
         silent.bind(("127.0.0.1", 0))
@@ -85,7 +84,7 @@ def test_a_dead_server_neither_stops_nor_holds_training(
     assert len(history(tmp_path / "run", ids[0])) == 100
 
 
-def test_a_refused_connection_is_told_and_survived(tmp_path: Path, ids: list[str]) -> None:
+def test_a_refused_connection_is_reported_and_survived(tmp_path: Path, ids: list[str]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,7 +95,7 @@ def test_a_refused_connection_is_told_and_survived(tmp_path: Path, ids: list[str
     assert len((tmp_path / "run" / writer.METRICS).read_text().splitlines()) == 1
 
 
-def test_a_record_that_was_cut_by_a_crash_is_not_sent(tmp_path: Path, ids: list[str]) -> None:
+def test_a_record_truncated_by_a_crash_is_not_sent(tmp_path: Path, ids: list[str]) -> None:
     output = tmp_path / "run"
     tracker = start(output, ids)
     tracker.log(1, {"train/loss": 1.0})
@@ -109,7 +108,7 @@ def test_a_record_that_was_cut_by_a_crash_is_not_sent(tmp_path: Path, ids: list[
     assert history(output, ids[0]) == [(1, 1.0), (2, 0.5)]
 
 
-def test_a_dead_process_is_marked_by_another(tmp_path: Path, ids: list[str]) -> None:
+def test_another_process_ends_the_run_of_a_dead_one(tmp_path: Path, ids: list[str]) -> None:
     output = tmp_path / "run"
     tracker = start(output, ids)
     assert tracker.close("KILLED")
@@ -120,7 +119,7 @@ def test_a_dead_process_is_marked_by_another(tmp_path: Path, ids: list[str]) -> 
     assert history(output, ids[0]) == [(7, 3.0)]
 
 
-def test_a_server_that_dies_and_comes_back_gets_everything(
+def test_a_server_that_comes_back_gets_every_record(
     tmp_path: Path, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -148,7 +147,7 @@ def test_a_server_that_dies_and_comes_back_gets_everything(
 
 def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, ids: list[str]) -> None:
     class Full:
-        """Takes some bytes, then none, then all."""
+        """Accepts some bytes, then none, then all."""
 
         def __init__(self, file: Any) -> None:
             self.file, self.room = file, [10, OSError(28, "No space left on device")]
@@ -170,24 +169,24 @@ def test_a_full_disk_delays_records_and_loses_none(tmp_path: Path, ids: list[str
     assert [step for step, _ in writer.read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_folders_are_stored_once_each_and_gone_ones_are_passed_over(tmp_path: Path, ids: list[str]) -> None:
+def test_folders_are_stored_once_and_removed_ones_are_skipped(tmp_path: Path, ids: list[str]) -> None:
     output = tmp_path / "run"
     for name in ("step-1", "step-2"):
         (output / name / "engine").mkdir(parents=True)
         (output / name / "engine" / "weights").write_bytes(name.encode())
     for _ in range(2):
         tracker = start(output, ids, run_id=ids[0] if ids else None)
-        tracker.log_folders([output / "step-2", output / "step-1", output / "removed-meanwhile"])
+        tracker.log_folders([output / "step-2", output / "step-1", output / "removed"])
         assert tracker.close("FINISHED") and tracker.uploading is None
         (output / "step-2" / "engine" / "later").touch()  # not sent: what is stored is not stored again
-    stored = [a.path for a in client(output).list_artifacts(ids[0], writer.FOLDERS)]
+    stored = [a.path for a in client(output).list_artifacts(ids[0], FOLDERS)]
     assert stored == ["checkpoints/step-1", "checkpoints/step-2"]
     assert [a.path for a in client(output).list_artifacts(ids[0], "checkpoints/step-2/engine")] == [
         "checkpoints/step-2/engine/weights"
     ]
 
 
-def test_what_the_machine_does_is_recorded_with_the_steps(tmp_path: Path, ids: list[str]) -> None:
+def test_machine_metrics_are_recorded_with_the_steps(tmp_path: Path, ids: list[str]) -> None:
     output = tmp_path / "run"
     tracker = start(output, ids)
     step, deadline = 0, time.monotonic() + 30

@@ -20,7 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 
 
 class ScratchConfig(Strict):
-    """Arguments of `pipeline.model.random_lm.save_scratch_language_model`."""
+    """Arguments of `pipeline.model.random_lm.RandomLanguageModel`."""
 
     model_type: str = "llama"
     hidden_size: PositiveInt
@@ -45,9 +45,9 @@ def main(argv: Sequence[str]) -> int:
     for manifest in arguments.manifests:
         texts += _texts(manifest)
 
-    from pipeline.model.random_lm import save_scratch_language_model
+    from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 
-    save_scratch_language_model(arguments.out, texts, **config.model_dump())
+    save_random_language_model(arguments.out, texts, RandomLanguageModel(**config.model_dump()))
     parameters = _count_parameters(arguments.out / "model.safetensors")
     if arguments.json:
         arguments.json.write_text(json.dumps({"parameters": parameters}) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline.config import ExperimentConfig, validate_config
 from pipeline.core.errors import UserError
@@ -34,7 +34,7 @@ from pipeline.evaluation.generate_answers import (
 )
 from pipeline.evaluation.question_sets import QuestionSource
 from pipeline.inference.responder import Responder
-from pipeline.model import PalForCausalLM
+from pipeline.model import PalConfig, PalForCausalLM
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.tracking.writer import EVALUATIONS
 from pipeline.training import run_dir
@@ -88,13 +88,15 @@ def model(tokenizer: PreTrainedTokenizerBase, features: FeatureSet) -> PalForCau
     """A tiny LAL model that has memorised the set."""
     chat = ChatTemplate(tokenizer, SYSTEM_PROMPT, max_text_tokens=128)
     torch.manual_seed(0)
-    model = PalForCausalLM.from_language_model(
-        tokenizer.name_or_path,
+    config = PalConfig(
+        AutoConfig.from_pretrained(tokenizer.name_or_path),
         streams=preset_streams("lal", ["log_mel"], 2, connector=Connector()),
         encoder_widths=features.widths,
         audio_token_id=chat.audio_token_id,
         feature_fingerprints={"log_mel": features.contract.encoders["log_mel"].fingerprint},
+        base_language_model=tokenizer.name_or_path,
     )
+    model = PalForCausalLM.from_language_model(config)
     examples = []
     for number in range(CLIPS_IN_SET):
         clip = features.clip(number)

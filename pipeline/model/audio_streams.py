@@ -1,4 +1,4 @@
-"""The trainable audio side of a model: each stream's connector and what it adds at its layers."""
+"""The trainable audio side of a model: each stream's connector, and its projections or blocks at its layers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from pipeline.model.layers import FlamingoBlock, Mlp
 
 
 def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:
-    """Width of a stream's audio tokens; without a setting, beside the sequence never wider than what they enter."""
+    """Returns the width of a stream's audio tokens.
+
+    By default the language model's for tokens in the sequence; beside it, the narrower of the encoder's and that.
+    """
     if spec.connector.width is not None:
         return spec.connector.width
     return hidden if spec.integration == "plits" else min(encoder_width, hidden)
 
 
 class AudioStream(nn.Module):
-    """One stream: `connector`, and at its audio layers `layer_projections` (LAL: P_l) or `layer_blocks` (flamingo)."""
+    """A `connector`, and at the stream's audio layers `layer_projections` (LAL: P_l) or `layer_blocks` (flamingo)."""
 
     def __init__(self, spec: Stream, config: PalConfig) -> None:
         super().__init__()
@@ -51,8 +54,8 @@ class AudioStream(nn.Module):
 def initialise(module: nn.Module, name: str) -> None:
     """Draws a module's own parameters from a generator seeded by torch's seed and the module's name in the model.
 
-    Two models made under one seed therefore share the values of same-named parameters of equal shape, whatever
-    else they hold: their comparison starts from the same point.
+    Two models built with one seed therefore share the values of same-named parameters of equal shape, whatever else
+    they contain: their comparison starts from the same point.
     """
     reset = getattr(module, "reset_parameters", None)
     if reset is not None:  # containers and activations have none
@@ -63,12 +66,14 @@ def initialise(module: nn.Module, name: str) -> None:
 
 @dataclass(frozen=True)
 class AudioTokens:
-    """What the connectors made of a batch's clips; one entry for each stream.
+    """The connectors' output for a batch's clips; one entry for each stream.
 
     Attributes:
-        tokens: (N, width) of all clips, one after the other.
-        counts, frames: (num_clips,) tokens of each clip, and the frames they were made of; on the CPU.
-        dummy_clip: the batch holds no clip; one frame of silence is there so that every rank runs every module.
+        tokens: (N, W) audio tokens of all clips, one after the other.
+        counts: (C,) number of audio tokens of each clip, on the CPU.
+        frames: (C,) number of frames that they were made of, on the CPU.
+        dummy_clip: the batch holds no clip; `tokens` come from one frame of silence, so that every rank runs every
+            module.
     """
 
     tokens: list[Tensor]
@@ -81,17 +86,17 @@ class AudioTokens:
         return 0 if self.dummy_clip or not self.counts else len(self.counts[0])
 
 
-def audio_tokens(
+def run_connectors(
     streams: Sequence[AudioStream],
     encoder_widths: dict[str, int],
     features: dict[str, Tensor] | None,
     lengths: dict[str, Tensor] | None,
     like: Tensor,
 ) -> AudioTokens:
-    """Runs every connector.
+    """Runs every connector, on a dummy clip of silence if the batch holds no clip.
 
     Args:
-        features, lengths: see `PalForCausalLM.forward`.
+        features, lengths: `audio_features` and `audio_lengths` of `PalForCausalLM.forward`.
         like: a parameter, for device and dtype.
 
     Raises:
@@ -100,22 +105,23 @@ def audio_tokens(
     cpu_lengths = {name: n.cpu() for name, n in (lengths or {}).items()}
     specs = [s.spec for s in streams]
     dummy_clip = not any(len(n) for n in cpu_lengths.values())
-    given = features or {}
+    features = features or {}
     if dummy_clip:
-        given = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
+        features = {name: torch.zeros(1, width, device=like.device) for name, width in encoder_widths.items()}
         cpu_lengths = {name: torch.ones(1, dtype=torch.long) for name in encoder_widths}
         for stream in streams:
             for name, bands in zip(stream.spec.encoders, stream.connector.frames_of_a_step(), strict=True):
-                given[name] = given[name].new_zeros(bands, encoder_widths[name])
+                features[name] = features[name].new_zeros(bands, encoder_widths[name])
                 cpu_lengths[name] = torch.tensor([bands])
     else:
-        check_features(specs, encoder_widths, given, cpu_lengths)
+        check_features(specs, encoder_widths, features, cpu_lengths)
     tokens, counts, frames = [], [], []
     for stream in streams:
-        own = [cpu_lengths[name] for name in stream.spec.encoders]
-        tokens.append(stream.connector([given[name].to(like.dtype) for name in stream.spec.encoders], own))
-        counts.append(stream.connector.token_counts(own))
-        frames.append(own[0])
+        stream_lengths = [cpu_lengths[name] for name in stream.spec.encoders]
+        stream_features = [features[name].to(like.dtype) for name in stream.spec.encoders]
+        tokens.append(stream.connector(stream_features, stream_lengths))
+        counts.append(stream.connector.token_counts(stream_lengths))
+        frames.append(stream_lengths[0])
     return AudioTokens(tokens, counts, frames, dummy_clip)
 
 
@@ -125,31 +131,31 @@ def check_features(
     audio_features: dict[str, Tensor],
     audio_lengths: dict[str, Tensor],
 ) -> None:
-    """Checks a batch's audio.
+    """Checks a batch's audio features against the streams.
 
     Raises:
         UserError: an encoder is absent, a width is wrong, frames and lengths disagree, a clip is empty, encoders
-            hold different numbers of clips, or features are not finite.
+            have different numbers of clips, or features are not finite.
     """
     clips = {}
     for name in dict.fromkeys(name for s in streams for name in s.encoders):
         where = f"audio_features.{name}"
         if name not in audio_features or name not in audio_lengths:
-            raise UserError(where, "is absent", f"give features and lengths of {', '.join(encoder_widths)}")
+            raise UserError(where, "is absent", f"pass features and lengths of {', '.join(encoder_widths)}")
         features, lengths = audio_features[name], audio_lengths[name]
         clips[name] = len(lengths)
         if features.ndim != 2 or features.shape[1] != encoder_widths[name]:
             raise UserError(
                 where,
                 f"has shape {tuple(features.shape)}, the model reads (total_frames, {encoder_widths[name]})",
-                "give features of the encoder that the model was made for",
+                "pass features of the encoder that the model was trained on",
             )
         if len(lengths) and int(lengths.min()) < 1:
-            raise UserError(where, f"clip {int(lengths.argmin())} of the batch is empty", "leave empty clips out")
+            raise UserError(where, f"clip {int(lengths.argmin())} of the batch is empty", "leave out empty clips")
         if int(lengths.sum()) != len(features):
             raise UserError(where, f"{len(features)} frames for lengths that sum to {int(lengths.sum())}", "align them")
-        # One reduction: a NaN or an infinity survives every sum. On an accelerator nobody looks, which would wait for
-        # it: there such features show in the loss.
+        # One reduction: a NaN or an infinity survives every sum. Not on an accelerator, where the check would wait for
+        # the device: there such features show in the loss.
         if features.device.type == "cpu" and not bool(torch.isfinite(features.sum(dtype=torch.float32))):
             raise UserError(where, "holds NaN or infinite values", "prepare these clips again")
     if len(set(clips.values())) > 1:

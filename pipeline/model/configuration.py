@@ -1,4 +1,4 @@
-"""The saved description of a model: a language model plus streams, with nothing left to resolve."""
+"""The saved configuration of a model: a language model plus streams, with explicit layers and widths."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class PalConfig(PretrainedConfig):
         language_model_config: config of the language model, or its dict.
         streams: the streams, or their dicts (`Stream.to_dict`), with explicit `audio_layers`.
         encoder_widths: width of each encoder's features.
-        audio_token_id: the placeholder in `input_ids`; one for each clip, never embedded.
+        audio_token_id: id of the placeholder in `input_ids`; one for each clip, never embedded.
         encoder_grids: (time, frequency) cells per window of encoders that the `lfst` connector reads.
         norm_audio_tokens: apply the layer's own input norm to the projected audio tokens of LAL.
         system_text_sees_audio: lift the position rule for text queries and audio keys.
-        audio_queries: ablation; audio tokens also query the audio of their clip.
+        audio_queries: ablation; audio tokens also attend to the audio of their clip.
         feature_fingerprints: encoder name -> fingerprint of the features that the model was trained on.
-        base_language_model: folder or Hub name that the language model's weights came from; None if random.
+        base_language_model: folder or Hub name that the language model's weights come from; None if random.
         lora: rank, alpha, dropout and target_modules of adapters on the language model; None for none.
     """
 
@@ -46,7 +46,7 @@ class PalConfig(PretrainedConfig):
         lora: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if language_model_config is None:  # transformers builds a default config to find what differs from it
+        if language_model_config is None:  # transformers builds a default config, to save only what differs from it
             language_model_config = CONFIG_MAPPING["llama"]()
         elif isinstance(language_model_config, dict):
             language_model_config = CONFIG_MAPPING[language_model_config["model_type"]](**language_model_config)
@@ -65,19 +65,19 @@ class PalConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """The language model's config: what transformers' generation reads sizes and token ids from."""
+        """Returns the language model's config, where transformers' generation reads sizes and token ids."""
         return self.language_model_config
 
     @property
     def language_model(self) -> Any:
-        """`language_model_config` as the object it always is after `__init__`."""
+        """`language_model_config`, which is always a config object after `__init__`."""
         return self.language_model_config
 
     def stream_specs(self) -> tuple[Stream, ...]:
-        """The streams as `Stream` objects.
+        """Returns the streams as `Stream` objects.
 
         Raises:
-            UserError: a stream reads an encoder whose width is not given.
+            UserError: a stream reads an encoder that `encoder_widths` lacks.
         """
         streams = tuple(Stream.from_dict(s) for s in self.streams)
         for stream in streams:

@@ -1,4 +1,4 @@
-"""What differs between families of language models, for audio that enters beside their own text path."""
+"""What audio beside the sequence needs to know about each family of language models: norms, RoPE, windows, softcaps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Family:
     """Facts of one family that its config does not state.
 
     Attributes:
-        input_norm: attribute of the norm before attention in a decoder layer; None where attention reads the
+        input_norm: attribute name of the norm before attention in a decoder layer; None where attention reads the
             residual stream itself (OLMo 2 norms afterwards).
-        key_norm: of keys and queries: None, `head` (each head by itself) or `width` (all heads together).
+        key_norm: norm of keys and queries: None, `head` (each head alone) or `width` (all heads together).
     """
 
     input_norm: str | None = "input_layernorm"
@@ -36,24 +36,24 @@ FAMILIES = {
     "olmo2": Family(input_norm=None, key_norm="width"),
 }
 
-# These change their frequencies with the longest position of a call, so keys made in two calls would disagree.
+# These change their frequencies with the longest position of a call, so keys of two calls would not match.
 VARIABLE_ROPE = ("dynamic", "longrope")
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a language model.
+    """Returns the family of a language model.
 
     Raises:
-        UserError: a family, or a variant of one, whose attention this software does not compute exactly.
+        UserError: the family, or this variant of it, has an attention that is not reproduced exactly here.
     """
     remedy = f"use a decoder of {', '.join(FAMILIES)}"
     if config.model_type not in FAMILIES:
         raise UserError("model.language_model", f"family '{config.model_type}' is not supported", remedy)
     if config.model_type == "gemma3_text" and config.use_bidirectional_attention:
         raise UserError("model.language_model", "attends to later text (use_bidirectional_attention)", remedy)
-    settings_of = config.to_dict()  # transformers 4 says rope_scaling, if anything; 5 says rope_parameters
-    rope = settings_of.get("rope_parameters") or settings_of.get("rope_scaling") or {}
-    for settings in (rope, *(v for v in rope.values() if isinstance(v, dict))):
+    values = config.to_dict()  # transformers 4 writes rope_scaling, if anything; 5 writes rope_parameters
+    rope_settings = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    for settings in (rope_settings, *(v for v in rope_settings.values() if isinstance(v, dict))):
         kind = settings.get("rope_type") or settings.get("type")
         if kind in VARIABLE_ROPE:
             raise UserError("model.language_model", f"its '{kind}' rope changes with the length of a text", remedy)
@@ -61,7 +61,7 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def audio_embedding_scale(language_model: PreTrainedModel) -> Tensor | None:
-    """What the model multiplies `inputs_embeds` with (audio tokens are divided by it first); None for nothing.
+    """Returns the factor that the model applies to `inputs_embeds` (audio tokens are divided by it first), or None.
 
     transformers 4 scales Gemma 2's embeddings inside the decoder, later versions (and Gemma 3) inside the embedding.
     """
@@ -72,54 +72,54 @@ def audio_embedding_scale(language_model: PreTrainedModel) -> Tensor | None:
     return torch.tensor(config.hidden_size**0.5)
 
 
-def rope(language_model: PreTrainedModel, layer: int, like: Tensor, position_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each (B, N, head_dim), of the given layer at these positions.
+def rope(language_model: PreTrainedModel, layer: int, like: Tensor, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (cos, sin), each (B, S, E), of the given layer at these positions.
 
-    `forward` and not the module itself: it has no parameters, and ZeRO-3 wants every rank to call the same modules the
-    same number of times, also a rank whose batch holds no audio to rotate.
+    Calls `forward` and not the module: it has no parameters, and ZeRO-3 needs every rank to call the same modules the
+    same number of times, including a rank whose batch holds no audio to rotate.
     """
     decoder: Any = language_model.model
     if language_model.config.model_type != "gemma3_text":
-        return decoder.rotary_emb.forward(like, position_BN)
+        return decoder.rotary_emb.forward(like, position_BS)
     layer_type = language_model.config.layer_types[layer]
     if hasattr(decoder, "rotary_emb_local"):  # transformers 4
         local = layer_type == "sliding_attention"
-        return (decoder.rotary_emb_local if local else decoder.rotary_emb).forward(like, position_BN)
-    return decoder.rotary_emb.forward(like, position_BN, layer_type)
+        return (decoder.rotary_emb_local if local else decoder.rotary_emb).forward(like, position_BS)
+    return decoder.rotary_emb.forward(like, position_BS, layer_type)
 
 
 def rope_kind(config: PretrainedConfig, layer: int) -> str:
-    """Layers of one kind share their rope."""
+    """Returns a name of the layer's RoPE: layers of one name share it."""
     return config.layer_types[layer] if config.model_type == "gemma3_text" else "all"
 
 
-def rotate(x_BNHD: Tensor, cos_BND: Tensor, sin_BND: Tensor) -> Tensor:
-    """Rotary embedding, half by half as in all families here; in the precision of cos (float32 in some)."""
-    first, second = x_BNHD.chunk(2, dim=-1)
+def rotate(x_BSHE: Tensor, cos_BSE: Tensor, sin_BSE: Tensor) -> Tensor:
+    """Applies rotary embedding, half by half as in all families here, in the precision of cos (float32 in some)."""
+    first, second = x_BSHE.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
-    return (x_BNHD * cos_BND.unsqueeze(2) + rotated * sin_BND.unsqueeze(2)).to(x_BNHD.dtype)
+    return (x_BSHE * cos_BSE.unsqueeze(2) + rotated * sin_BSE.unsqueeze(2)).to(x_BSHE.dtype)
 
 
 def project_heads(attention: Any, family: Family, kind: str, x_ND: Tensor) -> Tensor:
-    """(N, heads, head_dim) queries (`q`) or keys (`k`), not rotated, by the layer's own modules.
+    """Computes (N, H, E) queries (`q`) or keys (`k`), not rotated, by the layer's own modules.
 
-    They are called as modules, so that ZeRO-3's and LoRA's hooks are at work.
+    They are called as modules, so that ZeRO-3's and LoRA's hooks run.
     """
-    x_NE = getattr(attention, f"{kind}_proj")(x_ND)
+    x_NI = getattr(attention, f"{kind}_proj")(x_ND)
     if family.key_norm == "width":
-        x_NE = getattr(attention, f"{kind}_norm")(x_NE)
-    x_NHE = x_NE.unflatten(-1, (-1, attention.head_dim))
+        x_NI = getattr(attention, f"{kind}_norm")(x_NI)
+    x_NHE = x_NI.unflatten(-1, (-1, attention.head_dim))
     return getattr(attention, f"{kind}_norm")(x_NHE) if family.key_norm == "head" else x_NHE
 
 
 def project_keys_values(attention: Any, family: Family, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, kv_heads, head_dim) keys, not rotated, and values."""
+    """Computes (N, kv_heads, E) keys, not rotated, and values."""
     k_NHE = project_heads(attention, family, "k", x_ND)
     return k_NHE, attention.v_proj(x_ND).unflatten(-1, (-1, attention.head_dim))
 
 
 def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
-    """The window in positions of a layer; None for none."""
+    """Returns a layer's sliding window in positions; None for none."""
     if config.model_type == "mistral":
         return config.sliding_window
     types = getattr(config, "layer_types", None)
@@ -127,10 +127,10 @@ def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
 
 
 def score_softcap(config: PretrainedConfig) -> float | None:
-    """Bound of the attention scores; Gemma 3 has the setting but transformers does not apply it."""
+    """Returns the bound of the attention scores; Gemma 3 has the setting but transformers does not apply it."""
     return config.attn_logit_softcapping if config.model_type == "gemma2" else None
 
 
 def logit_softcap(config: PretrainedConfig) -> float | None:
-    """Bound of the logits over the vocabulary."""
+    """Returns the bound of the logits over the vocabulary."""
     return config.final_logit_softcapping if config.model_type in ("gemma2", "gemma3_text") else None

@@ -1,4 +1,4 @@
-"""Decoding: audio is encoded once, its keys and values stay beside the text cache, transformers picks the tokens."""
+"""Decoding: audio is encoded once, its KV is kept beside the text cache, transformers' `generate` picks the tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -16,18 +16,21 @@ from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind
 from pipeline.model.attention_inputs import AttentionInputs
 from pipeline.model.audio_kv import AudioKV
+from pipeline.model.base import PalModel
+from pipeline.model.layout import TextBatch
 from pipeline.model.positions import TokenMetadata
-from pipeline.model.prefix_cache import PrefixCache, pieces
+from pipeline.model.prefix_cache import PrefixCache, prefill_chunks
 
 
 @dataclass
 class Decoding:
-    """What stays fixed while one batch of prompts is answered.
+    """What stays fixed while the answers to one batch of prompts are generated.
 
     Attributes:
-        prompt: attention_inputs of the prompts, prefixes included, with the audio keys and values of all layers.
-        next_position: (rows,) position of the first new token of each prompt.
-        prefix, prefix_rows: what was read before, and (rows,) which row of it each prompt goes on from; or None.
+        prompt: attention inputs of the prompts, prefixes included, with the audio KV of all layers.
+        next_position: (B,) position of the first new token of each prompt.
+        prefix: the prefilled prefixes that the prompts continue; None if there are none.
+        prefix_rows: (B,) row of `prefix` that each prompt continues.
     """
 
     prompt: AttentionInputs
@@ -35,56 +38,57 @@ class Decoding:
     prefix: PrefixCache | None = None
     prefix_rows: Tensor | None = None
 
-    def begin(self, cache: Cache, rows: int) -> None:
-        """Gives the empty cache of `rows` rows (beams included) what was read before."""
+    def fill_cache(self, cache: Cache, rows: int) -> None:
+        """Copies the prefixes into the empty cache of `rows` rows (beams included)."""
         if self.prefix is not None and self.prefix_rows is not None:
             self.prefix.fill(cache, self.prefix_rows.repeat_interleave(rows // len(self.prefix_rows)))
 
-    def attention_inputs(self, seen: int, new: int, rows: int) -> tuple[AttentionInputs, Tensor]:
-        """Context and position ids (rows, new) of the next `new` entries after `seen` cached ones.
+    def attention_inputs(self, cached: int, new: int, rows: int) -> tuple[AttentionInputs, Tensor]:
+        """Returns attention inputs and position ids (rows, new) of the `new` entries that follow `cached` cached ones.
 
-        Beams are rows that follow one another, and take each other's place within one prompt only: what belongs to a
-        prompt never has to be reordered.
+        Beams of a prompt are consecutive rows, and are swapped within that prompt only: what belongs to a prompt never
+        has to be reordered.
         """
         prompt, audio, next_position = self.prompt.key, self.prompt.audio, self.next_position
-        times = rows // len(next_position)
-        if times > 1:
-            each = torch.arange(len(next_position), device=next_position.device).repeat_interleave(times)
-            prompt, audio, next_position = prompt.pick(each), audio.pick(each), next_position[each]
-        step = torch.arange(max(0, seen + new - prompt.position.shape[1]), device=next_position.device)
+        beams = rows // len(next_position)
+        if beams > 1:
+            prompt_of_row = torch.arange(len(next_position), device=next_position.device).repeat_interleave(beams)
+            prompt, audio = prompt.select_rows(prompt_of_row), audio.select_rows(prompt_of_row)
+            next_position = next_position[prompt_of_row]
+        step = torch.arange(max(0, cached + new - prompt.position.shape[1]), device=next_position.device)
         position = next_position[:, None] + step
         valid = torch.ones_like(position, dtype=torch.bool)
         answer = TokenMetadata(position, torch.zeros_like(position), valid, torch.zeros_like(valid))
         key = TokenMetadata.concat([prompt, answer])
-        query = key.map(lambda x: x[:, seen:])
+        query = key.map(lambda x: x[:, cached:])
         attention_inputs = AttentionInputs(
             query,
             key,
             audio,
-            plain_causal=self.prompt.plain_causal and seen == 0,
+            plain_causal=self.prompt.plain_causal and cached == 0,
             max_position=self.prompt.max_position + len(step),
             system_text_sees_audio=self.prompt.system_text_sees_audio,
             # The few tokens of a question behind its prefix: FlexAttention would compile for every new length.
-            attention_path="auto" if seen == 0 else "sdpa",
+            attention_path="auto" if cached == 0 else "sdpa",
         )
         return attention_inputs, query.position.clamp(min=0)
 
 
-class PalGeneration:
-    """The part of `PalForCausalLM` that writes answers."""
+class PalGeneration(PalModel, GenerationMixin):
+    """The part of `PalForCausalLM` that encodes audio, prefills prefixes and generates answers."""
 
     @torch.no_grad()
-    def encode_audio(self: Any, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]) -> AudioKV:
-        """Everything that decoding needs of some clips, computed once for any number of prompts.
+    def encode_audio(self, audio_features: dict[str, Tensor], audio_lengths: dict[str, Tensor]) -> AudioKV:
+        """Computes the audio KV of some clips at all layers, for any number of prompts.
 
         Raises:
-            UserError: features are unfit.
+            UserError: features do not fit the streams.
         """
-        return self.audio_kv(self.audio_tokens(audio_features, audio_lengths)).remember()
+        return self.audio_kv(self.audio_tokens(audio_features, audio_lengths)).precompute()
 
     @torch.no_grad()
-    def read_prefix(
-        self: Any,
+    def prefill(
+        self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         audio_features: dict[str, Tensor],
@@ -92,123 +96,147 @@ class PalGeneration:
         *,
         hidden: Collection[IntegrationKind] = (),
     ) -> PrefixCache:
-        """Reads the beginnings of conversations, with all that depends on their clips, for any number of questions.
+        """Prefills the beginnings of conversations, up to the end of their clips, for any number of questions.
 
         Args:
-            input_ids, attention_mask: (B, T) text before the audio and a placeholder for each clip.
+            input_ids, attention_mask: (B, T_in) text before the audio and a placeholder for each clip.
             audio_features, audio_lengths: as in `forward`.
-            hidden: integrations whose audio tokens nothing may see; positions stay as they are.
+            hidden: integrations whose audio tokens are masked from every query; positions stay as they are.
 
         Raises:
-            UserError: placeholders and clips disagree, or features are unfit.
+            UserError: placeholders and clips disagree, or features do not fit the streams.
         """
         audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
-        return self.prefix_of(input_ids, attention_mask, audio, hidden=hidden)
+        return self.prefill_audio_kv(input_ids, attention_mask, audio, hidden=hidden)
 
     @torch.no_grad()
-    def prefix_of(
-        self: Any,
+    def prefill_audio_kv(
+        self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         audio: AudioKV,
         *,
         hidden: Collection[IntegrationKind] = (),
     ) -> PrefixCache:
-        """`read_prefix` with clips whose audio tokens are there already; takes LAL's keys and values out of `audio`."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        layout = self.layout(audio.audio, input_ids, mask, pad_left=True).hide(self.specs, hidden)
+        """Does the same as `prefill` with clips that are encoded already; releases LAL's keys and values in `audio`."""
+        layout = self.layout(audio.audio, TextBatch(input_ids, attention_mask), pad_left=True)
+        layout = layout.hide(self.specs, hidden)
         attention_inputs = self.attention_inputs(layout, audio)
-        attention_inputs.audio.remember()
+        attention_inputs.audio.precompute()
         audio.release()
         cache = DynamicCache()
-        x_BTD, position_ids = self.embed(layout, audio.audio), layout.places.position.clamp(min=0)
-        for part, piece in pieces(attention_inputs, x_BTD):
+        x_BTD, position_ids = self.embed(layout, audio.audio), layout.metadata.position.clamp(min=0)
+        for chunk_inputs, chunk in prefill_chunks(attention_inputs, x_BTD):
             self.language_model.model(
-                inputs_embeds=x_BTD[:, piece],
-                position_ids=position_ids[:, piece],
+                inputs_embeds=x_BTD[:, chunk],
+                position_ids=position_ids[:, chunk],
                 past_key_values=cache,
                 use_cache=True,
-                pal=part,
+                pal=chunk_inputs,
             )
         return PrefixCache(attention_inputs, layout.next_position, cache)
 
     @torch.no_grad()
     def generate(
-        self: Any,
+        self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         audio_features: dict[str, Tensor] | None = None,
         audio_lengths: dict[str, Tensor] | None = None,
-        *,
-        audio: AudioKV | None = None,
-        clips: Tensor | None = None,
-        prefix: PrefixCache | None = None,
-        prefix_rows: Tensor | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Answers to a batch of prompts of unequal length.
+        """Generates answers to a batch of prompts of unequal length.
 
         Args:
-            input_ids, attention_mask: (B, T) prompts, padded on either side; one placeholder for each clip.
+            input_ids, attention_mask: (B, T_in) prompts, padded on either side; one placeholder for each clip.
             audio_features, audio_lengths: as in `forward`.
-            audio: clips encoded before by `encode_audio`, instead of features.
-            clips: (num_placeholders,) which of these clips each placeholder is, row by row; None means in their order,
-                or the one clip for every placeholder.
-            prefix: the prompts' beginnings, read before by `read_prefix`; `input_ids` then hold what comes after them.
-            prefix_rows: (B,) which of the beginnings each prompt goes on from.
-            settings: of transformers' `generate` (max_new_tokens, do_sample, num_beams, eos_token_id, ...).
+            settings: settings of transformers' `generate` (max_new_tokens, do_sample, num_beams, eos_token_id, ...).
 
         Returns:
-            (B * num_return_sequences, new_tokens): the answers alone, padded after their end.
+            (B * num_return_sequences, new tokens): the answers alone, padded after their end.
 
         Raises:
-            UserError: placeholders and clips disagree, or features are unfit.
+            UserError: placeholders and clips disagree, or features do not fit the streams.
+        """
+        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
+        return self._generate_with_audio(TextBatch(input_ids, attention_mask), audio, None, settings)
+
+    @torch.no_grad()
+    def generate_from_audio_kv(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        audio: AudioKV,
+        clips: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Does the same as `generate` with clips that `encode_audio` encoded.
+
+        Args:
+            clips: (num_placeholders,) which of these clips each placeholder stands for, row by row; None means in
+                their order, or the one clip for every placeholder.
+        """
+        if clips is None and audio.audio.num_clips == 1:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            placeholders = int((mask.bool() & (input_ids == self.config.audio_token_id)).sum())
+            clips = torch.zeros(placeholders, dtype=torch.long)
+        return self._generate_with_audio(TextBatch(input_ids, attention_mask), audio, clips, settings)
+
+    @torch.no_grad()
+    def generate_from_prefix(
+        self,
+        prefix: PrefixCache,
+        prefix_rows: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Does the same as `generate` for prompts whose beginnings `prefill` has read.
+
+        Args:
+            prefix_rows: (B,) row of `prefix` that each prompt continues.
+            input_ids, attention_mask: (B, T_in) what follows the prefix, without placeholders.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if prefix is not None and prefix_rows is not None:
-            inputs_embeds, decoding = self._after_prefix(input_ids, mask, prefix, prefix_rows.to(input_ids.device))
-        else:
-            if audio is None:
-                audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
-            elif clips is None and audio.audio.num_clips == 1:
-                placeholders = int((mask.bool() & (input_ids == self.config.audio_token_id)).sum())
-                clips = torch.zeros(placeholders, dtype=torch.long)
-            layout = self.layout(audio.audio, input_ids, mask, clips=clips, pad_left=True)
-            shared = replace(layout, beside={key: places.shared() for key, places in layout.beside.items()})
-            attention_inputs = self.attention_inputs(shared, audio)
-            attention_inputs.audio.remember()
-            inputs_embeds, decoding = self.embed(layout, audio.audio), Decoding(attention_inputs, layout.next_position)
-        # Both mixins come after this class in the model's bases; transformers' own loop runs here.
-        return super().generate(  # type: ignore[misc]
-            inputs_embeds=inputs_embeds,
-            attention_mask=inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long),  # `Decoding` knows better
-            past_key_values=DynamicCache(),  # no sliding layers: windows count positions, which the mask knows
-            decoding=decoding,
-            **settings,
-        )
-
-    def _after_prefix(
-        self: Any, input_ids: Tensor, mask: Tensor, prefix: PrefixCache, rows: Tensor
-    ) -> tuple[Tensor, Decoding]:
-        """Embedded rests of prompts, padding moved to the left, and how they go on from their prefixes."""
-        order = mask.argsort(dim=1, stable=True)
+        rows = prefix_rows.to(input_ids.device)
+        order = mask.argsort(dim=1, stable=True)  # padding moves to the left
         ids, valid = input_ids.gather(1, order), mask.gather(1, order).bool()
         if bool((valid & (ids == self.config.audio_token_id)).any()):
             raise UserError("input_ids", "hold an audio placeholder behind a prefix", "put all audio into the prefix")
         start = prefix.next_position[rows]
         position = torch.where(valid, start[:, None] + valid.long().cumsum(1) - 1, -1)
-        nothing = torch.zeros_like(valid)
-        own = TokenMetadata(position, torch.zeros_like(position), valid, nothing)
-        key = TokenMetadata.concat([prefix.attention_inputs.key.pick(rows), own])
+        question = TokenMetadata(position, torch.zeros_like(position), valid, torch.zeros_like(valid))
+        key = TokenMetadata.concat([prefix.attention_inputs.key.select_rows(rows), question])
         attention_inputs = AttentionInputs(
             key,
             key,
-            prefix.attention_inputs.audio.pick(rows),
+            prefix.attention_inputs.audio.select_rows(rows),
             plain_causal=False,
             max_position=prefix.attention_inputs.max_position + ids.shape[1],
             system_text_sees_audio=prefix.attention_inputs.system_text_sees_audio,
         )
-        return self.get_input_embeddings()(ids), Decoding(attention_inputs, start + valid.sum(1), prefix, rows)
+        decoding = Decoding(attention_inputs, start + valid.sum(1), prefix, rows)
+        return self._generate(self.get_input_embeddings()(ids), decoding, settings)
+
+    def _generate_with_audio(
+        self, text: TextBatch, audio: AudioKV, clips: Tensor | None, settings: dict[str, Any]
+    ) -> Tensor:
+        layout = self.layout(audio.audio, text, clips=clips, pad_left=True)
+        audio_layouts = {streams: rows.merge_equal_rows() for streams, rows in layout.audio_layouts.items()}
+        attention_inputs = self.attention_inputs(replace(layout, audio_layouts=audio_layouts), audio)
+        attention_inputs.audio.precompute()
+        decoding = Decoding(attention_inputs, layout.next_position)
+        return self._generate(self.embed(layout, audio.audio), decoding, settings)
+
+    def _generate(self, x_BTD: Tensor, decoding: Decoding, settings: dict[str, Any]) -> Tensor:
+        return super().generate(
+            inputs_embeds=x_BTD,
+            # All ones, for transformers' bookkeeping: `decoding` holds what is padding.
+            attention_mask=x_BTD.new_ones(x_BTD.shape[:2], dtype=torch.long),
+            past_key_values=DynamicCache(),  # no sliding layers: windows count positions, which the mask rule knows
+            decoding=decoding,
+            **settings,
+        )
 
     def prepare_inputs_for_generation(
         self,
@@ -217,16 +245,16 @@ class PalGeneration:
         inputs_embeds: Tensor | None = None,
         decoding: Decoding | None = None,
         attention_mask: Tensor | None = None,
-        **_: Any,  # masks and positions that transformers would make: `Decoding` makes ours
+        **_: Any,  # masks and positions that transformers would build: `Decoding` builds ours
     ) -> dict[str, Any]:
-        """Inputs of the next step: the embedded prompts first, the newest token after that."""
+        """Returns the inputs of the next step: the embedded prompts first, the newest token after that."""
         inputs = {"past_key_values": past_key_values, "decoding": decoding, "use_cache": True}
         if input_ids.shape[1] == 0:
             return {"inputs_embeds": inputs_embeds, **inputs}
         return {"input_ids": input_ids[:, -1:], **inputs}
 
     def _decoding_step(
-        self: Any,
+        self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         past_key_values: Cache,
@@ -236,7 +264,7 @@ class PalGeneration:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         rows, new, _ = inputs_embeds.shape
         if past_key_values.get_seq_length() == 0:
-            decoding.begin(past_key_values, rows)
+            decoding.fill_cache(past_key_values, rows)
         attention_inputs, position_ids = decoding.attention_inputs(past_key_values.get_seq_length(), new, rows)
         hidden_BTD = self.language_model.model(
             inputs_embeds=inputs_embeds,

@@ -1,5 +1,5 @@
-"""Configs of language models: read from a folder or the Hub, or known here by name, so that a run can be planned
-without weights or a network."""
+"""Configs of language models, read from a folder or the Hub, or listed here by name, so that a run can be planned
+without weights or network access."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 
 _LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 
-# Meta's own configs of these names on the Hugging Face Hub.
+# From Meta's config.json of these models on the Hugging Face Hub.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {
         "hidden_size": 2048,
@@ -43,14 +43,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def published_shape(name: str) -> LlamaConfig | None:
-    """The config of a language model by the last part of its Hub name (`meta-llama/Llama-3.2-1B`, or a variant tuned to
-    instructions); None if unknown."""
+    """Returns the config of a listed language model by the last part of its Hub name (`meta-llama/Llama-3.2-1B`, or its
+    instruction-tuned variant); None if it is not listed."""
     shape = SHAPES.get(name.rpartition("/")[2].lower().removesuffix("-instruct"))
     return None if shape is None else LlamaConfig(**_LLAMA_3, **shape)
 
 
 def language_model_config(name: str) -> PretrainedConfig:
-    """The config of a Hugging Face folder or Hub name.
+    """Returns the config of a Hugging Face folder or Hub name.
 
     Raises:
         UserError: it cannot be read.
@@ -59,4 +59,4 @@ def language_model_config(name: str) -> PretrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fault = f"'{name}' cannot be read ({str(error).splitlines()[0]})"
-        raise UserError("model.language_model", fault, "give a Hugging Face folder or Hub name") from error
+        raise UserError("model.language_model", fault, "name a Hugging Face folder or a model on the Hub") from error

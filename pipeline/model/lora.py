@@ -1,4 +1,4 @@
-"""Low-rank adapters on the language model, through `peft` (imported only when they are asked for)."""
+"""Low-rank adapters (LoRA) on the language model, by `peft`, which is imported when adapters are used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def adapt(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
-    """Puts adapters into a language model, in place, and freezes all else in it.
+    """Injects adapters into a language model, in place, and freezes everything else in it.
 
     Args:
         lora: `rank`, `alpha`, `dropout` and `target_modules` (names of linear layers, such as `q_proj`).
@@ -47,7 +47,7 @@ def add_lora(
     dropout: float = 0.0,
     target_modules: Sequence[str] = ("q_proj", "v_proj"),
 ) -> None:
-    """Gives a model adapters; its config remembers them, so that `from_pretrained` builds them again.
+    """Gives a model adapters and records them in its config, so that `from_pretrained` builds them again.
 
     Raises:
         UserError: see `adapt`.
@@ -58,7 +58,7 @@ def add_lora(
 
 
 def lora_parameters(model: PalForCausalLM) -> list[nn.Parameter]:
-    """The adapters, and the weights that they adapt."""
+    """Returns the parameters of the adapters and the weights that they adapt."""
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.language_model.modules() if isinstance(module, LoraLayer)]
@@ -66,7 +66,7 @@ def lora_parameters(model: PalForCausalLM) -> list[nn.Parameter]:
 
 
 def merge_lora(model: PalForCausalLM) -> None:
-    """Adds the adapters into the weights they adapt and removes them, in place."""
+    """Merges the adapters into the weights that they adapt and removes them, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(model.language_model.named_modules()):

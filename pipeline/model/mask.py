@@ -1,4 +1,4 @@
-"""The one rule of who sees whom, and the masks made of it (method: Mask)."""
+"""The mask rule (which query attends to which key) and the masks built from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.model.positions import TokenMetadata
 
 
 class MaskRule(NamedTuple):
-    """A query sees a key of its own conversation or of the shared prefix, not after its own position.
+    """A query attends to keys of its own conversation and of the shared prefix, none after its own position.
 
     Attributes:
         window: a sliding window in positions; None for none.
@@ -22,35 +22,35 @@ class MaskRule(NamedTuple):
     window: int | None = None
     system_text_sees_audio: bool = False
 
-    def sees(self, query: TokenMetadata, key: TokenMetadata) -> Tensor:
-        """Bool, element by element; the tensors of `query` and `key` broadcast against each other."""
+    def mask_mod(self, query: TokenMetadata, key: TokenMetadata) -> Tensor:
+        """Returns bool, element by element: the query attends to the key. `query` and `key` broadcast."""
         later = key.position > query.position
         if self.system_text_sees_audio:
             later = later & ~(key.audio & ~query.audio)
-        seen = key.valid & ~later & ((key.segment == 0) | (key.segment == query.segment))
+        allowed = key.valid & ~later & ((key.segment == 0) | (key.segment == query.segment))
         if self.window is not None:
-            seen = seen & (query.position - key.position < self.window)
-        return seen
+            allowed = allowed & (query.position - key.position < self.window)
+        return allowed
 
 
-def visible(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> Tensor:
-    """(B, Nq, Nk) bool."""
-    return rule.sees(query.map(lambda x: x[:, :, None]), key.map(lambda x: x[:, None, :]))
+def bool_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> Tensor:
+    """Returns (B, Q, K) bool: True where a query attends to a key."""
+    return rule.mask_mod(query.map(lambda x: x[:, :, None]), key.map(lambda x: x[:, None, :]))
 
 
 def additive_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata, dtype: torch.dtype) -> Tensor:
-    """(B, 1, Nq, Nk): 0 where seen, -inf elsewhere; padding as a query sees everything, so that it stays finite."""
-    hidden = ~visible(rule, query, key) & query.valid[:, :, None]
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return mask.masked_fill_(hidden, float("-inf"))[:, None]
+    """Returns (B, 1, Q, K): 0 where a query attends, -inf elsewhere; padding attends to all keys, to stay finite."""
+    masked_BQK = ~bool_mask(rule, query, key) & query.valid[:, :, None]
+    mask_BQK = torch.zeros(masked_BQK.shape, dtype=dtype, device=masked_BQK.device)
+    return mask_BQK.masked_fill_(masked_BQK, float("-inf"))[:, None]
 
 
 def block_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> BlockMask:
-    """The same for FlexAttention, which skips blocks without a visible pair. No dense mask exists on a GPU."""
+    """Builds the same mask for FlexAttention, which skips blocks without an attended pair; not dense on a GPU."""
 
-    def sees(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return rule.sees(query.map(lambda x: x[row, q]), key.map(lambda x: x[row, k]))
+    def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return rule.mask_mod(query.map(lambda x: x[row, q]), key.map(lambda x: x[row, k]))
 
-    (rows, nq), nk, device = query.valid.shape, key.valid.shape[1], query.valid.device
+    (rows, queries), keys, device = query.valid.shape, key.valid.shape[1], query.valid.device
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(sees, rows, None, nq, nk, device=device)
+    return make(mask_mod, rows, None, queries, keys, device=device)

@@ -1,7 +1,7 @@
-"""Attention of packed rows without the pairs that no conversation has: questions as rows of their own.
+"""Attention of packed rows without pairs of two questions: the prefix attends as one row, each question as another.
 
-One dense mask over a packed row would compute every question against every other. Here the prefix attends as a row,
-and each question as another, over the prefix's keys and its own.
+One dense mask over a packed row would compute every question against every other. Here each question attends as a row
+of its own over the keys of its prefix and its own keys.
 """
 
 from __future__ import annotations
@@ -17,64 +17,68 @@ from pipeline.model.positions import TokenMetadata, to_device
 
 @dataclass(frozen=True)
 class PackedQuestions:
-    """Where the questions of packed rows lie; Q questions of at most N entries behind prefixes of at most P.
+    """Where the questions of packed rows are: J questions of at most U entries, behind prefixes of at most P.
 
     Attributes:
-        prefix: P, entries from the left that hold every prefix.
-        row: (Q,) row of each question.
-        entry: (Q, N) flat entry b * T + t of each question's tokens; of padding 0.
-        valid: (Q, N) not padding.
+        prefix_length: P, entries from the left that hold every prefix.
+        row: (J,) row of each question.
+        entry: (J, U) flat entry b * T + t of each question's tokens; 0 for padding.
+        valid: (J, U) not padding.
     """
 
-    prefix: int
+    prefix_length: int
     row: Tensor
     entry: Tensor
     valid: Tensor
 
     def to(self, device: torch.device) -> PackedQuestions:
         return PackedQuestions(
-            self.prefix, to_device(self.row, device), to_device(self.entry, device), to_device(self.valid, device)
+            self.prefix_length,
+            to_device(self.row, device),
+            to_device(self.entry, device),
+            to_device(self.valid, device),
         )
 
-    def prefix_metadata(self, places: TokenMetadata) -> TokenMetadata:
-        """Of the prefixes, (B, P); entries of questions that reach into these columns are not valid."""
-        prefix = places.map(lambda x: x[:, : self.prefix])
+    def prefix_metadata(self, metadata: TokenMetadata) -> TokenMetadata:
+        """Returns the prefixes' metadata, (B, P); entries of questions that reach into these columns are not valid."""
+        prefix = metadata.map(lambda x: x[:, : self.prefix_length])
         return TokenMetadata(prefix.position, prefix.segment, prefix.valid & (prefix.segment == 0), prefix.audio)
 
-    def question_metadata(self, places: TokenMetadata) -> TokenMetadata:
-        """Of the questions' own entries, (Q, N)."""
-        own = places.map(lambda x: x.flatten()[self.entry])
-        return TokenMetadata(own.position, own.segment, self.valid, own.audio)
+    def question_metadata(self, metadata: TokenMetadata) -> TokenMetadata:
+        """Returns the questions' metadata, (J, U)."""
+        question = metadata.map(lambda x: x.flatten()[self.entry])
+        return TokenMetadata(question.position, question.segment, self.valid, question.audio)
 
-    def prefix_of(self, x_BHTE: Tensor) -> Tensor:
-        """Heads of the prefixes, (B, heads, P, head_dim)."""
-        return x_BHTE[:, :, : self.prefix]
+    def prefix_heads(self, x_BHTE: Tensor) -> Tensor:
+        """Returns the heads of the prefixes, (B, H, P, E)."""
+        return x_BHTE[:, :, : self.prefix_length]
 
-    def own(self, x_BHTE: Tensor) -> Tensor:
-        """Heads of the questions, (Q, heads, N, head_dim)."""
+    def question_heads(self, x_BHTE: Tensor) -> Tensor:
+        """Returns the heads of the questions, (J, H, U, E)."""
         return x_BHTE.transpose(1, 2).flatten(0, 1)[self.entry].transpose(1, 2)
 
-    def of_rows(self, pair: KeysValues) -> KeysValues:
-        """Keys and values of rows, once for each question of the row."""
-        return pair[0][self.row], pair[1][self.row]
+    def repeat_for_questions(self, keys_values: KeysValues) -> KeysValues:
+        """Repeats the keys and values of each row for each of its questions."""
+        return keys_values[0][self.row], keys_values[1][self.row]
 
-    def pack(self, prefix_BHPE: Tensor | None, own_QHNE: Tensor, like: Tensor) -> Tensor:
-        """(B, heads, T, head_dim) from what the prefixes and the questions attended."""
+    def pack(self, prefix_BHPE: Tensor | None, question_JHUE: Tensor, like: Tensor) -> Tensor:
+        """Returns (B, H, T, E), the packed rows, from the attention outputs of prefixes and questions."""
         batch, heads, total, width = like.shape
-        out = like.new_zeros(batch, total, heads, width)
+        out_BTHE = like.new_zeros(batch, total, heads, width)
         if prefix_BHPE is not None:
-            out = torch.cat([prefix_BHPE.transpose(1, 2), out[:, self.prefix :]], dim=1)
-        flat = out.flatten(0, 1).index_copy(0, self.entry[self.valid], own_QHNE.transpose(1, 2)[self.valid])
-        return flat.view(batch, total, heads, width).transpose(1, 2)
+            out_BTHE = torch.cat([prefix_BHPE.transpose(1, 2), out_BTHE[:, self.prefix_length :]], dim=1)
+        question_JUHE = question_JHUE.transpose(1, 2)
+        out_NHE = out_BTHE.flatten(0, 1).index_copy(0, self.entry[self.valid], question_JUHE[self.valid])
+        return out_NHE.view(batch, total, heads, width).transpose(1, 2)
 
 
-def find_packed_questions(places: TokenMetadata) -> PackedQuestions | None:
-    """How to unpack rows; None where a prefix does not come first in its row, or nothing is packed.
+def find_packed_questions(metadata: TokenMetadata) -> PackedQuestions | None:
+    """Returns where the questions of packed rows are; None where nothing is packed or a prefix is not first in its row.
 
     Args:
-        places: (B, T) of a layout, on the CPU.
+        metadata: (B, T) of a layout, on the CPU.
     """
-    valid, segment = places.valid, places.segment
+    valid, segment = metadata.valid, metadata.segment
     in_prefix = valid & (segment == 0)
     packed = valid & (segment > 0)
     if not bool(packed.any()) or bool((packed.cummax(1).values & in_prefix).any()) or not bool(valid[:, 0].all()):
@@ -87,9 +91,9 @@ def find_packed_questions(places: TokenMetadata) -> PackedQuestions | None:
     ]
     longest = max(len(columns) for _, columns in questions)
     entry = torch.zeros(len(questions), longest, dtype=torch.long)
-    own = torch.zeros_like(entry, dtype=torch.bool)
-    for q, (row, columns) in enumerate(questions):
-        entry[q, : len(columns)] = row * total + columns
-        own[q, : len(columns)] = True
+    in_question = torch.zeros_like(entry, dtype=torch.bool)
+    for number, (row, columns) in enumerate(questions):
+        entry[number, : len(columns)] = row * total + columns
+        in_question[number, : len(columns)] = True
     rows = torch.tensor([row for row, _ in questions])
-    return PackedQuestions(int(in_prefix.sum(1).max()), rows, entry, own)
+    return PackedQuestions(int(in_prefix.sum(1).max()), rows, entry, in_question)

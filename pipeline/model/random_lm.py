@@ -1,11 +1,12 @@
-"""A small language model with random weights and its own tokenizer, saved in the real Hugging Face format.
+"""A small language model with random weights and its own tokenizer, saved in the Hugging Face format.
 
-What the demo, the scaling experiments and the tests put where a pretrained Llama goes: nothing is downloaded, and
-every line that loads, trains and exports it is the line that loads the real one."""
+The demo, the scaling experiments and the tests use it in place of a pretrained Llama: nothing is downloaded, and it is
+loaded, trained and exported by the same code as a pretrained model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 PAD, TURN_START, TURN_END = "<|pad|>", "<|im_start|>", "<|im_end|>"
-CHAT_TEMPLATE = (  # ChatML, as Qwen writes it
+CHAT_TEMPLATE = (  # ChatML, as in Qwen
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
@@ -21,35 +22,37 @@ CHAT_TEMPLATE = (  # ChatML, as Qwen writes it
 )
 
 
-def save_scratch_language_model(
-    folder: str | Path,
-    texts: Iterable[str],
-    *,
-    model_type: str = "llama",
-    hidden_size: int = 192,
-    intermediate_size: int = 512,
-    num_layers: int = 6,
-    num_heads: int = 6,
-    num_key_value_heads: int = 2,
-    vocab_size: int = 1024,
-    seed: int = 0,
-) -> None:
-    """Trains a byte-level BPE tokenizer on `texts` and writes it beside a randomly initialised decoder.
+@dataclass(frozen=True)
+class RandomLanguageModel:
+    """Sizes and seed of a language model with random weights.
 
-    Args:
+    Attributes:
         model_type: any decoder type of transformers (`llama`, `qwen2`, `qwen3`, ...).
-        vocab_size: at most; a small corpus of texts fills fewer.
-        seed: of the weights; the same seed and texts give the same files.
+        vocab_size: largest size of the vocabulary; a small corpus of texts fills less.
+        seed: random seed of the weights; the same seed and texts give the same files.
     """
-    tokenizer = _train_tokenizer(texts, vocab_size)
+
+    model_type: str = "llama"
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 6
+    num_heads: int = 6
+    num_key_value_heads: int = 2
+    vocab_size: int = 1024
+    seed: int = 0
+
+
+def save_random_language_model(folder: str | Path, texts: Iterable[str], settings: RandomLanguageModel) -> None:
+    """Trains a byte-level BPE tokenizer on `texts` and saves it beside a randomly initialised decoder."""
+    tokenizer = _train_tokenizer(texts, settings.vocab_size)
     config = AutoConfig.for_model(
-        model_type,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=hidden_size // num_heads,
+        settings.model_type,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_key_value_heads,
+        head_dim=settings.hidden_size // settings.num_heads,
         vocab_size=len(tokenizer),
         max_position_embeddings=4096,
         tie_word_embeddings=True,
@@ -58,7 +61,7 @@ def save_scratch_language_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Audio that still arrives: its keys and values, window by window, of which the newest are kept."""
+"""Streaming audio: keys and values of audio that arrives window by window, of which the newest are kept."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ if TYPE_CHECKING:
 
 
 class StreamingAudio(AudioKV):
-    """The newest audio of one clip without an end, as `prefix_of` reads it.
+    """Audio KV of the newest windows of a stream of audio, for `prefill_audio_kv`.
 
-    LAL's keys and values depend on no text and on no other audio, and are kept not rotated. So what is left when the
-    oldest windows are dropped is a clip of its own: answers are those about a clip of these windows alone.
+    LAL's keys and values depend on no text and on no other audio, and are kept unrotated. So the windows that remain
+    when the oldest are dropped are a clip of their own: answers equal those about a clip of these windows alone.
 
     Memory: 2 * kv_heads * head_dim * bytes of a number, for each kept audio token and each audio layer of its stream
-    (`nbytes`). A prefix made of it takes as much again, while it lives.
+    (`nbytes`). A prefix cache built from it takes as much again.
 
     Args:
-        most_tokens: encoder -> audio tokens that are kept at most; never fewer than the newest window has.
+        max_tokens: encoder -> largest number of audio tokens to keep; the newest window is always kept.
 
     Raises:
-        UserError: a model whose audio tokens depend on the audio before them.
+        UserError: the model's audio tokens depend on earlier audio.
     """
 
-    def __init__(self, model: PalForCausalLM, most_tokens: Mapping[str, int]) -> None:
+    def __init__(self, model: PalForCausalLM, max_tokens: Mapping[str, int]) -> None:
         _require_independent_tokens(model)
-        nothing = AudioTokens([], [], [], dummy_clip=False)
+        no_audio = AudioTokens([], [], [], dummy_clip=False)
         settings = {"norm_audio_tokens": model.config.norm_audio_tokens, "audio_queries": False}
-        super().__init__(model.language_model, model.audio_streams, nothing, **settings)
-        self._most_tokens = most_tokens
-        # For each stream its windows, oldest first: layer -> keys and values.
+        super().__init__(model.language_model, model.audio_streams, no_audio, **settings)
+        self._max_tokens = max_tokens
+        # For each stream its windows, oldest first; for each window layer -> keys and values.
         self._windows: list[deque[dict[int, KeysValues]]] = [deque() for _ in self.streams]
 
     @torch.no_grad()
-    def push(self, encoder: str, features_FW: Tensor) -> None:
-        """Takes the features of the next window of one encoder, and drops the oldest windows beyond the bound."""
-        length = torch.tensor([len(features_FW)])
+    def push(self, encoder: str, features_NW: Tensor) -> None:
+        """Appends the features of an encoder's next window, and drops the oldest windows beyond `max_tokens`."""
+        length = torch.tensor([len(features_NW)])
         for stream, windows in zip(self.streams, self._windows, strict=True):
             if stream.spec.encoders == (encoder,):
-                tokens = stream.connector([features_FW], [length])
-                projected = {int(layer): project(tokens) for layer, project in stream.layer_projections.items()}
+                tokens_NW = stream.connector([features_NW], [length])
+                projected = {int(layer): project(tokens_NW) for layer, project in stream.layer_projections.items()}
                 windows.append({layer: self._keys_values(layer, x_ND) for layer, x_ND in projected.items()})
-                while len(windows) > 1 and _count(windows) > self._most_tokens[encoder]:
+                while len(windows) > 1 and _count(windows) > self._max_tokens[encoder]:
                     windows.popleft()
         counts = [torch.tensor([_count(windows)]) for windows in self._windows]
         self.audio = AudioTokens([], counts, counts, dummy_clip=False)
@@ -62,9 +62,9 @@ class StreamingAudio(AudioKV):
 
     @property
     def nbytes(self) -> int:
-        """Memory of what is kept."""
-        kept = [pair for windows in self._windows for window in windows for pair in window.values()]
-        return sum(x.nbytes for pair in kept for x in pair)
+        """Memory of the kept keys and values, in bytes."""
+        pairs = [pair for windows in self._windows for window in windows for pair in window.values()]
+        return sum(x.nbytes for pair in pairs for x in pair)
 
 
 def _count(windows: deque[dict[int, KeysValues]]) -> int:
@@ -73,14 +73,14 @@ def _count(windows: deque[dict[int, KeysValues]]) -> int:
 
 def _require_independent_tokens(model: PalForCausalLM) -> None:
     reasons = [
-        f"puts audio into {spec.integration}"
+        f"integrates audio by {spec.integration}"
         if spec.integration != "lal"
         else f"has the connector {spec.connector.kind}, which reads clips as a whole"
         for spec in model.specs
         if spec.integration != "lal" or spec.connector.kind not in ("linear", "mlp")
     ]
     if model.config.audio_queries:
-        reasons.append("lets audio query earlier audio")
+        reasons.append("lets audio attend to earlier audio (audio_queries)")
     if reasons:
-        remedy = "use a model of LAL streams with a linear or mlp connector, or give a finished file"
-        raise UserError("audio that still arrives", f"this model {reasons[0]}", remedy)
+        remedy = "use a model of LAL streams with a linear or mlp connector, or pass a finished file"
+        raise UserError("streaming audio", f"this model {reasons[0]}", remedy)

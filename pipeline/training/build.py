@@ -1,10 +1,9 @@
-"""Puts the parts of a run together, on every rank in the same way: data, model, DeepSpeed engine."""
+"""Builds the components of a run, in the same way on every rank: data, model, DeepSpeed engine."""
 
 from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, dump_conf
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
 from pipeline.core.ranks import Ranks
-from pipeline.cost.flops import token_count
+from pipeline.core.streams import Stream
+from pipeline.cost.flops import whole_time_steps
 from pipeline.data.chat_template import ChatTemplate, build_chat_template
 from pipeline.data.feature_set import FeatureSet, open_feature_set
 from pipeline.data.loader import TrainingLoader
@@ -26,13 +26,14 @@ from pipeline.engine import (
     Engine,
     build_ds_config,
     gathered,
-    limit_waiting,
     on_gpu,
     parameter_groups,
     partitioned_loading,
+    set_group_timeouts,
     trained_weights,
 )
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
+from pipeline.model.connectors import count_audio_tokens
 from pipeline.training import checkpoint_dir, run_dir
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,40 +41,42 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Components:
-    """What a trainer works with.
+    """The parts of a run on one rank.
 
     Attributes:
+        features: training set.
+        validation: held-out set, if the config names one.
         audio_positions: see the function of this name.
-        deepspeed_config: what the engine was built from.
-        total_steps: None where tokens say how long the run is.
+        ds_config: DeepSpeed config of the engine.
+        total_steps: optimizer steps of the run; None if its length is set in tokens.
     """
 
     features: FeatureSet
     validation: FeatureSet | None
     model: PalForCausalLM
     tokenizer: PreTrainedTokenizerBase
-    chat: ChatTemplate
+    chat_template: ChatTemplate
     loader: TrainingLoader
     audio_positions: Callable[[float], int]
     engine: Engine
-    deepspeed_config: dict[str, Any]
+    ds_config: dict[str, Any]
     total_steps: int | None
 
 
 def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
-    """Builds everything of one rank. The process group must exist.
+    """Builds the components of one rank. The process group must exist.
 
     Raises:
-        UserError: data, language model and config do not fit each other.
+        UserError: data, language model and config do not match.
     """
     train = config.train
     encoders = config.model.encoders
     features = open_feature_set(config.data.train, encoders, config.data)
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
-    tokenizer, chat = build_chat_template(config.model.language_model, config.data, train.loss_on)
+    tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, train.loss_on)
     positions = audio_positions(config, features.contract)
-    loader = build_loader(config, features, chat, ranks, positions)
-    deepspeed_config = build_ds_config(
+    loader = build_loader(config, features, chat_template, ranks, positions)
+    ds_config = build_ds_config(
         train.zero,
         train,
         world_size=ranks.world_size,
@@ -81,53 +84,63 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
         on_gpu=on_gpu(),
     )
     torch.manual_seed(train.seed)
-    with partitioned_loading(deepspeed_config):
-        model = build_model(config, features.contract, chat.audio_token_id)
-    engine = Engine(model, parameter_groups(model, train), deepspeed_config)
-    limit_waiting(train.collective_timeout_s)
+    with partitioned_loading(ds_config):
+        model = build_model(config, features.contract, chat_template.audio_token_id)
+    engine = Engine(model, parameter_groups(model, train), ds_config)
+    set_group_timeouts(train.collective_timeout_s)
     steps = total_steps(train, loader)
-    return Components(features, validation, model, tokenizer, chat, loader, positions, engine, deepspeed_config, steps)
+    return Components(
+        features, validation, model, tokenizer, chat_template, loader, positions, engine, ds_config, steps
+    )
 
 
 def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Callable[[float], int]:
-    """Seconds of a clip -> positions that its audio takes in the sequence, from the encoders' frame rates."""
+    """Returns a function that estimates how many positions of the sequence the audio of a clip takes.
+
+    Its argument is the clip's duration in seconds. Frames follow from the encoders' frame rates, tokens from the rule
+    of the connectors themselves.
+    """
     num_layers = AutoConfig.from_pretrained(config.model.language_model).num_hidden_layers
     streams = [s for s in config.model.resolve_streams(num_layers) if s.integration == "plits"]
-    rates = [contract.encoders[stream.encoders[0]].frame_rate_hz for stream in streams]
 
-    def positions(seconds: float) -> int:
-        frames = [math.ceil(seconds * rate) for rate in rates]
-        return sum(token_count(stream.connector, n) for stream, n in zip(streams, frames, strict=True))
+    def stream_tokens(stream: Stream, seconds: float) -> int:
+        encoders = [contract.encoders[name] for name in stream.encoders]
+        frames = [whole_time_steps(math.ceil(seconds * e.frame_rate_hz), e.grid) for e in encoders]
+        return count_audio_tokens(stream.connector, [e.grid for e in encoders], frames)
 
-    return positions
+    return lambda seconds: sum(stream_tokens(stream, seconds) for stream in streams)
 
 
 def build_loader(
-    config: ExperimentConfig, features: FeatureSet, chat: ChatTemplate, ranks: Ranks, positions: Callable[[float], int]
+    config: ExperimentConfig,
+    features: FeatureSet,
+    chat_template: ChatTemplate,
+    ranks: Ranks,
+    positions: Callable[[float], int],
 ) -> TrainingLoader:
-    """The training batches of one rank; `positions` are from `audio_positions`."""
-    return TrainingLoader(features, chat, config.data, config.train, ranks, positions)
+    """Builds the loader of one rank's training batches; `positions` is from `audio_positions`."""
+    return TrainingLoader(features, chat_template, config.data, config.train, ranks, positions)
 
 
 def total_steps(train: TrainConfig, loader: TrainingLoader) -> int | None:
-    """Optimizer steps of the whole run; None where tokens say how long it is."""
+    """Returns the optimizer steps of the whole run; None if its length is set in tokens."""
     return train.steps or (math.ceil(train.epochs * loader.steps_per_epoch) if train.epochs else None)
 
 
 def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
-    """The language model with its weights and fresh streams, or what the runs before this one made of them, adapted
-    and frozen as `train` says.
+    """Builds the model of a run: adapted and frozen according to `train`.
+
+    Its weights are the pretrained language model and newly initialized streams, or those that the run of
+    `starts_from` ended with.
 
     Raises:
-        UserError: the run that it starts from has no good checkpoint.
+        UserError: the run that it starts from has no intact checkpoint.
     """
     model = PalForCausalLM.from_language_model(
-        config.model.language_model,
-        **_model_settings(config, contract, audio_token_id),
-        dtype=DTYPES[config.train.precision],
+        _pal_config(config, contract, audio_token_id), DTYPES[config.train.precision]
     )
     if config.starts_from is not None:
-        _take_over(model, config.starts_from)
+        _load_run(model, config.starts_from)
     choose_trained(model, config.train)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -137,65 +150,65 @@ def build_model(config: ExperimentConfig, contract: FeatureContract, audio_token
 
 
 def build_empty_model(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalForCausalLM:
-    """The same model without weights (on torch's meta device), for counting."""
-    language_model = AutoConfig.from_pretrained(config.model.language_model)
+    """Builds the same model without weights (on torch's meta device), for counting parameters."""
     with torch.device("meta"):
-        model = PalForCausalLM(PalConfig(language_model, **_model_settings(config, contract, audio_token_id)))
+        model = PalForCausalLM(_pal_config(config, contract, audio_token_id))
         choose_trained(model, config.train)
     return model
 
 
 def choose_trained(model: PalForCausalLM, train: TrainConfig) -> None:
+    """Adds adapters and freezes parameters as `train` requires."""
     _adapt(model, train.lora)
     set_trainable(model, train.trainable)
 
 
 def _adapt(model: PalForCausalLM, lora: LoraConfig | None) -> None:
-    """Gives the model these adapters. Equal ones of a run before are trained on, others become part of the weights."""
-    wanted = None if lora is None else lora.model_dump()
-    if model.config.lora not in (None, wanted):
+    """Adds LoRA adapters. Equal ones of an earlier run stay and are trained further, others are merged first."""
+    requested = None if lora is None else lora.model_dump()
+    if model.config.lora not in (None, requested):
         with gathered(lora_parameters(model)):
             merge_lora(model)
-    if wanted is not None and model.config.lora is None:
-        add_lora(model, **wanted)
+    if requested is not None and model.config.lora is None:
+        add_lora(model, **requested)
 
 
-def _take_over(model: PalForCausalLM, origin: Path) -> None:
-    """Gives the model what a finished run trained, on top of what that run took over itself."""
-    before = load_config(ExperimentConfig, origin / run_dir.CONFIG)
-    if before.starts_from is not None:
-        _take_over(model, before.starts_from)
-    choose_trained(model, before.train)
-    load_trained(model, newest_checkpoint(origin))
+def _load_run(model: PalForCausalLM, output: Path) -> None:
+    """Loads the weights that a finished run trained, after those of the run which that one started from."""
+    config = load_config(ExperimentConfig, output / run_dir.CONFIG)
+    if config.starts_from is not None:
+        _load_run(model, config.starts_from)
+    choose_trained(model, config.train)
+    load_trained(model, newest_checkpoint(output))
 
 
 def newest_checkpoint(output: Path) -> Path:
-    """The newest good checkpoint of an output folder.
+    """Returns the newest intact checkpoint of an output folder.
 
     Raises:
         UserError: there is none.
     """
-    found = checkpoint_dir.newest_good(output, lambda warning: print(f"pal: {warning}", file=sys.stderr))
-    if found is None:
+    newest = checkpoint_dir.newest_good(output)
+    if newest is None:
         raise UserError(output, "holds no complete checkpoint", "give a step-* folder or a run's output folder")
-    return found[0]
+    return newest[0]
 
 
 def load_trained(model: PalForCausalLM, source: Path) -> None:
-    """Gives the model every weight that is trained, from a checkpoint.
+    """Loads every trainable weight from a checkpoint.
 
     Raises:
         UserError: the checkpoint lacks some.
     """
-    trained = trained_weights(source)
-    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if wanted - trained.keys():
-        missing = min(wanted - trained.keys())
-        raise UserError(source, f"lacks trained weights ({missing} and others)", "use the config it was written by")
+    weights = trained_weights(source)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if missing := trainable - weights.keys():
+        fault = f"lacks {len(missing)} trained weights, {min(missing)} for one"
+        raise UserError(source, fault, "use the config that it was written with")
     for name, parameter in model.named_parameters():
-        if name in wanted:
+        if name in trainable:
             with torch.no_grad(), gathered([parameter]):
-                parameter.copy_(trained[name])
+                parameter.copy_(weights[name])
 
 
 def save_model(
@@ -205,10 +218,11 @@ def save_model(
     folder: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes the Hugging Face folder that `pal evaluate` reads: weights, tokenizer, and the config it was trained by.
+    """Writes the Hugging Face folder that `pal evaluate` reads: weights, tokenizer and the config of the training run.
 
     Args:
-        state_dict: the weights where the model does not hold them itself (ZeRO-3).
+        folder: is replaced if it exists.
+        state_dict: the weights, if the model itself does not hold them (ZeRO-3).
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -220,23 +234,26 @@ def save_model(
     temporary.rename(folder)
 
 
-def _model_settings(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> dict[str, Any]:
-    num_layers = AutoConfig.from_pretrained(config.model.language_model).num_hidden_layers
+def _pal_config(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalConfig:
+    name = config.model.language_model
+    language_model = AutoConfig.from_pretrained(name)
     encoders = {name: contract.encoders[name] for name in config.model.encoders}
-    return {
-        "streams": config.model.resolve_streams(num_layers),
-        "encoder_widths": {name: encoder.width for name, encoder in encoders.items()},
-        "audio_token_id": audio_token_id,
-        "encoder_grids": {name: encoder.grid for name, encoder in encoders.items() if encoder.grid},
-        "norm_audio_tokens": config.model.norm_audio_tokens,
-        "system_text_sees_audio": config.model.system_text_sees_audio,
-        "audio_queries": config.model.audio_queries,
-        "feature_fingerprints": {name: encoder.fingerprint for name, encoder in encoders.items()},
-    }
+    return PalConfig(
+        language_model,
+        streams=config.model.resolve_streams(language_model.num_hidden_layers),
+        encoder_widths={name: encoder.width for name, encoder in encoders.items()},
+        audio_token_id=audio_token_id,
+        encoder_grids={name: encoder.grid for name, encoder in encoders.items() if encoder.grid},
+        norm_audio_tokens=config.model.norm_audio_tokens,
+        system_text_sees_audio=config.model.system_text_sees_audio,
+        audio_queries=config.model.audio_queries,
+        feature_fingerprints={name: encoder.fingerprint for name, encoder in encoders.items()},
+        base_language_model=str(name),
+    )
 
 
 def validation_questions(features: FeatureSet, config: ExperimentConfig) -> np.ndarray:
-    """Indices of the questions that the validation loss is taken on, spread evenly over the set."""
-    everything = features.table.select(config.data.tasks, config.data.datasets)
-    count = min(len(everything), config.data.validation_questions)
-    return everything[np.linspace(0, len(everything) - 1, count).astype(np.int64)]
+    """Returns indices of the questions for the validation loss, spread evenly over the set."""
+    selected = features.table.select(config.data.tasks, config.data.datasets)
+    count = min(len(selected), config.data.validation_questions)
+    return selected[np.linspace(0, len(selected) - 1, count).astype(np.int64)]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Qwen2Config
 from pipeline import train
 from pipeline.config import ExperimentConfig, load_config, resolve_stages
 from pipeline.core.feature_contract import CONTRACT_FILE, EncoderContract, FeatureContract
-from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.tracking.writer import read_metrics
 from pipeline.training import run_dir
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_rows
@@ -119,7 +119,7 @@ def _parameters(text: str) -> tuple[int, int]:
 def test_the_1b_recipe_trains_a_small_model_with_every_integration(features: Path, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_layers": 4, "num_heads": 4}
     texts = [f"What is {c}? clip {c}" for c in range(8)]
-    save_scratch_language_model(tmp_path / "language_model", texts, **sizes, vocab_size=300)
+    save_random_language_model(tmp_path / "language_model", texts, RandomLanguageModel(**sizes, vocab_size=300))
     run_on_ranks(_train_each, 1, features, tmp_path)
     for integration in INTEGRATIONS:
         for stage in ("01-connector", "02-joint"):

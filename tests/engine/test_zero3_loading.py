@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.ranks import read_ranks
 from pipeline.core.streams import Connector, Stream
 from pipeline.engine import Engine, ParameterGroup, build_ds_config, init_process_group, partitioned_loading
-from pipeline.model import PalForCausalLM, set_trainable
+from pipeline.model import PalConfig, PalForCausalLM, set_trainable
 from tests.helpers.jobs import write_experiment
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import settings
@@ -24,12 +24,14 @@ def load(language_model: Path, policy: str) -> tuple[int, int, dict[str, torch.T
     train = settings(policy, 2)
     ds_config = build_ds_config(policy, train, world_size=2, accumulation=1, on_gpu=False)
     with partitioned_loading(ds_config):
-        model = PalForCausalLM.from_language_model(
-            str(language_model),
+        config = PalConfig(
+            AutoConfig.from_pretrained(language_model),
             streams=(Stream(("log_mel",), "lal", Connector("mlp"), (0, 1)),),
             encoder_widths={"log_mel": 6},
             audio_token_id=1,
+            base_language_model=str(language_model),
         )
+        model = PalForCausalLM.from_language_model(config)
     whole = sum(parameter.numel() for parameter in model.language_model.parameters())
     parts = sum(parameter.ds_tensor.numel() for parameter in model.language_model.parameters() if whole == 0)
     set_trainable(model, "connector")

@@ -16,7 +16,7 @@ import yaml
 from pipeline.config import ExperimentConfig
 from pipeline.core.ranks import read_ranks
 from pipeline.engine import init_process_group
-from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.tracking.writer import METRICS, read_metrics
 from tests.helpers.feature_sets import write_feature_set
 
@@ -29,7 +29,7 @@ def write_experiment(folder: Path, *, hidden_size: int = 32, **train: Any) -> Pa
     write_feature_set(folder / "held_out", [2] * 4)
     texts = [f"Question {n} about clip {c}? answer {c}.{n}" for c in range(16) for n in range(3)]
     sizes = {"hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "num_layers": 2, "num_heads": 4}
-    save_scratch_language_model(folder / "language_model", texts, **sizes, vocab_size=300)
+    save_random_language_model(folder / "language_model", texts, RandomLanguageModel(**sizes, vocab_size=300))
     config = {
         "output": str(folder / "run"),
         "model": {"language_model": str(folder / "language_model"), "integration": "pal_v3"},

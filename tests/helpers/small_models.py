@@ -1,4 +1,4 @@
-"""Small random models of every family and integration, and batches for them."""
+"""Builds small random models of every family and integration, and batches for them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(
     language_model: dict[str, Any] | None = None,
     **switches: Any,
 ) -> PalForCausalLM:
-    """A model in evaluation mode; biases, norms and gates are off their neutral values."""
+    """Builds a model in evaluation mode, with biases, norms and gates off their neutral values."""
     encoders = ["one", "two"] if preset == "pal_v2" else ["one"]
     streams = preset_streams(preset, encoders, LAYERS, connector=connector or Connector())
     torch.manual_seed(seed)
@@ -65,7 +65,7 @@ def build(
 
 @dataclass
 class Batch:
-    """Token rows (placeholders in them), labels on the last tokens, and clips."""
+    """Rows of tokens with placeholders, labels on the last tokens, and clips."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -86,7 +86,7 @@ class Batch:
 
 
 def batch(rows: list[list[int]], frames: list[int], seed: int = 0, *, pad_to: int = 0, left: bool = False) -> Batch:
-    """Rows of token ids, padded; clips with these numbers of frames, in the order of the placeholders."""
+    """Pads rows of token ids, and draws clips with these numbers of frames, in the order of the placeholders."""
     total = max(pad_to, *(len(row) for row in rows))
     ids = torch.zeros(len(rows), total, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)

@@ -1,4 +1,4 @@
-"""Attention that is watched is the attention that is computed, and every row of it sums to 1."""
+"""Tests that the probed attention weights are those that the model computes with, and that they sum to 1."""
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from tests.helpers.small_models import AUDIO_TOKEN, LAYERS, batch, build
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("causal", [True, False])
-def test_weights_are_those_that_attend_weighs_values_with(causal: bool, softcap: float | None) -> None:
+def test_attention_weights_reproduce_attend(causal: bool, softcap: float | None) -> None:
     torch.manual_seed(0)
-    query, own, beside = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8), torch.randn(2, 1, 2, 3, 8)
-    blocks = [(own[0], own[1])] if causal else [(beside[0], beside[1]), (own[0], own[1])]
+    query, text, audio = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8), torch.randn(2, 1, 2, 3, 8)
+    blocks = [(text[0], text[1])] if causal else [(audio[0], audio[1]), (text[0], text[1])]
     mask = None if causal else torch.zeros(2, 1, 5, 8).masked_fill(torch.rand(2, 1, 5, 8) < 0.3, -torch.inf)
     weights = attention_weights(query, blocks, mask, scaling=0.3, softcap=softcap)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 5))
@@ -27,19 +27,23 @@ def test_weights_are_those_that_attend_weighs_values_with(causal: bool, softcap:
 def test_shares_of_every_layer_and_head_sum_to_one(preset: str, family: str) -> None:
     model = build(preset, family)
     given = batch([[5, 6, AUDIO_TOKEN, 7, 8, 9, 10]], [9])
-    seen = probe_attention(model, given.input_ids, given.labels, given.audio_features, given.audio_lengths)
-    assert seen.mass.shape == (LAYERS, 4, 3)
-    torch.testing.assert_close(seen.mass.sum(-1), torch.ones(LAYERS, 4))
+    attention = probe_attention(model, given.input_ids, given.labels, given.audio_features, given.audio_lengths)
+    assert attention.mass.shape == (LAYERS, 4, 3)
+    torch.testing.assert_close(attention.mass.sum(-1), torch.ones(LAYERS, 4))
     kinds = {spec.integration for spec in model.specs}
     for number, kind in enumerate(("lal", "plits"), start=1):
-        tokens = [t.sum(1) for spec, t in zip(model.specs, seen.tokens, strict=True) if spec.integration == kind]
-        found = torch.stack(tokens).sum(0) if tokens else torch.zeros(LAYERS)
-        torch.testing.assert_close(found, seen.mass[:, :, number].mean(1))
+        tokens = [
+            t.sum(1) for spec, t in zip(model.specs, attention.token_weights, strict=True) if spec.integration == kind
+        ]
+        total = torch.stack(tokens).sum(0) if tokens else torch.zeros(LAYERS)
+        torch.testing.assert_close(total, attention.mass[:, :, number].mean(1))
         layers = {n for spec in model.specs if spec.integration == kind for n in spec.audio_layers or range(LAYERS)}
-        assert {n for n in range(LAYERS) if seen.mass[n, :, number].min() > 0} == (layers if kind in kinds else set())
+        assert {n for n in range(LAYERS) if attention.mass[n, :, number].min() > 0} == (
+            layers if kind in kinds else set()
+        )
 
 
-def test_flamingo_is_refused() -> None:
+def test_flamingo_streams_are_refused() -> None:
     given = batch([[5, AUDIO_TOKEN, 7, 8]], [4])
     with pytest.raises(UserError, match="flamingo"):
         probe_attention(build("flamingo"), given.input_ids, given.labels, given.audio_features, given.audio_lengths)

@@ -1,4 +1,4 @@
-"""Decoding with a cache says what the full forward pass says, however prompts and clips are arranged."""
+"""Tests that decoding with a cache equals the full forward pass, however prompts and clips are arranged."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_questions_about_encoded_clips_equal_fresh_ones(preset: str) -> None:
     fresh = [answers(model, batch([q], [9]), **settings).tolist()[0] for q in questions]
     for rows in ([0, 1], [0, 1, 2]):  # the first two rows place the clip alike, the third does not
         given = batch([questions[i] for i in rows], [])
-        found = model.generate(given.input_ids, given.attention_mask, audio=shared, **settings)
+        found = model.generate_from_audio_kv(given.input_ids, given.attention_mask, shared, **settings)
         assert found.tolist() == [fresh[i] for i in rows]
     two = batch(ROWS[:1], [4, 6])
     encoded = model.encode_audio(two.audio_features, two.audio_lengths)
     for clip in (0, 1):
-        found = model.generate(two.input_ids, audio=encoded, clips=torch.tensor([clip]), **settings)
+        found = model.generate_from_audio_kv(two.input_ids, None, encoded, torch.tensor([clip]), **settings)
         assert torch.equal(found, answers(model, clips_of(two, [clip]), **settings))
 
 
@@ -83,8 +83,8 @@ def test_beams_of_a_batch_equal_beams_of_each_row(preset: str) -> None:
         assert torch.equal(answers(model, alone, num_beams=3)[0], together[b])
 
 
-def test_a_beam_scores_what_the_model_scores() -> None:
-    """The score of the best beam is the log-probability that the full forward pass gives its tokens."""
+def test_beam_scores_are_bounded_by_the_full_forward() -> None:
+    """The score of the best beam is no more than the log-probability of its tokens in the full forward pass."""
     model = build("lal")
     given = batch(ROWS[:2], FRAMES)
     out = answers(model, given, num_beams=4, return_dict_in_generate=True, output_scores=True, length_penalty=0.0)
@@ -96,7 +96,7 @@ def test_a_beam_scores_what_the_model_scores() -> None:
                 torch.tensor([row + tokens]), audio_features=one.audio_features, audio_lengths=one.audio_lengths
             ).logits[0, len(row) - 1 : -1]
         logits[:, 2] = -torch.inf
-        # min_new_tokens takes the end token away after the softmax, so the plain log-probabilities count
+        # min_new_tokens removes the end token after the softmax, so the plain log-probabilities are an upper bound
         total = sum(float(step[t]) for step, t in zip(logits.log_softmax(-1), tokens, strict=True))
         assert float(out.sequences_scores[b]) <= total + 1e-4
 
@@ -117,7 +117,7 @@ def test_padding_side_of_prompts_does_not_matter() -> None:
     assert torch.equal(answers(model, left), answers(model, right))
 
 
-def test_audio_keys_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_audio_kv_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("lal")
     calls = []
     model.streams[0].layer_projections["0"].register_forward_hook(lambda *_: calls.append(1))
@@ -125,36 +125,36 @@ def test_audio_keys_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 1
 
 
-def test_more_placeholders_than_encoded_clips_is_one_clear_error() -> None:
+def test_more_placeholders_than_encoded_clips_raise_a_user_error() -> None:
     model = build("lal")
     given = batch(ROWS, [4, 5])
     encoded = model.encode_audio(given.audio_features, given.audio_lengths)
     with pytest.raises(UserError, match="placeholders"):
-        model.generate(given.input_ids, given.attention_mask, audio=encoded)
+        model.generate_from_audio_kv(given.input_ids, given.attention_mask, encoded)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_questions_behind_a_prefix_equal_whole_prompts(preset: str, family: str) -> None:
-    """Prefixes of unequal length, several questions about one clip, rests of unequal length, and beams."""
+    """Prefixes of unequal length, several questions about one clip, questions of unequal length, and beams."""
     model = build(preset, family)
-    prefixes, rests, rows = [[5, 6, A], [5, A]], [[7, 8], [9], [10, 11, 12], [13, 14]], [0, 1, 1, 0]
-    clips, questions = batch(prefixes, FRAMES[:2]), batch(rests, [])
-    prefix = model.read_prefix(clips.input_ids, clips.attention_mask, clips.audio_features, clips.audio_lengths)
+    prefixes, suffixes, rows = [[5, 6, A], [5, A]], [[7, 8], [9], [10, 11, 12], [13, 14]], [0, 1, 1, 0]
+    clips, questions = batch(prefixes, FRAMES[:2]), batch(suffixes, [])
+    prefix = model.prefill(clips.input_ids, clips.attention_mask, clips.audio_features, clips.audio_lengths)
     settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    for more in ({}, {"num_beams": 3}):
-        found = model.generate(
+    for beam_settings in ({}, {"num_beams": 3}):
+        found = model.generate_from_prefix(
+            prefix,
+            torch.tensor(rows),
             questions.input_ids,
             questions.attention_mask,
-            prefix=prefix,
-            prefix_rows=torch.tensor(rows),
             **settings,
-            **more,
+            **beam_settings,
         )
-        for rest, row, tokens in zip(rests, rows, found, strict=True):
+        for suffix, row, tokens in zip(suffixes, rows, found, strict=True):
             one = clips_of(clips, [row])
-            whole = batch([prefixes[row] + rest], [])
-            expected = answers(model, Batch(**{**one.__dict__, **_tokens_of(whole)}), **more)
+            whole = batch([prefixes[row] + suffix], [])
+            expected = answers(model, Batch(**{**one.__dict__, **_tokens_of(whole)}), **beam_settings)
             assert torch.equal(tokens, expected[0])
 
 
@@ -163,17 +163,17 @@ def _tokens_of(given: Batch) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
+def test_hidden_audio_changes_nothing_and_visible_audio_does(preset: str) -> None:
     model = build(preset)
     clips = [batch([[5, 6, A]], [9], seed=seed) for seed in (0, 1)]
     kinds = {spec.integration for spec in model.specs}
 
     def logits(given: Batch, hidden: set[str]) -> Tensor:
-        prefix = model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths, hidden=hidden)
-        out = model.generate(
+        prefix = model.prefill(given.input_ids, None, given.audio_features, given.audio_lengths, hidden=hidden)
+        out = model.generate_from_prefix(
+            prefix,
+            torch.tensor([0]),
             torch.tensor([[7, 8]]),
-            prefix=prefix,
-            prefix_rows=torch.tensor([0]),
             max_new_tokens=1,
             do_sample=False,
             return_dict_in_generate=True,
@@ -181,7 +181,7 @@ def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
         )
         return out.logits[0]
 
-    assert torch.equal(*(logits(given, kinds) for given in clips)), "what is hidden is not heard"
+    assert torch.equal(*(logits(given, kinds) for given in clips)), "hidden audio changes the logits"
     assert not torch.allclose(*(logits(given, set()) for given in clips))
     if len(kinds) > 1:
         partly = [logits(given, {kind}) for kind in sorted(kinds) for given in clips]
@@ -191,19 +191,20 @@ def test_hidden_audio_changes_nothing_and_shown_audio_does(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["plits", "pal_v2", "pal_v3"])
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
-def test_a_long_prefix_is_read_in_pieces(preset: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_prefix_is_prefilled_in_chunks(preset: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(preset, family)
     given = batch([[5, 6, A], [5, A]], [19, 30])
 
     def logits() -> Tensor:
-        read = model.read_prefix(given.input_ids, given.attention_mask, given.audio_features, given.audio_lengths)
+        prefix = model.prefill(given.input_ids, given.attention_mask, given.audio_features, given.audio_lengths)
         settings: dict[str, Any] = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
-        return model.generate(torch.tensor([[7], [8]]), prefix=read, prefix_rows=torch.arange(2), **settings).logits[0]
+        out = model.generate_from_prefix(prefix, torch.arange(2), torch.tensor([[7], [8]]), **settings)
+        return out.logits[0]
 
     whole = logits()
     passes: list[int] = []
     model.language_model.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(prefix_cache, "PIECE", 4)
+    monkeypatch.setattr(prefix_cache, "CHUNK", 4)
     torch.testing.assert_close(logits(), whole, rtol=0, atol=1e-5)
     assert len(passes) > 3
 
@@ -214,16 +215,16 @@ def test_memory_of_a_prefix_is_linear_in_the_audio(preset: str) -> None:
 
     def nbytes(frames: int) -> int:
         given = batch([[5, 6, A]], [frames])
-        return model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths).nbytes
+        return model.prefill(given.input_ids, None, given.audio_features, given.audio_lengths).nbytes
 
     assert nbytes(60) - nbytes(30) == nbytes(90) - nbytes(60) > 0
     if preset == "lal":  # keys and values of each layer: kv heads x head_dim x 4 bytes, of audio and of two text tokens
         assert nbytes(30) == LAYERS * (30 + 2) * 2 * 2 * 8 * 4
 
 
-def test_a_placeholder_behind_a_prefix_is_one_clear_error() -> None:
+def test_a_placeholder_behind_a_prefix_raises_a_user_error() -> None:
     model = build("lal")
     given = batch([[5, A]], [4])
-    prefix = model.read_prefix(given.input_ids, None, given.audio_features, given.audio_lengths)
+    prefix = model.prefill(given.input_ids, None, given.audio_features, given.audio_lengths)
     with pytest.raises(UserError, match="behind a prefix"):
-        model.generate(torch.tensor([[7, A]]), prefix=prefix, prefix_rows=torch.tensor([0]), max_new_tokens=1)
+        model.generate_from_prefix(prefix, torch.tensor([0]), torch.tensor([[7, A]]), max_new_tokens=1)

@@ -1,8 +1,9 @@
-"""What must hold of every integration, whatever its numbers are."""
+"""Tests of invariants that every integration satisfies, whatever its weights."""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core.streams import Connector
 from pipeline.model import PalForCausalLM, set_trainable
-from pipeline.model.layout import TokenMetadata
+from pipeline.model.layout import Layout, TextBatch
 from tests.helpers.small_models import AUDIO_TOKEN, FAMILIES, FRAMES, PRESETS, ROWS, Batch, batch, build
 
 A = AUDIO_TOKEN
@@ -50,10 +51,10 @@ def test_padding_order_and_neighbours_change_nothing(preset: str, family: str) -
     for b, row in enumerate(ROWS):
         torch.testing.assert_close(padded[b, : len(row)], whole[b, : len(row)], **CLOSE)
         torch.testing.assert_close(left[b, 15 - len(row) :], whole[b, : len(row)], **CLOSE)
-        own = [next(clips) for token in row if token == A]
-        alone = batch([row], [FRAMES[c] for c in own])
+        row_clips = [next(clips) for token in row if token == A]
+        alone = batch([row], [FRAMES[c] for c in row_clips])
         for name, features in batch(ROWS, FRAMES).audio_features.items():
-            alone.audio_features[name] = torch.cat([features[:0], *(features.split(FRAMES)[c] for c in own)])
+            alone.audio_features[name] = torch.cat([features[:0], *(features.split(FRAMES)[c] for c in row_clips)])
         torch.testing.assert_close(logits(model, alone)[0], whole[b, : len(row)], **CLOSE)
 
 
@@ -88,7 +89,7 @@ def test_plits_is_the_stock_model_on_the_same_embeddings(family: str) -> None:
     given = batch(ROWS[:1], FRAMES[:1])
     with torch.no_grad():
         tokens = model.audio_tokens(given.audio_features, given.audio_lengths)
-        layout = model.layout(tokens, given.input_ids, given.attention_mask)
+        layout = model.layout(tokens, TextBatch(given.input_ids, given.attention_mask))
         embeds = model.embed(layout, tokens)
         expected = stock(model)(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2])).logits
     text = [0, 1, *range(2 + FRAMES[0], embeds.shape[1])]
@@ -98,26 +99,21 @@ def test_plits_is_the_stock_model_on_the_same_embeddings(family: str) -> None:
 
 @pytest.mark.parametrize("preset", ["lal", "pal_v2", "pal_v3", "delayed"])
 def test_hidden_audio_keys_leave_the_plain_model(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No LAL key visible: the text computes what it would at the same positions without LAL."""
+    """With every LAL key masked, the text computes what it would at the same positions without LAL."""
     model = build(preset)
     given = batch(ROWS, FRAMES)
-    seen = logits(model, given)
+    visible = logits(model, given)
 
-    def hide(rows: TokenMetadata) -> TokenMetadata:
-        return TokenMetadata(rows.position, rows.segment, torch.zeros_like(rows.valid), rows.audio)
-
-    def no_keys(layout: object) -> object:
-        for audio in layout.beside.values():  # type: ignore[attr-defined]
-            object.__setattr__(audio, "places", hide(audio.places))
-        return layout
+    def mask_keys(layout: Layout) -> Layout:
+        return replace(layout, audio_layouts={key: audio.hide() for key, audio in layout.audio_layouts.items()})
 
     original = PalForCausalLM.layout
-    monkeypatch.setattr(PalForCausalLM, "layout", lambda *a, **k: no_keys(original(*a, **k)))
+    monkeypatch.setattr(PalForCausalLM, "layout", lambda *a, **k: mask_keys(original(*a, **k)))
     hidden = logits(model, given)
     changed = batch(ROWS, FRAMES, seed=7)
-    if preset in ("lal", "delayed"):  # nothing of the clips is left
+    if preset in ("lal", "delayed"):  # the clips have no influence
         assert torch.equal(logits(model, changed), hidden)
-    assert not torch.allclose(seen[0], hidden[0], atol=1e-3)
+    assert not torch.allclose(visible[0], hidden[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -158,21 +154,23 @@ def test_text_only_batches_give_every_parameter_a_gradient(preset: str) -> None:
     model = build(preset).train()
     _, found = gradients(model, batch([ROWS[2]], []))
     assert found.keys() == dict(model.named_parameters()).keys()
-    heard = [n for n, g in found.items() if n.startswith("streams.") and "layer_blocks" not in n and g.abs().max() > 0]
-    assert heard == []
+    nonzero = [
+        n for n, g in found.items() if n.startswith("streams.") and "layer_blocks" not in n and g.abs().max() > 0
+    ]
+    assert nonzero == []
 
 
 @pytest.mark.parametrize("trainable", ["connector", "all_but_ffn", "all"])
 def test_frozen_parameters_get_no_gradient_and_do_not_move(trainable: str) -> None:
     model = build("pal_v3").train()
     set_trainable(model, trainable)  # type: ignore[arg-type]
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     _, found = gradients(model, batch(ROWS, FRAMES))
     optimizer.step()
-    frozen = {name for name in before if name not in found}
-    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == frozen
-    language_model = {name for name in before if name.startswith("language_model.")}
+    frozen = {name for name in initial if name not in found}
+    assert {name for name, p in model.named_parameters() if torch.equal(p, initial[name])} == frozen
+    language_model = {name for name in initial if name.startswith("language_model.")}
     ffn = {name for name in language_model if ".mlp." in name}
     assert frozen == {"connector": language_model, "all_but_ffn": ffn, "all": set()}[trainable]
 
@@ -204,12 +202,12 @@ def test_every_connector_with_clips_of_unequal_length(kind: str, preset: str) ->
     assert not torch.allclose(logits(model, changed)[0, 1:], both[0, 1:], atol=1e-5)
 
 
-def test_system_text_before_a_clip_does_not_hear_it_unless_asked() -> None:
+def test_system_text_before_a_clip_attends_to_it_only_if_configured() -> None:
     for preset in ("plits", "lal", "pal_v3", "flamingo"):
-        for sees in (False, True):
-            model = build(preset, system_text_sees_audio=sees)
+        for sees_audio in (False, True):
+            model = build(preset, system_text_sees_audio=sees_audio)
             one, other = (logits(model, batch(ROWS[:1], FRAMES[:1], seed=seed)) for seed in (0, 1))
-            assert torch.allclose(one[0, :2], other[0, :2], atol=1e-6) is not sees
+            assert torch.allclose(one[0, :2], other[0, :2], atol=1e-6) is not sees_audio
             assert not torch.allclose(one[0, 3:], other[0, 3:], atol=1e-4)
 
 
@@ -217,20 +215,20 @@ def test_system_text_before_a_clip_does_not_hear_it_unless_asked() -> None:
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Gemma3Text"])
 @pytest.mark.parametrize("preset", ["plits", "lal", "pal_v3"])
 def test_flex_attention_equals_sdpa(preset: str, family: str, device: str) -> None:
-    """FlexAttention has no backward pass on the CPU: gradients are held against SDPA's on a GPU only."""
+    """FlexAttention has no backward pass on the CPU: gradients are compared with SDPA's on a GPU only."""
     model = build(preset, family).to(device)
     given = batch(ROWS, FRAMES)
     given.segment_ids = torch.zeros_like(given.input_ids)
     given.segment_ids[1, 5:7], given.segment_ids[1, 7:] = 1, 2
     given = given.to(device)
-    found = {}
+    results = {}
     for path in ("sdpa", "flex"):
         model.attention_path = path
-        found[path] = [logits(model, given)]
+        results[path] = [logits(model, given)]
         if device == "cuda":
             loss, grads = gradients(model, given)
-            found[path] += [loss, *grads.values()]
+            results[path] += [loss, *grads.values()]
     valid = given.attention_mask.bool()
-    torch.testing.assert_close(found["flex"][0][valid], found["sdpa"][0][valid], **CLOSE)
-    for one, other in zip(found["flex"][1:], found["sdpa"][1:], strict=True):
+    torch.testing.assert_close(results["flex"][0][valid], results["sdpa"][0][valid], **CLOSE)
+    for one, other in zip(results["flex"][1:], results["sdpa"][1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)

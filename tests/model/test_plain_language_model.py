@@ -1,4 +1,4 @@
-"""Audio that is hidden, or that nothing was trained to hear, leaves the plain language model: transformers' own."""
+"""Tests that masked audio, and untrained flamingo blocks, leave the plain language model of transformers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,19 @@ ROUNDING = 1e-12  # float64; absent keys change the order of a sum, nothing else
 
 
 def hide_audio_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key beside the sequence counts as padding; positions stay."""
+    """Marks every key beside the sequence as padding; positions stay."""
     original = PalForCausalLM.layout
 
     def layout(*args: Any, **settings: Any) -> Any:
-        made = original(*args, **settings)
-        beside = {
-            streams: replace(audio, places=replace(audio.places, valid=torch.zeros_like(audio.places.valid)))
-            for streams, audio in made.beside.items()
-        }
-        return replace(made, beside=beside)
+        visible = original(*args, **settings)
+        hidden = {streams: audio.hide() for streams, audio in visible.audio_layouts.items()}
+        return replace(visible, audio_layouts=hidden)
 
     monkeypatch.setattr(PalForCausalLM, "layout", layout)
 
 
 def plain_logits(model: PalForCausalLM, text: list[int], positions: list[int]) -> Tensor:
-    """transformers' model on text at these positions. It gets its masks: a gap it would take for a border."""
+    """Runs transformers' model on text at these positions, with explicit masks: it would take a gap for a boundary."""
     config = copy.deepcopy(model.language_model.config)
     plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float64).eval()
     plain.load_state_dict(model.language_model.state_dict())
@@ -69,35 +66,35 @@ def test_hidden_audio_leaves_the_plain_model_with_a_gap(
         given.audio_features = {name: x.double() for name, x in given.audio_features.items()}
         expected = plain_logits(model, text, gapped)
         with torch.no_grad():
-            heard = model(**given.arguments(labels=False)).logits[0, columns]
+            visible = model(**given.arguments(labels=False)).logits[0, columns]
             hide_audio_keys(monkeypatch)
             hidden = model(**given.arguments(labels=False)).logits[0, columns]
         assert (hidden - expected).abs().max() < ROUNDING
-        assert (heard - expected)[clip:].abs().max() > 1e-4
+        assert (visible - expected)[clip:].abs().max() > 1e-4
         assert (plain_logits(model, text, list(range(len(text)))) - expected).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("preset", ["plits", "lal", "pal_v2", "pal_v3"])
 @pytest.mark.parametrize("family", ["Llama", "Gemma3Text"])
 def test_all_pathways_hidden_leave_the_plain_model_with_a_gap(family: str, preset: str) -> None:
-    before, question, frames = [5, 6], [7, 8, 9], 7
+    system, question, frames = [5, 6], [7, 8, 9], 7
     with lifted_to_float64():
         model = build(preset, family).to(torch.float64)  # type: ignore[arg-type]
-        clip = batch([[*before, AUDIO_TOKEN]], [frames])
+        clip = batch([[*system, AUDIO_TOKEN]], [frames])
         audio = {name: x.double() for name, x in clip.audio_features.items()}
 
         def logits(*hidden: str) -> Tensor:
-            prefix = model.read_prefix(clip.input_ids, None, audio, clip.audio_lengths, hidden=hidden)
-            out = model.generate(
+            prefix = model.prefill(clip.input_ids, None, audio, clip.audio_lengths, hidden=hidden)
+            out = model.generate_from_prefix(
+                prefix,
+                torch.tensor([0]),
                 torch.tensor([question]),
-                prefix=prefix,
-                prefix_rows=torch.tensor([0]),
                 max_new_tokens=1,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
             begin = int(prefix.next_position)
-            expected = plain_logits(model, before + question, [0, 1, *range(begin, begin + len(question))])[-1]
+            expected = plain_logits(model, system + question, [0, 1, *range(begin, begin + len(question))])[-1]
             return (out.logits[0][0] - expected).abs().max()
 
         assert logits("lal", "plits") < ROUNDING
@@ -106,7 +103,7 @@ def test_all_pathways_hidden_leave_the_plain_model_with_a_gap(family: str, prese
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_untrained_flamingo_is_the_plain_model_to_the_last_bit(family: str) -> None:
-    """Its gates are shut, and its audio takes no positions: text beside clips is as without them."""
+    """Its gates are zero, and its audio takes no positions: text computes the same with and without clips."""
     flamingo = build("flamingo", family, open_gates=False)
     plain = PalForCausalLM(replace_streams(flamingo))
     plain.eval().language_model.load_state_dict(flamingo.language_model.state_dict())
@@ -114,7 +111,7 @@ def test_untrained_flamingo_is_the_plain_model_to_the_last_bit(family: str) -> N
     text = [[token for token in row if token != AUDIO_TOKEN] for row in ROWS]
     without = batch(text, [])
     with torch.no_grad():
-        heard = flamingo(**with_audio.arguments(labels=False)).logits
+        with_clips = flamingo(**with_audio.arguments(labels=False)).logits
         expected = plain(without.input_ids, without.attention_mask).logits
         settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         answers = flamingo.generate(
@@ -124,7 +121,7 @@ def test_untrained_flamingo_is_the_plain_model_to_the_last_bit(family: str) -> N
         expected_answers = plain.generate(without.input_ids, without.attention_mask, **settings)
     for b, row in enumerate(ROWS):
         columns = [i for i, token in enumerate(row) if token != AUDIO_TOKEN]
-        assert torch.equal(heard[b, columns], expected[b, : len(columns)])
+        assert torch.equal(with_clips[b, columns], expected[b, : len(columns)])
     assert torch.equal(answers, expected_answers)
 
 

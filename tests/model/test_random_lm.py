@@ -1,4 +1,4 @@
-"""The scratch language model: loads through the ordinary doors, deterministic, its template is ChatML."""
+"""Tests that the random language model loads with transformers' own classes and depends on its seed alone."""
 
 from pathlib import Path
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.model.random_lm import save_scratch_language_model
+from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 
 TEXTS = ["which sound comes first?", "a beep", "transcribe the syllables", "ka mi to"]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_loads_from_pretrained(tmp_path: Path, model_type: str) -> None:
-    save_scratch_language_model(tmp_path, TEXTS, model_type=model_type, hidden_size=24, num_heads=2, num_layers=2)
+    settings = RandomLanguageModel(model_type=model_type, hidden_size=24, num_heads=2, num_layers=2)
+    save_random_language_model(tmp_path, TEXTS, settings)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert model.config.model_type == model_type
@@ -25,9 +26,10 @@ def test_loads_from_pretrained(tmp_path: Path, model_type: str) -> None:
     assert model(input_ids=torch.tensor([ids])).logits.shape == (1, len(ids), model.config.vocab_size)
 
 
-def test_same_seed_same_weights_whatever_ran_before(tmp_path: Path) -> None:
+def test_same_seed_gives_same_weights_regardless_of_the_global_random_state(tmp_path: Path) -> None:
     for name, burn in (("a", 0), ("b", 7)):
         torch.rand(burn)
-        save_scratch_language_model(tmp_path / name, TEXTS, hidden_size=24, num_heads=2, num_layers=2, seed=5)
+        settings = RandomLanguageModel(hidden_size=24, num_heads=2, num_layers=2, seed=5)
+        save_random_language_model(tmp_path / name, TEXTS, settings)
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)

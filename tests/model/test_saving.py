@@ -1,4 +1,4 @@
-"""Saving, loading, pretrained language models, adapters, and the errors of unfit input."""
+"""Tests of saving, loading, pretrained language models, adapters, and the errors for invalid input."""
 
 from __future__ import annotations
 
@@ -52,26 +52,27 @@ def test_a_pretrained_language_model_keeps_its_weights(family: str, tmp_path: Pa
     torch.manual_seed(3)
     plain = AutoModelForCausalLM.from_config(language_model_config(family)).eval()
     plain.save_pretrained(tmp_path)
-    model = PalForCausalLM.from_language_model(
-        str(tmp_path),
+    config = PalConfig(
+        AutoConfig.from_pretrained(tmp_path),
         streams=preset_streams("pal_v3", ["one"], LAYERS, connector=Connector()),
         encoder_widths=WIDTHS,
         audio_token_id=AUDIO_TOKEN,
-        dtype=torch.bfloat16,
+        base_language_model=str(tmp_path),
     )
+    model = PalForCausalLM.from_language_model(config, torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.base_language_model == str(tmp_path)
-    found = model.language_model.state_dict()
+    loaded = model.language_model.state_dict()
     for name, weight in plain.state_dict().items():
-        assert torch.equal(found[name], weight.to(torch.bfloat16)), name
+        assert torch.equal(loaded[name], weight.to(torch.bfloat16)), name
 
 
 def test_adapters_train_alone_are_saved_and_can_be_merged(tmp_path: Path) -> None:
     model = build("lal")
-    before = logits(model)
+    unadapted = logits(model)
     total = count_parameters(model)["total"]
     add_lora(model, rank=2, alpha=4, target_modules=["q_proj", "k_proj", "v_proj"])
-    assert torch.equal(logits(model), before)
+    assert torch.equal(logits(model), unadapted)
     set_trainable(model, "connector")
     trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("language_model.")}
     assert len(trained) == 2 * 3 * LAYERS
@@ -80,7 +81,7 @@ def test_adapters_train_alone_are_saved_and_can_be_merged(tmp_path: Path) -> Non
         for name in trained:
             model.get_parameter(name).add_(0.1)
     adapted = logits(model)
-    assert not torch.allclose(adapted, before, atol=1e-3)
+    assert not torch.allclose(adapted, unadapted, atol=1e-3)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PalForCausalLM.from_pretrained(tmp_path).eval()), adapted)
     merge_lora(model)
@@ -89,7 +90,7 @@ def test_adapters_train_alone_are_saved_and_can_be_merged(tmp_path: Path) -> Non
     assert model.config.lora is None
 
 
-def test_adapters_for_layers_that_do_not_exist_are_one_clear_error() -> None:
+def test_adapters_of_layers_that_do_not_exist_raise_a_user_error() -> None:
     with pytest.raises(UserError, match="no layer is named"):
         add_lora(build("lal"), rank=2, alpha=4, target_modules=["absent"])
 
@@ -108,30 +109,30 @@ def test_adapters_for_layers_that_do_not_exist_are_one_clear_error() -> None:
     ],
 )
 @pytest.mark.parametrize("preset", ["plits", "lal"])
-def test_unfit_input_is_one_clear_error(preset: str, change: dict[str, Any], message: str) -> None:
+def test_invalid_input_raises_a_user_error(preset: str, change: dict[str, Any], message: str) -> None:
     model = build(preset)
-    fit: dict[str, Any] = {
+    valid_input: dict[str, Any] = {
         "input_ids": torch.tensor([[5, AUDIO_TOKEN, 7, 8]]),
         "audio_features": {"one": torch.zeros(4, 20)},
         "audio_lengths": {"one": torch.tensor([4])},
     }
-    model(**fit)
+    model(**valid_input)
     with pytest.raises(UserError, match=message):
-        model(**(fit | change))
+        model(**(valid_input | change))
 
 
-def test_unfit_models_are_one_clear_error() -> None:
+def test_invalid_models_raise_a_user_error() -> None:
     stream = Stream(("one",), "lal", audio_layers=(LAYERS,))
     with pytest.raises(UserError, match="audio_layers"):
         PalForCausalLM(PalConfig(language_model_config(), [stream], WIDTHS, AUDIO_TOKEN))
-    fit = [Stream(("one",), "plits")]
+    plits = [Stream(("one",), "plits")]
     with pytest.raises(UserError, match="family 'gpt2' is not supported"):
-        PalForCausalLM(PalConfig(GPT2Config(), fit, WIDTHS, AUDIO_TOKEN))
-    turning = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+        PalForCausalLM(PalConfig(GPT2Config(), plits, WIDTHS, AUDIO_TOKEN))
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     with pytest.raises(UserError, match="'dynamic' rope"):
-        PalForCausalLM(PalConfig(language_model_config("Llama", **turning), fit, WIDTHS, AUDIO_TOKEN))
+        PalForCausalLM(PalConfig(language_model_config("Llama", **dynamic), plits, WIDTHS, AUDIO_TOKEN))
     with pytest.raises(UserError, match="no width for encoder"):
-        PalForCausalLM(PalConfig(language_model_config(), fit, {}, AUDIO_TOKEN))
+        PalForCausalLM(PalConfig(language_model_config(), plits, {}, AUDIO_TOKEN))
     with pytest.raises(UserError, match="language model's width"):
         PalForCausalLM(
             PalConfig(language_model_config(), [Stream(("one",), "plits", Connector(width=7))], WIDTHS, AUDIO_TOKEN)

@@ -1,4 +1,4 @@
-"""Conversations for the oracle, and the same ones as a batch for the product."""
+"""Conversations for the oracle, and the same conversations as a batch for the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.parity.families import VOCABULARY
 
 Clip = Mapping[str, Tensor]
-AUDIO_TOKEN = VOCABULARY  # outside the vocabulary: a placeholder that were embedded would fail
+AUDIO_TOKEN = VOCABULARY  # outside the vocabulary: embedding a placeholder fails
 IGNORE_INDEX = -100
 
 
@@ -26,20 +26,20 @@ class Row:
     prefix: Sequence[int | Clip] = ()
 
     def alone(self) -> list[list[int | Clip]]:
-        """Each conversation as it would stand without packing."""
+        """Returns each conversation as it would be without packing."""
         return [[*self.prefix, *conversation] for conversation in self.conversations]
 
-    def places(self) -> list[list[int]]:
-        """For each conversation alone, the column of each of its items in the row."""
-        start, found = len(self.prefix), []
+    def columns(self) -> list[list[int]]:
+        """Returns, for each conversation alone, the column of each of its items in the row."""
+        start, columns = len(self.prefix), []
         for conversation in self.conversations:
-            found.append([*range(len(self.prefix)), *range(start, start + len(conversation))])
+            columns.append([*range(len(self.prefix)), *range(start, start + len(conversation))])
             start += len(conversation)
-        return found
+        return columns
 
 
 def labels_of(row: Row, loss_on: str) -> list[list[int]]:
-    """For each conversation alone its labels: on its last three tokens, or on all its text that has some before it."""
+    """Returns the labels of each conversation alone: on its last three tokens, or on all text but the first tokens."""
     labels = []
     for items in row.alone():
         first = len(items) - 3 if loss_on == "answer" else max(2, len(row.prefix))
@@ -48,7 +48,7 @@ def labels_of(row: Row, loss_on: str) -> list[list[int]]:
 
 
 def collate(rows: Sequence[Row], encoders: Sequence[str], loss_on: str) -> dict[str, Tensor | dict[str, Tensor]]:
-    """The batch of `rows` as the model takes it: right-padded, clips as placeholders, their frames concatenated."""
+    """Collates `rows` for the model: right-padded, clips as placeholders, their frames concatenated."""
     length = max(len(row.prefix) + sum(map(len, row.conversations)) for row in rows)
     shape = (len(rows), length)
     input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE_INDEX)
@@ -60,8 +60,8 @@ def collate(rows: Sequence[Row], encoders: Sequence[str], loss_on: str) -> dict[
             input_ids[number, column] = item if isinstance(item, int) else AUDIO_TOKEN
             attention_mask[number, column] = 1
         clips.extend(item for item in items if not isinstance(item, int))
-        for segment, (places, wanted) in enumerate(zip(row.places(), labels_of(row, loss_on), strict=True), 1):
-            for column, label in zip(places, wanted, strict=True):
+        for segment, (columns, row_labels) in enumerate(zip(row.columns(), labels_of(row, loss_on), strict=True), 1):
+            for column, label in zip(columns, row_labels, strict=True):
                 if label != IGNORE_INDEX:
                     labels[number, column] = label
                 if row.prefix and column >= len(row.prefix):
@@ -104,7 +104,7 @@ class Conversations:
 
 
 def batches(seed: int = 0) -> dict[str, list[Row]]:
-    """The situations in which a row must equal its conversations alone. Lengths are no multiples of summary_stride."""
+    """Returns batches whose rows must equal their conversations alone. Lengths are no multiples of summary_stride."""
     make = Conversations(seed)
     text, clip = make.text, make.clip
     return {
@@ -127,7 +127,7 @@ def batches(seed: int = 0) -> dict[str, list[Row]]:
 
 
 def grid_batch(seed: int = 0) -> list[Row]:
-    """Clips whose frames are whole time steps of `GRIDS`: a part of a window, its half, and more than one."""
+    """Returns rows with clips of whole time steps of `GRIDS`: part of a window, half a window, and more than one."""
     make = Conversations(seed)
     text = make.text
     part, half, long = (

@@ -1,4 +1,4 @@
-"""Holds the product against the oracle: the same weights, the same conversations, logits, loss and gradients."""
+"""Compares the model with the oracle: same weights, same conversations; logits, loss and gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.parity.float64 import lifted_to_float64
 
 @dataclass(frozen=True)
 class Case:
-    """A product model that can be built: its family, its streams and its switches."""
+    """A model to build: its family, its streams and its switches."""
 
     family: str
     streams: tuple[Stream, ...]
@@ -41,7 +41,7 @@ class Result:
 
 
 def build(case: Case, seed: int = 0, dtype: torch.dtype = torch.float64) -> PalForCausalLM:
-    """A model whose every parameter matters (gates open, norms off their neutral point)."""
+    """Builds a model in which every parameter matters (gates open, norms off their neutral point)."""
     with lifted_to_float64() if dtype == torch.float64 else nullcontext():
         config = PalConfig(
             language_model_config=stock_config(case.family),
@@ -88,52 +88,52 @@ def of_product(model: PalForCausalLM, case: Case, rows: Sequence[Row], loss_on: 
             logits = model(**batch).logits
         loss = model(**batch, labels=labels).loss
         loss.backward()
-    found = []
+    text_logits = []
     for row, row_logits in zip(rows, logits, strict=True):
-        for items, places in zip(row.alone(), row.places(), strict=True):
-            found.append(
-                row_logits[[place for item, place in zip(items, places, strict=True) if isinstance(item, int)]]
+        for items, columns in zip(row.alone(), row.columns(), strict=True):
+            text_logits.append(
+                row_logits[[column for item, column in zip(items, columns, strict=True) if isinstance(item, int)]]
             )
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return Result(found, loss.detach(), gradients)
+    return Result(text_logits, loss.detach(), gradients)
 
 
 def answers(model: PalForCausalLM, case: Case, rows: Sequence[Row], new_tokens: int) -> list[list[int]]:
-    """Greedy answers of the product to unpacked rows, in float64."""
+    """Generates greedy answers of the model to unpacked rows, in float64."""
     batch = collate(rows, case.encoders, "answer")
     with lifted_to_float64():
-        found = model.generate(
+        tokens = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             audio_features=batch["audio_features"],
             audio_lengths=batch["audio_lengths"],
             max_new_tokens=new_tokens,
             do_sample=False,
-            eos_token_id=AUDIO_TOKEN,  # is never written
+            eos_token_id=AUDIO_TOKEN,  # never generated
         )
-    return found.tolist()
+    return tokens.tolist()
 
 
 def of_oracle(model: PalForCausalLM, method: oracle.Method, rows: Sequence[Row], loss_on: str = "answer") -> Result:
-    """The same by the oracle, from the product's weights."""
+    """Computes the same by the oracle, from the model's weights."""
     weights = {
         name: parameter.detach().to(torch.float64, copy=True).requires_grad_()
         for name, parameter in model.named_parameters()
     }
-    total, count, found = torch.zeros((), dtype=torch.float64), 0, []
+    total, count, text_logits = torch.zeros((), dtype=torch.float64), 0, []
     for row in rows:
         for items, labels in zip(row.alone(), labels_of(row, loss_on), strict=True):
             line, scores = oracle.run(method, weights, items)
-            found.append(torch.stack([scores[member] for member in line.text.values()]).detach())
+            text_logits.append(torch.stack([scores[member] for member in line.text.values()]).detach())
             total = total + oracle.loss_sum(line, scores, labels)
             count += len(labels) - labels.count(IGNORE_INDEX)
     loss = total / count
     loss.backward()
-    return Result(found, loss.detach(), {name: weight.grad for name, weight in weights.items()})
+    return Result(text_logits, loss.detach(), {name: weight.grad for name, weight in weights.items()})
 
 
 def differences(product: Result, expected: Result) -> dict[str, float]:
-    """Largest absolute difference of the logits, the loss and every parameter's gradient.
+    """Returns the largest absolute difference of the logits, the loss and every parameter's gradient.
 
     A gradient that the oracle lacks (its parameter was not used) must be zero.
     """
@@ -142,7 +142,7 @@ def differences(product: Result, expected: Result) -> dict[str, float]:
         "loss": float((product.loss - expected.loss).abs()),
     }
     for name, gradient in product.gradients.items():
-        wanted = expected.gradients[name]
+        expected_gradient = expected.gradients[name]
         assert gradient is not None, f"{name} got no gradient"
-        worst[name] = float((gradient - (0 if wanted is None else wanted)).abs().max())
+        worst[name] = float((gradient - (0 if expected_gradient is None else expected_gradient)).abs().max())
     return worst

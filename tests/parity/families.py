@@ -1,4 +1,4 @@
-"""One tiny language model per supported family, said twice: as a transformers config and as the oracle's settings."""
+"""One tiny language model per supported family, as a transformers config and as the oracle's settings."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def stock_model(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Gives every parameter values that matter: norms off their neutral point, biases and gates off zero."""
+    """Draws all parameters so that each matters: norms off their neutral point, biases and gates off zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,5 +1,5 @@
-"""SSLAM a second time, from its description alone, plainly and in float64, and checkpoints of random weights in the
-three published namings. Shares nothing with data_prep."""
+"""An independent float64 reference of SSLAM, written from its description, and random checkpoints in the three
+published naming schemes. Shares no code with data_prep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS, COLUMNS = 768, 8
 
 
 def position_table(width: int) -> torch.Tensor:
-    """(1, 6144, width): a half for the frequency column, a half for the time row, each sines then cosines."""
+    """Returns (1, 6144, width): half for the frequency column, half for the time row, each sines then cosines."""
     quarter = width // 4
     table = np.zeros((ROWS, COLUMNS, width))
     for half, index in ((0, np.arange(COLUMNS)[None, :, None]), (1, np.arange(ROWS)[:, None, None])):
@@ -25,7 +25,7 @@ def position_table(width: int) -> torch.Tensor:
 
 
 def official_tensors(width: int, depth: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under the names of the official checkpoint, decoder included."""
+    """Returns random weights under the names of the official checkpoint, including the decoder."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float | None = None) -> torch.Tensor:
@@ -65,7 +65,7 @@ def hugging_face_names(official: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def features(official: dict[str, torch.Tensor], audio: np.ndarray, num_heads: int) -> np.ndarray:
-    """(tokens, width) of one clip of 16 kHz audio, window after window of 1024 frames, padding rows left out."""
+    """Returns (tokens, width) of one clip of 16 kHz audio, in windows of 1024 frames, without padding rows."""
     audio = torch.from_numpy(audio - audio.mean())[None]
     mel = kaldi.fbank(
         audio, htk_compat=True, sample_frequency=16000, use_energy=False, window_type="hanning", num_mel_bins=128,

@@ -1,4 +1,4 @@
-"""Each encoder against its model called directly on one clip at a time, from files in the published formats."""
+"""Compares each encoder with its model called directly on one clip at a time, from files in the published formats."""
 
 import math
 
@@ -31,11 +31,13 @@ LONG = (10.0, 122.0)
 ONE = (3.0,)
 
 
-def variants(*others: object) -> pytest.MarkDecorator:
-    """The first variant at all lengths, the longest in the slow set; the others at one."""
-    first, *rest = others
+def variants(*variants_to_run: object) -> pytest.MarkDecorator:
+    """Runs the first variant at all lengths, the longest as a slow test, and the other variants at one length."""
+    first, *remaining = variants_to_run
     slow = pytest.param(first, LONG, marks=pytest.mark.slow)
-    return pytest.mark.parametrize(("variant", "lengths_s"), [(first, SHORT), slow, *((other, ONE) for other in rest)])
+    return pytest.mark.parametrize(
+        ("variant", "lengths_s"), [(first, SHORT), slow, *((other, ONE) for other in remaining)]
+    )
 
 
 # Stored features are float16: half a unit in the last place of values up to 4, plus 1e-5 of the float32 pass.
@@ -43,7 +45,7 @@ HALF = 2e-3
 
 
 def noise(seconds: float, rate_hz: int) -> np.ndarray:
-    """Noise that swells, so that windows and frames differ."""
+    """Returns noise of rising loudness, so that windows and frames differ."""
     samples = round(seconds * rate_hz)
     audio = np.random.default_rng(samples).normal(0, 0.1, samples) * np.linspace(0.2, 1, samples)
     return audio.astype(np.float32)
@@ -54,7 +56,7 @@ def build(config):
 
 
 def encode_together(encoder, clips: list[np.ndarray]) -> list[np.ndarray]:
-    """Float32 features of clips whose windows all share one batch."""
+    """Returns float32 features of clips whose windows all share one batch."""
     windows = [list(Windower(encoder).push(audio, True)) for audio in clips]
     flat = [window for clip in windows for window in clip]
     samples = [window.samples for window in flat]
@@ -65,7 +67,7 @@ def encode_together(encoder, clips: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def check(encoder, reference, lengths_s, tolerance: float = 1e-5) -> None:
-    """`reference(audio)` gives the features of one clip; the clips share one batch of ours."""
+    """Asserts that clips encoded in one batch equal `reference(audio)` of each clip alone."""
     rate_hz = encoder.contract.sample_rate_hz
     clips = [noise(seconds, rate_hz) for seconds in lengths_s]
     for seconds, ours, audio in zip(lengths_s, encode_together(encoder, clips), clips, strict=True):
@@ -233,7 +235,7 @@ def test_sslam_at_its_real_size(tmp_path):
         (lambda t: t.pop("modality_encoders.IMAGE.extra_tokens"), "no extra_tokens"),
     ],
 )
-def test_an_sslam_checkpoint_that_does_not_fit_names_the_tensor(tmp_path, change, named):
+def test_error_for_an_invalid_sslam_checkpoint_names_the_tensor(tmp_path, change, named):
     tensors = sslam_reference.official_tensors(WIDTH, DEPTH)
     change(tensors)
     with pytest.raises(UserError, match=named):
@@ -254,7 +256,7 @@ def test_pooling_averages_time_steps_after_padding_is_dropped(tmp_path):
     assert pooled.contract.grid == (16, 8) and pooled.contract.frame_rate_hz == 12.5
 
 
-def test_weights_and_settings_make_the_fingerprint_and_the_place_does_not(tmp_path):
+def test_fingerprint_depends_on_weights_and_settings_not_on_the_path(tmp_path):
     for name in ("a", "b", "other"):
         (tmp_path / name).mkdir()
         write_sslam(

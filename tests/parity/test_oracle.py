@@ -1,4 +1,4 @@
-"""The product equals the oracle: logits, loss and the gradient of every parameter, in float64 to 1e-10."""
+"""Compares the model with the oracle: logits, loss and the gradient of every parameter, in float64 to 1e-10."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check(case: Case, situation: str, loss_on: str = "answer") -> None:
     assert {name: value for name, value in worst.items() if not value < TOLERANCE} == {}
     if situation != "text_only_batch" and not any(method.language_model.windows):  # a window may hide a whole stream
         unused = [name for name, gradient in expected.gradients.items() if gradient is None or not gradient.any()]
-        assert unused == [], "the comparison says nothing about these parameters"
+        assert unused == [], "the comparison does not test these parameters"
 
 
 @pytest.mark.parametrize("situation", batches())
@@ -116,7 +116,7 @@ def test_every_switch(name: str, switch: str, value: bool, family: str) -> None:
     check(Case(family, preset(name), ((switch, value),)), "everything")
 
 
-def test_streams_with_layers_of_their_own() -> None:
+def test_streams_at_different_layers() -> None:
     streams = (
         Stream(("sslam",), "lal", Connector("mlp"), audio_layers=(0, 2)),
         Stream(("clap",), "lal", Connector("linear"), audio_layers=(1,)),
@@ -130,7 +130,7 @@ def test_streams_with_layers_of_their_own() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_float32(family: str, name: str) -> None:
-    """A stock float32 model is 4e-6 of its largest logit from the truth; 1e-5 leaves the streams as much."""
+    """A stock float32 model errs by 4e-6 of its largest logit; 1e-5 allows the streams as much again."""
     case = Case(family, preset(name))
     model = build(case, dtype=torch.float32)
     rows = BATCHES["everything"]
@@ -144,7 +144,7 @@ def test_float32(family: str, name: str) -> None:
     [*((name, "llama") for name in PRESETS), ("pal_v2", "mistral_window"), ("pal_v3", "gemma2"), ("lal", "gemma3")],
 )
 def test_greedy_answers(name: str, family: str) -> None:
-    """Cached decoding of prompts of unequal length writes what the oracle, which has no cache, finds most likely."""
+    """Cached decoding of prompts of unequal length generates what the oracle, without a cache, finds most likely."""
     case = Case(family, preset(name))
     model = build(case)
     rows = BATCHES["several_clips"]
@@ -166,7 +166,7 @@ MISTAKES = {
     "audio one position late": {"audio_delay": 1},
     "system text sees audio": {"system_text_sees_audio": True},
 }
-# What a preset does not have cannot be mistaken in it: plits has no audio layers and flamingo no positions.
+# A mistake needs something to be wrong about: plits has no audio layers, and flamingo takes no positions.
 SENSITIVE = [
     (name, mistake)
     for name in PRESETS
@@ -176,8 +176,8 @@ SENSITIVE = [
 
 
 @pytest.mark.parametrize(("name", "mistake"), SENSITIVE)
-def test_a_mistake_is_found(name: str, mistake: str) -> None:
-    """The comparison is sharp: an oracle that makes one mistake no longer agrees."""
+def test_a_planted_mistake_is_detected(name: str, mistake: str) -> None:
+    """The comparison is sensitive: an oracle with one planted mistake no longer agrees."""
     case = Case("llama", preset(name))
     model = build(case)
     wrong = oracle_method(case, **MISTAKES.get(mistake, {}))

@@ -1,4 +1,4 @@
-"""The oracle without audio is the stock model of every family: its logits and the gradient of every weight."""
+"""Compares the oracle without audio with the stock model of every family: logits and the gradient of every weight."""
 
 from __future__ import annotations
 

@@ -32,15 +32,15 @@ def error_of(config: Path, *settings: str, said: list[str]) -> str:
 
 def cut_off_the_audio() -> None:
     """As recomputation with reentrance does to tensors that travel by keyword."""
-    from pipeline.model import modeling
+    from pipeline.model import base
 
-    whole = modeling.audio_tokens
+    whole = base.run_connectors
 
     def cut(*arguments: Any) -> Any:
         audio = whole(*arguments)
         return dataclasses.replace(audio, tokens=[tokens * 0 for tokens in audio.tokens])
 
-    modeling.audio_tokens = cut
+    base.run_connectors = cut
 
 
 def meet_faults(config: Path, folder: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What a run takes: operations, bytes, time and money, counted without starting it."""
+"""What a run costs, counted without starting it: operations, bytes, time and money."""

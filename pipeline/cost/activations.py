@@ -4,17 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.core.streams import Connector
-from pipeline.cost.flops import RowShape, first_trained_layer, head_widths, sequence_shape
+from pipeline.core.streams import Stream
+from pipeline.cost.flops import RowShape, SequenceShape, first_trained_layer, head_widths, sequence_shape
 from pipeline.model.attention_inputs import FLEX_FROM_KEYS
+from pipeline.model.audio_connector import block_sizes
 from pipeline.model.audio_streams import token_width
 from pipeline.model.configuration import PalConfig
 from pipeline.model.parameters import TrainableSet
 
 FP32 = 4
 LOGIT_COPIES = 3  # at its peak the loss holds log-probabilities, their gradient and that of the logits, in fp32
-NORM_WIDTHS_OF_KEYS = 3  # of an audio layer's projected tokens, when the backward pass makes their keys again
+NORM_WIDTHS_OF_KEYS = 3  # of an audio layer's projected tokens, when the backward pass recomputes their keys
 CONNECTOR_WIDTHS = 18  # kept by a block of qformer or lfst: two attentions, an FFN and their norms, in inner widths
+FLAMINGO_WIDTHS = 12  # kept by a flamingo block: two norms, queries and output, the FFN's input and its middle
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a forward and backward pass runs, as far as its memory depends on it.
+
+    Attributes:
+        element_bytes: bytes of one element in the model's precision.
+        trainable: which parameters are trained.
+        checkpointing: whether the backward pass recomputes each layer.
+        on_gpu: on a GPU, packed rows attend through FlexAttention; elsewhere every question has a copy of the keys
+            that it shares with others.
+    """
+
+    element_bytes: int
+    trainable: TrainableSet = "all"
+    checkpointing: bool = False
+    on_gpu: bool = True
 
 
 @dataclass(frozen=True)
@@ -22,10 +42,10 @@ class Activations:
     """Bytes of one row of a micro-batch.
 
     Attributes:
-        kept: alive when the loss is computed.
-        loss: the vocabulary, on top of `kept`.
-        layer: what the backward pass of a layer needs beyond the layer's share of `kept`: what is computed again
-            under gradient checkpointing, and gradients between its operations.
+        kept: bytes that are alive when the loss is computed.
+        loss: bytes of the logits and what the loss makes of them, on top of `kept`.
+        layer: bytes that the backward pass of one layer needs beyond the layer's share of `kept`: what gradient
+            checkpointing recomputes, and gradients between its operations.
     """
 
     kept: int
@@ -37,87 +57,118 @@ class Activations:
         return self.kept + max(self.loss, self.layer)
 
 
-def activation_bytes(
-    config: PalConfig,
-    row: RowShape,
-    *,
-    element_bytes: int,
-    trainable: TrainableSet = "all",
-    checkpointing: bool = False,
-    on_gpu: bool = True,
-) -> Activations:
-    """What one row of a batch keeps.
+@dataclass(frozen=True)
+class _PackedRow:
+    """Sizes of one row that keys and masks follow from; `unpacks` where every question has its own copy of the keys."""
 
-    Counted per layer and entry of width d: each norm its input in fp32 and, where its weights or those behind it are
-    trained, what it gives before and after scaling; attention the queries, keys, values and output (fused kernels keep
-    no scores); the FFN its gate, the gate's activation and the other half and, where trained, their product. LAL adds
-    at each audio layer the projected tokens, twice, and their keys and values; the tokens themselves once.
+    length: int
+    prefix: int
+    questions: int
+    longest_question: int
+    unpacks: bool
 
-    Args:
-        element_bytes: of the model's precision.
-        on_gpu: packed rows attend through FlexAttention; elsewhere every question has a copy of the keys it shares.
+    @property
+    def is_packed(self) -> bool:
+        return self.questions > 1
+
+    @property
+    def keys(self) -> int:
+        """Keys of the sequence itself, as the attention operation receives them."""
+        return self.questions * (self.prefix + self.longest_question) + self.prefix if self.unpacks else self.length
+
+
+def activation_bytes(config: PalConfig, row: RowShape, execution: Execution) -> Activations:
+    """Counts what one row of a batch keeps.
+
+    Counted per layer and token of width d: each norm keeps its input in fp32 and, where its weights or those behind
+    it are trained, its output before and after scaling; attention keeps queries, keys, values and output (fused
+    operations keep no scores); the FFN keeps its gate, the gate's activation, the other half and, where trained, their
+    product. LAL adds at each audio layer the projected tokens, twice, with their keys and values. The audio tokens
+    themselves count once.
     """
-    model, b = config.language_model, element_bytes
+    model, b = config.language_model, execution.element_bytes
     hidden, layers = model.hidden_size, model.num_hidden_layers
-    inner, kv = head_widths(model)
-    streams = config.stream_specs() if row.frames else ()
-    counts, entries, _, _ = sequence_shape(streams, row)
-    questions, longest = len(row.question_tokens), max(row.question_tokens, default=0)
-    prefix = entries - sum(row.question_tokens)
-    packed = questions > 1
-
-    own_trained, ffn_trained = trainable != "connector", trainable == "all"
-    norm = FP32 + (2 * b if own_trained else 0)
-    norm_before_ffn = FP32 + (b if own_trained else 0) + (b if ffn_trained else 0)
-    per_entry = hidden * (norm + norm_before_ffn) + b * 2 * inner + FP32 * model.num_attention_heads
-    per_entry += b * model.intermediate_size * (4 if ffn_trained else 3)
-    unpacks = packed and not on_gpu
-    # Keys as the kernel gets them: of the sequence alone, and of the audio tokens beside it.
-    own_keys = questions * (prefix + longest) + prefix if unpacks else entries
-    plain_layer = entries * per_entry + 2 * b * kv * own_keys + (b * inner * entries if unpacks else 0)
-
+    sequence = sequence_shape(config, row)
+    length, questions = sequence.length, len(row.question_tokens)
+    packed = _PackedRow(
+        length=length,
+        prefix=length - sum(row.question_tokens),
+        questions=questions,
+        longest_question=max(row.question_tokens, default=0),
+        unpacks=questions > 1 and not execution.on_gpu,
+    )
     audio_layers: dict[int, int] = {}
-    once = masks = 0
-    for stream, count in zip(streams, counts, strict=True):
-        encoder_width = config.encoder_widths[stream.encoders[0]]
-        width = token_width(stream, encoder_width, hidden)
-        once += b * (row.frames[stream.encoders[0]] * encoder_width + count * width)
-        once += _connector_bytes(stream.connector, row.frames[stream.encoders[0]], count, encoder_width, width, b)
-        copies = questions + bool(prefix) if unpacks else 1
+    once = _mask_bytes(sequence, packed, execution, layers)
+    for stream, count in zip(sequence.streams, sequence.token_counts, strict=True):
+        once += _audio_token_elements(config, stream, row.frames[stream.encoders[0]], count) * b
         for layer in stream.audio_layers:
-            if stream.integration == "lal":
-                beside = count * (2 * b * hidden + 2 * b * kv * copies)
-            else:  # flamingo: two norms, queries and output, its FFN's inputs and four times wider middle; keys, values
-                beside = entries * hidden * b * 12 + count * 2 * b * hidden
-            audio_layers[layer] = audio_layers.get(layer, 0) + beside
-    if not (on_gpu and (packed or entries + max(counts, default=0) > FLEX_FROM_KEYS)):  # FlexAttention has no mask
-        kinds = {sum(n for n, s in zip(counts, streams, strict=True) if at in s.audio_layers) for at in range(layers)}
-        for extra in kinds:
-            if unpacks:
-                masks += b * (questions * longest * (extra + prefix + longest) + prefix * (extra + prefix))
-            elif extra or packed:
-                masks += b * entries * (extra + entries)
+            audio_layers[layer] = audio_layers.get(layer, 0) + _audio_layer_bytes(config, stream, count, packed, b)
 
-    first = first_trained_layer(config) if trainable == "connector" else 0
-    each = [plain_layer + audio_layers.get(layer, 0) if layer >= first else 0 for layer in range(layers)]
-    gradients = b * entries * 3 * model.intermediate_size
-    if any(s.integration == "lal" for s in streams):
-        gradients = max(gradients, max(counts) * hidden * (FP32 + NORM_WIDTHS_OF_KEYS * b))
-    once += entries * hidden * norm + masks + b * row.loss_tokens * hidden
+    plain = _layer_bytes(config, packed, execution)
+    first = first_trained_layer(config) if execution.trainable == "connector" else 0
+    per_layer = [plain + audio_layers.get(layer, 0) if layer >= first else 0 for layer in range(layers)]
+    gradients = b * length * 3 * model.intermediate_size
+    if any(stream.integration == "lal" for stream in sequence.streams):
+        gradients = max(gradients, max(sequence.token_counts) * hidden * (FP32 + NORM_WIDTHS_OF_KEYS * b))
+    once += length * hidden * _norm_bytes(execution) + b * row.loss_tokens * hidden
     loss = LOGIT_COPIES * FP32 * row.loss_tokens * model.vocab_size
-    if not checkpointing:
-        return Activations(sum(each) + once, loss, gradients)
-    return Activations(layers * entries * hidden * b + once, loss, max(each) + gradients)
+    if not execution.checkpointing:
+        return Activations(sum(per_layer) + once, loss, gradients)
+    return Activations(layers * length * hidden * b + once, loss, max(per_layer) + gradients)
 
 
-def _connector_bytes(connector: Connector, frames: int, tokens: int, encoder_width: int, width: int, b: int) -> int:
-    """Between features and tokens."""
+def _norm_bytes(execution: Execution) -> int:
+    return FP32 + (2 * execution.element_bytes if execution.trainable != "connector" else 0)
+
+
+def _layer_bytes(config: PalConfig, packed: _PackedRow, execution: Execution) -> int:
+    """Bytes of a layer of the language model without audio beside the sequence."""
+    model, b = config.language_model, execution.element_bytes
+    inner, kv = head_widths(model)
+    ffn_trained = execution.trainable == "all"
+    norm_before_ffn = FP32 + (b if execution.trainable != "connector" else 0) + (b if ffn_trained else 0)
+    per_token = model.hidden_size * (_norm_bytes(execution) + norm_before_ffn)
+    per_token += b * 2 * inner + FP32 * model.num_attention_heads
+    per_token += b * model.intermediate_size * (4 if ffn_trained else 3)
+    queries_again = b * inner * packed.length if packed.unpacks else 0
+    return packed.length * per_token + 2 * b * kv * packed.keys + queries_again
+
+
+def _audio_layer_bytes(config: PalConfig, stream: Stream, tokens: int, packed: _PackedRow, b: int) -> int:
+    """Bytes that a stream adds to one of its audio layers."""
+    hidden = config.language_model.hidden_size
+    if stream.integration == "lal":
+        _, kv = head_widths(config.language_model)
+        copies = packed.questions + bool(packed.prefix) if packed.unpacks else 1
+        return tokens * (2 * b * hidden + 2 * b * kv * copies)
+    return packed.length * hidden * b * FLAMINGO_WIDTHS + tokens * 2 * b * hidden
+
+
+def _mask_bytes(sequence: SequenceShape, packed: _PackedRow, execution: Execution, layers: int) -> int:
+    """Bytes of attention masks: one for each number of audio tokens that a layer attends to beside the sequence."""
+    length, longest, prefix = packed.length, packed.longest_question, packed.prefix
+    if execution.on_gpu and (packed.is_packed or length + max(sequence.token_counts, default=0) > FLEX_FROM_KEYS):
+        return 0  # FlexAttention has no mask
+    pairs = list(zip(sequence.token_counts, sequence.streams, strict=True))
+    elements = 0
+    for beside in {sum(n for n, stream in pairs if layer in stream.audio_layers) for layer in range(layers)}:
+        if packed.unpacks:
+            elements += packed.questions * longest * (beside + prefix + longest) + prefix * (beside + prefix)
+        elif beside or packed.is_packed:
+            elements += length * (beside + length)
+    return execution.element_bytes * elements
+
+
+def _audio_token_elements(config: PalConfig, stream: Stream, frames: int, tokens: int) -> int:
+    """Elements of a stream's features and tokens, and of what its connector keeps between them."""
+    connector, encoder_width = stream.connector, config.encoder_widths[stream.encoders[0]]
+    width = token_width(stream, encoder_width, config.language_model.hidden_size)
+    elements = frames * encoder_width + tokens * width
     if connector.kind == "linear":
-        return 0
+        return elements
     if connector.kind == "mlp":
-        return b * frames * width
+        return elements + frames * width
     if connector.kind == "conv":
-        return b * tokens * (encoder_width + width)
-    inner = connector.hidden_size or (768 if connector.kind == "qformer" else 1024)
-    depth = connector.num_layers or (12 if connector.kind == "qformer" else 3)
-    return b * inner * (depth * (tokens * CONNECTOR_WIDTHS + frames) + frames)
+        return elements + tokens * (encoder_width + width)
+    sizes = block_sizes(connector)
+    return elements + sizes.hidden * (sizes.layers * (tokens * CONNECTOR_WIDTHS + frames) + frames)

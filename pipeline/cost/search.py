@@ -1,4 +1,4 @@
-"""The cheapest way to run a config on a cluster, and why not the others."""
+"""Finds the cheapest way to run a config on a cluster, and says why the others are not."""
 
 from __future__ import annotations
 
@@ -14,47 +14,53 @@ from pipeline.engine import POLICIES
 def search(
     config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig, policies: Sequence[str] | None = None
 ) -> list[Prediction]:
-    """Every shipped ZeRO policy, with and without checkpointing, at every micro-batch of a power of two that divides.
+    """Predicts every ZeRO policy, with and without checkpointing, at every power-of-two micro-batch that divides.
 
     Args:
-        policies: only these; None means all that need no folder of their own.
+        policies: names of the policies to try; None means every shipped one that needs no folder of its own.
+
+    Raises:
+        UserError: the global batch does not divide over the cluster.
     """
     if policies is None:
         policies = sorted(p.stem for p in POLICIES.glob("*.json") if "nvme" not in p.stem)
-    per_rank, rest = divmod(config.train.global_batch_size, config.data.questions_per_sequence * cluster.gpus)
-    sizes = [2**n for n in range(per_rank.bit_length()) if per_rank % 2**n == 0]
-    if rest or not sizes:
-        config.gradient_accumulation_steps(cluster.gpus)  # tells the user why
-    found = []
+    per_rank, remainder = divmod(config.train.global_batch_size, config.data.questions_per_sequence * cluster.gpus)
+    micro_batch_sizes = [2**n for n in range(per_rank.bit_length()) if per_rank % 2**n == 0]
+    if remainder or not micro_batch_sizes:
+        config.gradient_accumulation_steps(cluster.gpus)  # raises with the reason
+    predictions = []
     for policy in policies:
         for checkpointing in (False, True):
-            for micro in sizes:
+            for micro_batch_size in micro_batch_sizes:
                 changes: dict[str, Any] = {"zero": policy, "gradient_checkpointing": checkpointing}
-                changes |= {"micro_batch_size": micro, "micro_batch_tokens": None}
+                changes |= {"micro_batch_size": micro_batch_size, "micro_batch_tokens": None}
                 train = config.train.model_copy(update=changes)
-                found.append(predict(config.model_copy(update={"train": train}), cluster, workload))
-    return found
+                predictions.append(predict(config.model_copy(update={"train": train}), cluster, workload))
+    return predictions
 
 
 def cheapest(predictions: Sequence[Prediction]) -> Prediction | None:
-    """The fastest that fits (all cost the same per hour); of equals the one that recomputes less and needs less."""
+    """Returns the fastest that fits (an hour costs the same for all), or None if none fits.
+
+    Of equally fast ones it is the one that recomputes less, then the one that needs less memory.
+    """
     fitting = [p for p in predictions if not p.does_not_fit]
     return min(fitting, key=lambda p: (p.step_s, p.gradient_checkpointing, p.memory_gib["total"]), default=None)
 
 
-def verdicts(predictions: Sequence[Prediction]) -> list[str]:
-    """One line for each policy, with and without checkpointing: why it is not the cheapest."""
+def explain_alternatives(predictions: Sequence[Prediction]) -> list[str]:
+    """Returns one line for each policy, with and without checkpointing, that says why it is not the cheapest."""
     best, lines = cheapest(predictions), []
     for zero_name, checkpointing in dict.fromkeys((p.zero, p.gradient_checkpointing) for p in predictions):
-        own = [p for p in predictions if (p.zero, p.gradient_checkpointing) == (zero_name, checkpointing)]
+        candidates = [p for p in predictions if (p.zero, p.gradient_checkpointing) == (zero_name, checkpointing)]
         name = f"{zero_name}{' with checkpointing' if checkpointing else ''}"
-        own_best = cheapest(own)
-        if own_best is None:
-            smallest = min(own, key=lambda p: p.micro_batch_size)
+        best_candidate = cheapest(candidates)
+        if best_candidate is None:
+            smallest = min(candidates, key=lambda p: p.micro_batch_size)
             lines.append(f"{name}: micro-batch {smallest.micro_batch_size} {smallest.does_not_fit}")
-        elif own_best is best:
-            lines.append(f"{name}: the cheapest, micro-batch {own_best.micro_batch_size}")
+        elif best_candidate is best:
+            lines.append(f"{name}: the cheapest, micro-batch {best_candidate.micro_batch_size}")
         elif best is not None:
-            slower = own_best.step_s / best.step_s - 1
-            lines.append(f"{name}: fits with micro-batch {own_best.micro_batch_size}, {slower:.1%} slower")
+            slower = best_candidate.step_s / best.step_s - 1
+            lines.append(f"{name}: fits with micro-batch {best_candidate.micro_batch_size}, {slower:.1%} slower")
     return lines

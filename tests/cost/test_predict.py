@@ -12,10 +12,10 @@ import torch
 from pipeline.config import ExperimentConfig, TrainConfig, load_config, validate_config
 from pipeline.config.cluster import ClusterConfig, WorkloadConfig
 from pipeline.core.errors import UserError
-from pipeline.cost.activations import activation_bytes
+from pipeline.cost.activations import Execution, activation_bytes
 from pipeline.cost.memory import zero_memory
 from pipeline.cost.predict import predict
-from pipeline.cost.search import cheapest, search, verdicts
+from pipeline.cost.search import cheapest, explain_alternatives, search
 from pipeline.cost.workload import model_size, row_shape, run_flops, total_steps
 from pipeline.engine import build_ds_config
 from pipeline.model import PalForCausalLM, set_trainable
@@ -102,9 +102,8 @@ def test_counted_activations_are_those_that_the_model_keeps(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**make_batch(config)).loss
     log_probabilities = 4 * 2 * WORKLOAD.answer_tokens * questions * 2000
-    counted = activation_bytes(
-        size.config, row_shape(config, WORKLOAD), element_bytes=4, trainable=trainable, on_gpu=False
-    )
+    execution = Execution(element_bytes=4, trainable=trainable, on_gpu=False)
+    counted = activation_bytes(size.config, row_shape(config, WORKLOAD), execution)
     assert 2 * counted.kept == pytest.approx(sum(kept.values()) - log_probabilities, rel=0.08)
     assert loss.isfinite()
 
@@ -127,7 +126,7 @@ def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> Non
     best = cheapest(predictions)
     assert best is not None and best.memory_gib["total"] < 80 * 0.92
     assert all(p.step_s >= best.step_s for p in predictions if not p.does_not_fit)
-    lines = verdicts(predictions)
+    lines = explain_alternatives(predictions)
     assert len(lines) == 12 and sum("the cheapest" in line for line in lines) == 1
     assert any(line.startswith("zero0: micro-batch 1 needs") and "optimizer" in line for line in lines)
 

@@ -1,12 +1,12 @@
-"""`pal demo`: from audio files to compared models on this machine, each stage a process of its own.
+"""`pal demo`: from audio files to trained, compared models on this machine.
 
-Owns the order of the stages and what is finished; every stage is a command that a user can give by hand.
+Defines the stages and their order, and records which are finished. Each stage is a process of its own, with a command
+that a user could type.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shlex
@@ -21,26 +21,29 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import shipped_config
+from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.console import format_duration, logger
 from pipeline.core.errors import UserError, run_command
-from pipeline.core.files import atomic_write
-from pipeline.launch.subprocesses import CommandFailed, run_logged
+from pipeline.core.files import atomic_write, lock_folder
+from pipeline.launch.subprocesses import CommandFailed, LoggedCommand, run_logged
 
 VARIANTS = ("plits", "lal", "pal_v3")
 EXPERIMENT = "demo"
-CORPUS_SEED = 1  # not 0, on whose held-out clips the corpus was made easy enough
+CORPUS_SEED = 1  # not 0, because the difficulty of the corpus was tuned on the held-out clips of seed 0
 CONFIGS = ("demo", "demo_prepare", "demo_language_model")
 SETTINGS, STAGES, LOCK = "demo.json", "stages", ".lock"
-FOLDER_VARIABLE = "PAL_DEMO_FOLDER"  # tells the processes of a demo, so that a restart can end what a kill left behind
-SIGN_OF_LIFE_S = 20.0
+FOLDER_VARIABLE = "PAL_DEMO_FOLDER"  # marks the processes of a demo, so that a restart can end those a kill left behind
+HEARTBEAT_S = 20.0
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command.
+    """One command of the demo.
 
     Attributes:
-        command: goes to `python -m`, with `--json` for its figures.
-        headline: keys of the figures that are shown when it is done.
+        name: name of the stage, for people and for its files.
+        command: module and arguments, which go to `python -m` together with `--json`.
+        headline: keys of the figures that are shown when the stage is done.
     """
 
     name: str
@@ -56,40 +59,41 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(f"{stage.name}: python -m {shlex.join(stage.command)}" for stage in stages))
         return 0
     started = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like a Ctrl-C: the stage's process first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: ends the process of the stage first
     try:
         with only_demo_in(out):
             keep_settings(out, stages)
             run_stages(out, stages)
     except CommandFailed as failure:
-        print(failure, file=sys.stderr)
+        logger.error(failure)
         return failure.exit_code
     wall_s = time.monotonic() - started
     if arguments.json:
-        results = {"variants": _variants(out), "wall_s": round(wall_s, 1)}
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\nFinished in {_clock(wall_s)}. Report and pictures: {out / 'report' / 'report.md'}")
-    print(f"The runs in MLflow's UI: `make ui` (mlflow ui --backend-store-uri {_tracking_uri(out)})")
+        write_figures({"variants": _variant_figures(out), "wall_s": round(wall_s, 1)}, arguments.json)
+    print(f"\nFinished in {format_duration(wall_s)}. Report and plots: {out / 'report' / 'report.md'}")
+    print(f"To see the runs in MLflow: `make ui` (mlflow ui --backend-store-uri {_tracking_uri(out)})")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal demo",
-        description="A synthetic corpus, its features, the same small model trained as PLITS, LAL and PAL, and their "
-        "comparison. Stopped at any moment and started again, it goes on from what is finished.",
+        description="Make a synthetic corpus and its features, train the same small model as PLITS, LAL and PAL, and "
+        "compare the three. If stopped at any moment and started again, it resumes from what is finished.",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="everything goes here (default: runs/demo)")
-    parser.add_argument("--clips", type=int, default=1500, help="clips of the corpus (default: 1500)")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks that train (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands, run nothing")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)"
+    )
+    parser.add_argument("--clips", type=int, default=1500, help="clips in the corpus (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=2, help="ranks to train with (default: %(default)s)")
+    add_json(parser)
+    add_dry_run(parser, "print the commands without running them")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the shipped config `demo`")
     return parser
 
 
 def plan_stages(out: Path, clips: int, nproc: int, overrides: Sequence[str] = ()) -> list[Stage]:
-    """The commands of a demo in `out`, in order."""
+    """Returns the stages of a demo in `out`, in order."""
     corpus, features, language_model = out / "corpus", out / "features", out / "language_model"
     train_set, test_set = features / "train", features / "test"
     stages = [
@@ -137,17 +141,12 @@ def _tracking_uri(out: Path) -> str:
 
 @contextmanager
 def only_demo_in(out: Path) -> Iterator[None]:
-    """Holds the folder; processes that a killed demo left at work in it are ended first.
+    """Locks the folder, and ends the processes that a killed demo left running in it.
 
     Raises:
-        UserError: another demo is at work there.
+        UserError: another demo is running in the folder.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, however this process ends
-        except OSError as error:
-            raise UserError(out, "another `pal demo` is at work here", "wait for it, or give another --out") from error
+    with lock_folder(out, LOCK):
         _end_processes_of(out)
         os.environ[FOLDER_VARIABLE] = str(out.resolve())
         try:
@@ -159,17 +158,17 @@ def only_demo_in(out: Path) -> Iterator[None]:
 def _end_processes_of(out: Path) -> None:
     import psutil
 
-    left = []
+    killed = []
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # it ended meanwhile, or is another user's
+        with suppress(psutil.Error):  # it has exited meanwhile, or belongs to another user
             if process.environ().get(FOLDER_VARIABLE) == str(out.resolve()) and process.pid != os.getpid():
                 process.kill()
-                left.append(process)
-    psutil.wait_procs(left, timeout=30)
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=30)
 
 
 def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
-    """Writes down what the demo in this folder is, or checks that it is this one.
+    """Records the settings of the demo in its folder, or checks that they are the same as those recorded before.
 
     Raises:
         UserError: the folder holds a demo with other settings.
@@ -186,43 +185,44 @@ def keep_settings(out: Path, stages: Sequence[Stage]) -> None:
 
 
 def run_stages(out: Path, stages: Sequence[Stage]) -> None:
-    """Runs what is not finished. A stage's completion file is written last, so a killed stage runs again; the
-    commands themselves go on from what they had done.
+    """Runs the stages that are not finished.
+
+    The completion file of a stage is written last, so a killed stage runs again; its command then resumes by itself.
 
     Raises:
         CommandFailed: a command failed.
     """
     for number, stage in enumerate(stages, start=1):
         label = f"[{number:2}/{len(stages)}] {stage.name:16}"
-        done = _stage_file(out, stage.name, "done.json")
-        if done.is_file() and number < len(stages):  # the last one prints the comparison: it always runs
-            print(f"{label} finished before", flush=True)
+        done, is_last = _stage_file(out, stage.name, "done.json"), number == len(stages)
+        if done.is_file() and not is_last:  # the last stage prints the comparison, so it always runs
+            logger.info("%s already finished", label)
             continue
-        print(f"{label} ...", flush=True)
+        logger.info("%s ...", label)
         started = time.monotonic()
-        shown = number == len(stages)
         figures, last_line = run_logged(
-            stage.name,
-            stage.command,
-            _stage_file(out, stage.name, "log"),
-            _stage_file(out, stage.name, "figures.json"),
-            show=shown,
-            sign_of_life_s=None if shown else SIGN_OF_LIFE_S,
-            alive=partial(_say, label, started),
+            LoggedCommand(
+                stage.name,
+                stage.command,
+                log=_stage_file(out, stage.name, "log"),
+                figures=_stage_file(out, stage.name, "figures.json"),
+            ),
+            show=is_last,
+            heartbeat_s=None if is_last else HEARTBEAT_S,
+            on_heartbeat=partial(_report, label, started),
         )
         wall_s = round(time.monotonic() - started, 1)
-        atomic_write(
-            done, json.dumps({"command": stage.command, "wall_s": wall_s, "figures": figures}, indent=2).encode()
-        )
-        _say(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
+        record = {"command": stage.command, "wall_s": wall_s, "figures": figures}
+        atomic_write(done, json.dumps(record, indent=2).encode())
+        _report(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
 
 
-def _say(label: str, started: float, text: str) -> None:
-    print(f"{label} {_clock(time.monotonic() - started):12} {text}", flush=True)
+def _report(label: str, started: float, text: str) -> None:
+    logger.info("%s %-12s %s", label, format_duration(time.monotonic() - started), text)
 
 
-def _variants(out: Path) -> dict[str, Any]:
-    """What `--json` tells of each variant; accuracies are 0 to 1."""
+def _variant_figures(out: Path) -> dict[str, Any]:
+    """Returns the figures of each variant for `--json`; accuracies are 0 to 1."""
     variants = {}
     for variant in VARIANTS:
         train = _figures(out, f"train {variant}")
@@ -244,11 +244,6 @@ def _stage_file(out: Path, stage: str, kind: str) -> Path:
 def _figures(out: Path, stage: str) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads(_stage_file(out, stage, "done.json").read_text(encoding="utf-8"))["figures"]
     return figures
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stages: each once, in order, going on after a kill; a child's mistake is the user's line and exit code."""
+"""The stages of the demo run once each, in order, and resume after a kill; a user error in a stage keeps its line."""
 
 import os
 import subprocess
@@ -9,11 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.core.console import configure_logging
 from pipeline.core.errors import UserError
 from pipeline.demo import FOLDER_VARIABLE, STAGES, Stage, keep_settings, main, only_demo_in, run_stages
 from pipeline.launch.subprocesses import CommandFailed
 
-# Appends its name to a list of what ran, then ends as it is told to.
+# Appends its name to the list of commands that ran, then ends as its argument says.
 FAKE_COMMAND = """
 import json, sys, time
 name, ending, ran, figures = *sys.argv[1:4], sys.argv[4].removeprefix("--json=")
@@ -46,6 +47,7 @@ def stage(name: str, ran: Path, ending: str = "good") -> Stage:
 def test_finished_stages_are_skipped_and_the_last_always_runs(
     tmp_path: Path, ran: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    configure_logging()
     out = tmp_path / "demo"
     stages = [stage("one", ran), stage("two", ran, "crash"), stage("report", ran)]
     with pytest.raises(CommandFailed, match="the disk is full") as failure:
@@ -55,8 +57,9 @@ def test_finished_stages_are_skipped_and_the_last_always_runs(
     run_stages(out, [stages[0], stage("two", ran), stages[2]])
     run_stages(out, [stages[0], stage("two", ran), stages[2]])
     assert ran.read_text().split() == ["one", "two", "two", "report", "report"]
-    printed = capfd.readouterr().out
-    assert printed.count("result of report") == 2, "the comparison is printed by every start"
+    output = capfd.readouterr()
+    printed = output.out + output.err
+    assert printed.count("result of report") == 2, "every start prints the comparison"
     assert "result of one" not in printed
     assert "loss 0.5" in printed
     assert "[ 1/3] one" in printed
@@ -72,10 +75,10 @@ def test_a_stage_without_its_completion_file_runs_again(tmp_path: Path, ran: Pat
     assert ran.read_text().split() == ["one", "report", "one", "report"]
 
 
-def test_a_mistake_of_the_user_keeps_its_line_and_code(tmp_path: Path, ran: Path) -> None:
+def test_a_user_error_of_a_stage_keeps_its_line_and_code(tmp_path: Path, ran: Path) -> None:
     with pytest.raises(CommandFailed) as failure:
         run_stages(tmp_path / "demo", [stage("one", ran, "mistake"), stage("report", ran)])
-    assert (str(failure.value), failure.value.exit_code) == ("pal: data.train: does not exist; prepare it", 2)
+    assert (str(failure.value), failure.value.exit_code) == ("data.train: does not exist; prepare it", 2)
 
 
 def test_a_folder_holds_one_demo_with_one_set_of_settings(tmp_path: Path, ran: Path) -> None:
@@ -87,24 +90,24 @@ def test_a_folder_holds_one_demo_with_one_set_of_settings(tmp_path: Path, ran: P
 
 
 def test_two_demos_do_not_share_a_folder(tmp_path: Path) -> None:
-    with only_demo_in(tmp_path), pytest.raises(UserError, match="at work here"), only_demo_in(tmp_path):
+    with only_demo_in(tmp_path), pytest.raises(UserError, match="is in use by process"), only_demo_in(tmp_path):
         pass
     with only_demo_in(tmp_path):
         pass
 
 
-def test_what_a_killed_demo_left_running_is_ended_and_nothing_else(tmp_path: Path) -> None:
+def test_processes_of_a_killed_demo_are_ended_and_no_others(tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     mine, other = tmp_path / "mine", tmp_path / "other"
-    left = subprocess.Popen(sleep, env=os.environ | {FOLDER_VARIABLE: str(mine)})
+    leftover = subprocess.Popen(sleep, env=os.environ | {FOLDER_VARIABLE: str(mine)})
     stranger = subprocess.Popen(sleep, env=os.environ | {FOLDER_VARIABLE: str(other)})
     try:
         time.sleep(0.2)
         with only_demo_in(mine):
-            assert left.poll() is not None
+            assert leftover.poll() is not None
             assert stranger.poll() is None
     finally:
-        left.kill()
+        leftover.kill()
         stranger.kill()
 
 
@@ -121,25 +124,25 @@ def test_dry_run_prints_commands_and_writes_nothing(tmp_path: Path, capsys: pyte
     differing = {
         word.partition("=")[0] for words in zip(*trained, strict=True) if len(set(words)) > 1 for word in words
     }
-    assert differing == {"model.integration", "output"}, "the three share data, order, steps, rates and seed"
+    assert differing == {"model.integration", "output"}, "all three share data, order, steps, rates and seed"
     assert all("train.steps=3" in words for words in trained)
     assert not out.exists()
 
 
-def test_interrupted_it_ends_its_child_and_says_so_by_its_code(tmp_path: Path, ran: Path) -> None:
-    """Driven as a process: a signal to the demo alone must not leave the stage at work."""
+def test_a_signal_ends_the_process_of_the_stage_and_exits_with_130(tmp_path: Path, ran: Path) -> None:
+    """A signal to the demo alone must not leave the process of the stage running."""
     code = (
         "import sys; from pathlib import Path; from pipeline import demo\n"
-        "demo.SIGN_OF_LIFE_S = 0.2\n"
+        "demo.HEARTBEAT_S = 0.2\n"
         f"stages = [demo.Stage('one', ('fake_command', 'one', 'endless', {str(ran)!r}))] * 2\n"
         "demo.plan_stages = lambda *_: stages\n"
         f"sys.exit(demo.run_command(demo.main, ['--out', {str(tmp_path / 'demo')!r}]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        assert process.stdout is not None
-        lines = iter(process.stdout.readline, "")
-        assert any("step 1" in line for line in lines), "a sign of life"
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, "")
+        assert any("step 1" in line for line in lines), "a heartbeat shows the last line of the log"
         (child,) = psutil.Process(process.pid).children()
         process.terminate()
         assert process.wait(timeout=20) == 130

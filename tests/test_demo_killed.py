@@ -1,4 +1,4 @@
-"""The whole path on real files, with the demo killed while it trains: what was finished stays, the rest goes on."""
+"""The whole demo on real files, killed while it trains: finished stages are kept, and the others resume."""
 
 import json
 import os
@@ -31,23 +31,23 @@ def start(out: Path, results: Path, log: Path) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_demo_killed_while_it_trains_goes_on_and_compares_three_models(tmp_path: Path) -> None:
+def test_a_demo_killed_while_it_trains_resumes_and_compares_three_models(tmp_path: Path) -> None:
     out, results, log = tmp_path / "demo", tmp_path / "demo.json", tmp_path / "log"
     first = start(out, results, log)
     try:
         while not list(out.glob("lal/step-*/COMPLETE.json")):
             assert first.poll() is None, log.read_text()
             time.sleep(0.1)
-        first.send_signal(signal.SIGKILL)  # its training process lives on: nobody told it
+        first.send_signal(signal.SIGKILL)  # its training process keeps running, because nothing signals it
     finally:
         first.kill()
         first.wait()
 
     second = start(out, results, log)
     assert second.wait(timeout=1200) == 0, log.read_text()
-    said = log.read_text()
-    assert [name for name in FINISHED_BEFORE_THE_KILL if f"{name:16} finished before" not in said] == []
-    assert "train lal        finished before" not in said
+    text = log.read_text()
+    assert [name for name in FINISHED_BEFORE_THE_KILL if f"{name:16} already finished" not in text] == []
+    assert "train lal        already finished" not in text
     assert "resumed from" in (out / "stages" / "train_lal.log").read_text()
 
     comparison = json.loads(results.read_text())
@@ -63,7 +63,9 @@ def test_a_demo_killed_while_it_trains_goes_on_and_compares_three_models(tmp_pat
 
     client = MlflowClient(f"sqlite:///{out / 'mlflow.db'}")
     runs = client.search_runs([client.get_experiment_by_name("demo").experiment_id])
-    assert sorted(run.info.run_name for run in runs) == sorted([*VARIANTS, "report"]), "a resumed run is the same run"
+    assert sorted(run.info.run_name for run in runs) == sorted([*VARIANTS, "report"]), (
+        "a resumed run is the same MLflow run"
+    )
     assert all(run.info.status == "FINISHED" for run in runs)
     losses = {
         run.info.run_name: [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train/loss")]
@@ -73,8 +75,8 @@ def test_a_demo_killed_while_it_trains_goes_on_and_compares_three_models(tmp_pat
     for name in VARIANTS:
         predictions = [json.loads(line) for line in (out / name / "predictions.jsonl").read_text().splitlines()]
         assert {line["audio"] for line in predictions} == {"own", "swapped"}
-    asked = [
+    question_ids = [
         [line["question_id"] for line in map(json.loads, (out / name / "predictions.jsonl").read_text().splitlines())]
         for name in VARIANTS
     ]
-    assert asked[0] == asked[1] == asked[2]
+    assert question_ids[0] == question_ids[1] == question_ids[2]

@@ -29,8 +29,9 @@ _TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the language model's tokenizer and adds `<audio>` as one special token (its id may lie beyond the embedding
-    matrix: the placeholder is never embedded). Never runs remote code.
+    """Loads the language model's tokenizer, without running remote code, and adds `<audio>` as one special token.
+
+    The token's id may lie beyond the embedding matrix, since the placeholder is never embedded.
 
     Args:
         language_model: a Hugging Face folder or Hub name.
@@ -86,7 +87,7 @@ class ChatTemplate:
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
         system_prompt: text before the audio; empty for none.
-        max_text_tokens: a longer conversation is an error, it is never truncated.
+        max_text_tokens: a longer conversation is an error and never truncated.
         loss_on: `answer` (with its end of turn), or `all_text`, which adds the question and the template around it. The
             system text never has a loss, nor has the first token after the audio, whose predecessor depends on the
             integration.
@@ -124,8 +125,10 @@ class ChatTemplate:
         self._check()
 
     def row(self, questions: Sequence[Question], *, audio: bool = True) -> Row:
-        """Returns one sequence about one clip. Several questions are packed: the prefix is segment 0, what follows it
-        in each conversation is segment 1, 2, ...; a single question is all segment 0.
+        """Returns one sequence about one clip.
+
+        Several questions are packed: the prefix is segment 0, what follows it in each conversation is segment 1, 2, ...
+        A sequence with a single question is all segment 0.
 
         Args:
             audio: False omits the placeholder, for questions about no clip.
@@ -229,7 +232,7 @@ class ChatTemplate:
         """Returns the generation prompt and the whole conversation, with markers for question and answer."""
         user = AUDIO_TOKEN + _QUESTION
         candidates = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]]
-        # Gemma's template knows no system role: the system text goes to the beginning of the user's turn.
+        # Gemma's template has no system role: the system text goes to the beginning of the user's turn.
         candidates.append([{"role": "user", "content": f"{system_prompt}\n\n{user}"}])
         if not system_prompt:
             candidates = [[{"role": "user", "content": user}]]

@@ -88,9 +88,9 @@ class MdsReader:
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = self.shard_of(index)
         for _ in range(_MAX_EVICTIONS):
-            self.prepare(shard)
             reader = self._shards[shard]
             try:
+                self.prepare(shard)
                 sample: dict[str, Any] = reader[index - int(self._ends[shard]) + reader.samples]
                 return sample
             except FileNotFoundError:

@@ -64,12 +64,12 @@ class AudioEncoders:
         self._encoders: dict[str, Encoder] = {}
         for name, contract in contracts.items():
             config = config_from_contract(contract, weights.get(name))
-            described = describe_encoder(config)
-            if described.fingerprint != contract.fingerprint:
-                fault = f"makes features with fingerprint {described.fingerprint}, "
+            actual = describe_encoder(config)
+            if actual.fingerprint != contract.fingerprint:
+                fault = f"makes features with fingerprint {actual.fingerprint}, "
                 fault += f"the model was trained on {contract.fingerprint}"
                 raise UserError(f"encoder '{name}'", fault, "give the same weights with --encoder NAME=FOLDER")
-            self._encoders[name] = build_encoder(config, described, device)
+            self._encoders[name] = build_encoder(config, actual, device)
 
     def encode(self, file: Path) -> EncodedAudio:
         """Encodes an audio file into the features that preparation makes of it.

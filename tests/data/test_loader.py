@@ -34,28 +34,14 @@ def ranks_of(rank: int = 0, world_size: int = 1) -> Ranks:
     return Ranks(rank, world_size, 0, 1)
 
 
-def loader(
-    features,
-    chat,
-    rank=0,
-    world_size=1,
-    *,
-    examples_per_step=8,
-    seed=0,
-    micro_batch_size=2,
-    tokens=None,
-    audio=None,
-    **data,
-) -> TrainingLoader:
-    data_config = DataConfig(train=str(features.folder), **{"questions_per_sequence": 2, **data})
-    train_config = TrainConfig(
-        seed=seed,
-        global_batch_size=examples_per_step * data_config.questions_per_sequence,
-        micro_batch_size=micro_batch_size,
-        micro_batch_tokens=tokens,
-        precision="fp32",
-    )
-    return TrainingLoader(features, chat, data_config, train_config, ranks_of(rank, world_size), audio)
+def loader(features, chat, rank=0, world_size=1, audio_positions=None, **settings) -> TrainingLoader:
+    """A loader of 8 rows per step unless `settings` of the two config sections, or `examples_per_step`, differ."""
+    train = {name: settings.pop(name) for name in TrainConfig.model_fields.keys() & settings.keys()}
+    examples_per_step = settings.pop("examples_per_step", 8)
+    data_config = DataConfig(train=str(features.folder), **{"questions_per_sequence": 2, **settings})
+    train["global_batch_size"] = examples_per_step * data_config.questions_per_sequence
+    train_config = TrainConfig(**{"micro_batch_size": 2, "precision": "fp32", **train})
+    return TrainingLoader(features, chat, data_config, train_config, ranks_of(rank, world_size), audio_positions)
 
 
 def batches_of(loader: TrainingLoader, num_steps: int) -> list[dict]:
@@ -222,7 +208,7 @@ def test_a_bound_on_positions_changes_only_how_rows_are_grouped(features, chat, 
     def audio(seconds: float) -> int:
         return 20 * int(seconds)
 
-    settings = {"tokens": 500, "audio": audio, "micro_batch_size": 6}
+    settings = {"micro_batch_tokens": 500, "audio_positions": audio, "micro_batch_size": 6}
     ranks = [loader(features, chat, rank, world_size, **settings) for rank in range(world_size)]
     assert take(ranks, 6) == take([loader(features, chat)], 6)
     ranks = [loader(features, chat, rank, world_size, **settings) for rank in range(world_size)]
@@ -236,9 +222,9 @@ def test_a_bound_on_positions_changes_only_how_rows_are_grouped(features, chat, 
                 assert lengths.max() * len(lengths) <= 500 and len(lengths) <= 6
     assert len(numbers) > 1 or world_size == 2  # of micro-batches in a step
     with pytest.raises(UserError, match=r"train\.micro_batch_tokens: is 40, and a row has \d+ positions"):
-        next(iter(loader(features, chat, tokens=40)))
+        next(iter(loader(features, chat, micro_batch_tokens=40)))
     with pytest.raises(UserError, match="multiple of 4 sequences"):
-        loader(features, chat, world_size=4, examples_per_step=6, tokens=500)
+        loader(features, chat, world_size=4, examples_per_step=6, micro_batch_tokens=500)
 
 
 def test_lengths_equal_those_of_the_rows(features, chat):

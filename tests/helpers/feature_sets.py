@@ -20,7 +20,7 @@ from pipeline.core.feature_contract import (
 )
 from pipeline.core.ranks import read_ranks
 
-read_ranks()
+read_ranks()  # sets LOCAL_WORLD_SIZE, which streaming reads on import
 from streaming import MDSWriter  # noqa: E402
 
 CHATML = (

@@ -1,0 +1,1 @@
+"""Preparation: reads manifests, encodes clips with frozen audio encoders and writes the features as MDS shards."""

@@ -1,7 +1,7 @@
-"""`pal bench prepare`: the whole preparation against a bare loop of the encoder, on the same cores, in one run.
+"""`pal bench prepare`: compares the whole preparation with a bare loop of the encoder on the same cores, in one run.
 
-The bare loop has its inputs in memory: no file, no decoding, no spectrogram, no shard. Both times leave out the start
-of their processes and the loading of the model.
+The bare loop has its inputs in memory: no files, no decoding, no spectrograms, no shards. Both times exclude the start
+of the processes and the loading of the model.
 """
 
 from __future__ import annotations
@@ -20,35 +20,33 @@ from typing import Any
 from data_prep.config import PrepareConfig, WhisperConfig
 from data_prep.prepare import prepare
 from pipeline.config.loading import validate_config
+from pipeline.core.arguments import add_dry_run, add_json, write_figures
 from pipeline.core.errors import run_command
 
 RATE_HZ, CHANNELS = 44100, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Runs the benchmark and returns the exit code."""
     parser = argparse.ArgumentParser(prog="pal bench prepare", description=__doc__)
-    parser.add_argument("--clips", type=int, default=64, help="clips of the corpus (default: %(default)s)")
-    parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of each (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="actors, and processes of the bare loop")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    parser.add_argument("--clips", type=int, default=64, help="number of clips (default: %(default)s)")
+    parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of each clip (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="number of actors, and of processes of the bare loop")
+    add_json(parser)
+    add_dry_run(parser, "print what would be measured")
     args = parser.parse_args(argv)
-    what = f"{args.clips} FLAC clips of {args.clip_s} s, Whisper base shape, {args.workers} workers of one core each"
-    print(what)
+    print(f"{args.clips} FLAC clips of {args.clip_s} s, Whisper base shape, {args.workers} workers of one core each")
     if args.dry_run:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), args.clips, args.clip_s, args.workers)
-    text = json.dumps(figures, indent=2) + "\n"
-    sys.stdout.write(text)
-    if args.json is not None:
-        args.json.write_text(text, encoding="utf-8")
+    print(json.dumps(figures, indent=2))
+    write_figures(figures, args.json)
     return 0
 
 
 def measure(folder: Path, clips: int, clip_s: float, workers: int) -> dict[str, float]:
-    """Bare loop, preparation, bare loop again: the mean of the two bare speeds is compared with."""
+    """Measures the bare loop, the preparation and the bare loop again; compares with the mean of the two loops."""
     model = write_whisper_base(folder / "whisper")
     manifest = write_noise(folder / "corpus", clips, clip_s)
     config = validate_config(
@@ -62,32 +60,32 @@ def measure(folder: Path, clips: int, clip_s: float, workers: int) -> dict[str, 
         },
         "bench",
     )
-    before = bare_clips_per_s(config, clips, workers)
+    first_clips_per_s = bare_clips_per_s(config, clips, workers)
     figures = prepare(config)
-    after = bare_clips_per_s(config, clips, workers)
-    pipeline, encoder = clips / figures["work_s"], (before + after) / 2
+    second_clips_per_s = bare_clips_per_s(config, clips, workers)
+    pipeline, encoder = clips / figures["work_s"], (first_clips_per_s + second_clips_per_s) / 2
     return {
         "pipeline_clips_per_s": pipeline,
         "encoder_clips_per_s": encoder,
         "ratio": pipeline / encoder,
-        "encoder_clips_per_s_before": before,
-        "encoder_clips_per_s_after": after,
+        "encoder_clips_per_s_before": first_clips_per_s,
+        "encoder_clips_per_s_after": second_clips_per_s,
         "pipeline_wall_s": figures["wall_s"],
     }
 
 
 def bare_clips_per_s(config: PrepareConfig, clips: int, workers: int) -> float:
-    """Windows per second of the encoder alone, over as many processes as there are workers."""
+    """Returns windows per second of the encoder alone, on as many processes as there are workers."""
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(workers)
-    with context.Pool(workers, initializer=_remember, initargs=(ready,)) as pool:
+    with context.Pool(workers, initializer=_set_barrier, initargs=(ready,)) as pool:
         share = -(-clips // workers)
         seconds = pool.map(_bare_loop, [(config, share)] * workers, chunksize=1)
     return share * workers / max(seconds)
 
 
-def _remember(ready: Barrier) -> None:
-    global _ready  # a barrier reaches a pool's process only this way
+def _set_barrier(ready: Barrier) -> None:
+    global _ready  # a barrier can be passed to the processes of a pool only through its initializer
     _ready = ready
 
 
@@ -115,7 +113,7 @@ def _bare_loop(job: tuple[PrepareConfig, int]) -> float:
 
 
 def write_whisper_base(folder: Path) -> Path:
-    """A model of random weights whose encoder has the shape of Whisper base."""
+    """Writes a model with random weights whose encoder has the shape of Whisper base; returns its folder."""
     from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     config = WhisperConfig(
@@ -129,7 +127,7 @@ def write_whisper_base(folder: Path) -> Path:
 
 
 def write_noise(folder: Path, clips: int, clip_s: float) -> Path:
-    """Stereo FLAC files that have to be resampled, and their manifest."""
+    """Writes stereo FLAC files that need resampling, and their manifest; returns its path."""
     import numpy as np
     import soundfile
 

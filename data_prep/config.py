@@ -1,4 +1,4 @@
-"""The config tree of one preparation: manifest -> audio -> encoders -> shards. No torch, no file is read here."""
+"""Defines the config of one preparation: manifest -> audio -> encoders -> shards."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import PositiveInt
-from pipeline.config.loading import InvalidConfig, Strict
+from pipeline.config.loading import InvalidConfig
 from pipeline.core.feature_contract import CLIPS
+from pipeline.core.records import Strict
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 ColumnName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -29,11 +30,13 @@ RESERVED_FOLDERS = {CLIPS, "plan", "commits"}
 
 
 class LogMelConfig(Strict):
-    """Log-mel frames, stacked: no weights, the encoder that needs no download.
+    """Stacked log-mel frames: the encoder without weights, which needs no download.
 
     Attributes:
-        num_mels: mel bins; a stored frame is num_mels x frames_per_token wide.
-        frames_per_token: neighbouring frames stacked into one stored frame.
+        sample_rate_hz: rate that clips are resampled to.
+        num_mels: number of mel bins; a stored frame is num_mels x frames_per_token wide.
+        frames_per_token: number of consecutive frames stacked into one stored frame.
+        hop_ms, window_ms: hop and window length of the spectrogram.
         mean, std: fixed normalisation of log(mel power + 1e-6), the same for every clip.
     """
 
@@ -53,19 +56,19 @@ class LogMelConfig(Strict):
             if samples != int(samples):
                 raise InvalidConfig(key, f"is {samples} samples at {self.sample_rate_hz} Hz", "use whole samples")
         if self.window_ms < self.hop_ms:
-            raise InvalidConfig("window_ms", "is shorter than hop_ms", "let windows cover all samples")
+            raise InvalidConfig("window_ms", "is shorter than hop_ms", "make the window at least one hop long")
         return self
 
 
 class _WeightsConfig(Strict):
-    """What encoders with weights have in common.
+    """The settings that all encoders with weights share.
 
     Attributes:
-        model: a folder, a file where the kind allows one, or a Hugging Face Hub name.
-        revision: of a Hub name; pin it for a corpus that is to grow.
-        dtype: of the forward pass; features are stored in float16 in any case.
-        compile: run the model through torch.compile.
-        pool: time steps averaged into one stored frame.
+        model: folder, file (where the kind allows one) or Hugging Face Hub name of the weights.
+        revision: revision of a Hub name; pin it for a corpus that will grow.
+        dtype: dtype of the forward pass; features are always stored in float16.
+        compile: whether to compile the model with torch.compile.
+        pool: number of time steps averaged into one stored frame.
     """
 
     model: str
@@ -76,14 +79,18 @@ class _WeightsConfig(Strict):
 
 
 class WhisperConfig(_WeightsConfig):
-    """Whisper's encoder. layer: which layer's output to store, from 1; None means the last one, normalised."""
+    """Whisper's encoder.
+
+    Attributes:
+        layer: number of the layer whose output is stored, from 1; None means the last one, normalised.
+    """
 
     kind: Literal["whisper"]
     layer: PositiveInt | None = None
 
 
 class AfWhisperConfig(_WeightsConfig):
-    """AF-Whisper, the encoder of Audio Flamingo 3, alone or inside the whole model's folder."""
+    """AF-Whisper, the encoder of Audio Flamingo 3, from its own folder or from that of the whole model."""
 
     kind: Literal["af_whisper"]
 
@@ -97,7 +104,9 @@ class ClapConfig(_WeightsConfig):
 class SslamConfig(_WeightsConfig):
     """SSLAM (or EAT) base, from the official checkpoint file or the Hugging Face folder.
 
-    layer: which block's output to store, from 1; None means the last one.
+    Attributes:
+        num_heads: number of attention heads, which the checkpoint does not record.
+        layer: number of the block whose output is stored, from 1; None means the last one.
     """
 
     kind: Literal["sslam"]
@@ -111,14 +120,15 @@ EncoderConfig = Annotated[
 
 
 class TableConfig(Strict):
-    """What the rows of a table (CSV, folder, Parquet, WebDataset) mean: templates such as `{caption}` over its fields.
+    """Templates such as `{caption}` that map the fields of a table (CSV, folder, Parquet, WebDataset) to clips.
 
     Attributes:
-        clip_id: None means the format's own name of the clip (path, key), and rows of the same clip are joined.
-        question: of every row; tables hold answers only. None is an error for them; of the formats in JSON, SLAM-LLM
-            uses it where a row has no prompt.
-        answers: each becomes a question of its own.
-        task, dataset, domain: also used by the formats in JSON that do not tell them (without templates there).
+        clip_id: id of the clip; None means the format's own name of it (path, key). Rows of the same clip are joined.
+        audio: path of the audio.
+        question: question of all rows, since tables hold answers only; required for tables. Among the JSON formats,
+            SLAM-LLM uses it for rows without a prompt.
+        answers: answers of a row; each becomes a question of its own.
+        task, dataset, domain: also used, without templates, by JSON formats that lack these fields.
     """
 
     clip_id: str | None = None
@@ -131,14 +141,14 @@ class TableConfig(Strict):
 
 
 class WorkersConfig(Strict):
-    """What the Ray actors get; each loads its encoders once, decodes with its CPUs and writes its own shards.
+    """Number and resources of the Ray actors; each loads the encoders once, decodes on its CPUs and writes its shards.
 
     Attributes:
-        min: actors that must have started for the run to go on.
-        max: bound on actors; None takes what the cluster's CPUs (and GPUs) hold.
+        min: number of actors that must start within `start_timeout_s`.
+        max: maximum number of actors; None means as many as fit on the cluster's CPUs (and GPUs).
         cpus, gpus: resources of one actor; gpus may be a fraction, so that actors share a GPU.
         start_timeout_s: how long to wait for `min` actors.
-        stall_timeout_s: an actor that gives no sign for so long counts as dead (a clip may hang its decoder).
+        stall_timeout_s: how long an actor may report nothing before it is killed (a clip may hang its decoder).
     """
 
     min: PositiveInt = 1
@@ -156,23 +166,24 @@ class WorkersConfig(Strict):
 
 
 class PrepareConfig(Strict):
-    """One feature set.
+    """The preparation of one feature set.
 
     Attributes:
-        manifest: one manifest, or several that are read one after the other; `*` matches, `s3://` and the like work.
-        format: `auto` tells it from the name and the first record.
+        manifest: one manifest, or several that are read in order; patterns with `*` and URLs such as `s3://` work.
+        format: format of the manifests; `auto` detects it from the name and the first record.
         table: how to read formats that hold no questions.
-        audio_root: folder that relative audio paths start from, and that none may leave; None means the folder of
-            each manifest, and then absolute paths are taken as they are.
+        audio_root: folder that relative audio paths start from and that no path may leave; None means the folder of
+            each manifest, and then absolute paths are allowed.
         output: folder of the feature set.
-        encoders: feature column -> encoder; `{}` for questions about no clip, whose rows name no audio (JSON lines).
-        partition_clips: clips of one unit of work; a crash costs at most one partition of each worker.
-        batch_s: seconds of (padded) audio per encoder pass.
-        max_clip_s: longer clips are rejected; None takes any length.
-        max_attempts: how often a clip may kill its worker before it is rejected.
-        max_reject_fraction: the run fails when more of the clips are rejected.
-        mixed_devices: let one encoder's features come from several kinds of devices, whose numbers differ enough to
-            cost accuracy; the contract then names them all.
+        encoders: encoder of each feature column, by name; `{}` for questions without audio (JSON lines).
+        workers: number and resources of the Ray actors.
+        partition_clips: number of clips per partition; a crash costs at most one partition of each worker.
+        batch_s: seconds of audio per forward pass of an encoder, padding included.
+        max_clip_s: longest clip that is accepted, in seconds; None means no limit.
+        max_attempts: number of times that a clip may kill its worker before it is rejected.
+        max_reject_fraction: largest fraction of rejected clips with which the run succeeds.
+        mixed_devices: whether the features of one encoder may come from several kinds of devices, whose numerical
+            differences can cost accuracy; the contract then names them all.
     """
 
     manifest: str | Annotated[list[str], Field(min_length=1)]
@@ -193,9 +204,12 @@ class PrepareConfig(Strict):
     def _consistent(self) -> PrepareConfig:
         for name in self.encoders:
             if name in RESERVED_FOLDERS:
-                raise InvalidConfig(f"encoders.{name}", "is a folder of the feature set itself", "rename this column")
+                raise InvalidConfig(
+                    f"encoders.{name}", "is the name of a folder of every feature set", "rename this column"
+                )
         return self
 
     @property
     def manifests(self) -> list[str]:
+        """`manifest` as a list."""
         return [self.manifest] if isinstance(self.manifest, str) else list(self.manifest)

@@ -1,7 +1,7 @@
-"""Opens what a manifest names: local paths, object stores through fsspec, and members of tar and Parquet files.
+"""Opens the files of manifests: local paths, object stores through fsspec, and members of tar and Parquet files.
 
-A member is written `file.tar#offset:size` or `file.parquet#group/row`; nobody but the readers of those formats writes
-one, and a plain file name may hold a `#`.
+A member is addressed as `file.tar#offset:size` or `file.parquet#group/row`. The readers of these formats create such
+addresses; a plain file name may contain a `#`.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PARQUET_ROW = re.compile(r"(?P<file>.+\.parquet)#(?P<group>\d+)/(?P<row>\d+)$")
 
 
 def is_remote(path: str) -> bool:
-    """Whether fsspec has to open it (`s3://`, `gs://`, ...)."""
+    """Returns whether the path is a URL that fsspec opens (`s3://`, `gs://`, ...)."""
     return "://" in path
 
 
 def open_file(path: str) -> BinaryIO:
-    """A seekable file, read only.
+    """Opens a seekable binary file for reading.
 
     Raises:
-        OSError: as the operating system or the object store says.
+        OSError: the file is missing or cannot be read.
     """
     if not is_remote(path):
         return Path(path).open("rb")
@@ -39,10 +39,10 @@ def open_file(path: str) -> BinaryIO:
 
 
 def open_audio(path: str) -> str | BinaryIO:
-    """What libsndfile can read: the path of a local file (its own reading is the fastest), else a stream.
+    """Returns what libsndfile can read: the path of a local file (which it reads fastest itself), otherwise a stream.
 
     Raises:
-        OSError: it is not there or cannot be read.
+        OSError: the file is missing or cannot be read.
     """
     if match := _TAR_MEMBER.match(path):
         with open_file(match["file"]) as tar:
@@ -58,16 +58,16 @@ def open_audio(path: str) -> str | BinaryIO:
 
 
 def container(path: str) -> str:
-    """The file that holds a member, or the path itself."""
+    """Returns the file that contains a member, or the path itself."""
     match = _TAR_MEMBER.match(path) or _PARQUET_ROW.match(path)
     return match["file"] if match else path
 
 
 def expand(pattern: str) -> list[str]:
-    """The files that a pattern with `*` matches, sorted; a plain path is returned as it is.
+    """Returns the sorted files that match a pattern with `*`; a plain path is returned unchanged.
 
     Raises:
-        UserError: a pattern that matches nothing.
+        UserError: nothing matches the pattern.
     """
     if not glob.has_magic(pattern):
         return [pattern]
@@ -75,27 +75,28 @@ def expand(pattern: str) -> list[str]:
         import fsspec
 
         filesystem, _ = fsspec.url_to_fs(pattern)
-        found = [filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
+        matches = [filesystem.unstrip_protocol(name) for name in filesystem.glob(pattern)]
     else:
-        found = glob.glob(pattern, recursive=True)  # noqa: PTH207 (patterns may be absolute)
-    if not found:
+        matches = glob.glob(pattern, recursive=True)  # noqa: PTH207 (patterns may be absolute)
+    if not matches:
         raise UserError(pattern, "matches no file", "correct `manifest`")
-    return sorted(found)
+    return sorted(matches)
 
 
 def parent(path: str) -> str:
+    """Returns the folder of a path or URL."""
     return posixpath.dirname(path) or "."
 
 
 def audio_column(names_and_types: list[tuple[str, object]]) -> str | None:
-    """The column of a Parquet file that holds embedded audio (a struct with `bytes`, as Hugging Face writes it)."""
+    """Returns the column of a Parquet file with embedded audio (a struct with `bytes`, as Hugging Face writes it)."""
     for name, kind in names_and_types:
         if "bytes" in [field.name for field in getattr(kind, "fields", [])]:
             return name
     return None
 
 
-@functools.lru_cache(maxsize=4)  # neighbouring clips lie in the same group
+@functools.lru_cache(maxsize=4)  # consecutive clips are in the same row group
 def _audio_of_row_group(path: str, group: int) -> list[bytes]:
     import pyarrow.parquet
 

@@ -1,4 +1,4 @@
-"""The picture of a finished feature set. The one door of data_prep to matplotlib; knows numbers, not shards."""
+"""Plots the statistics of a feature set with matplotlib."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BARS = 12
 
 
 def draw(statistics: Statistics, title: str) -> Figure:
-    """Durations, questions per clip, feature norms; clips by domain, questions by task, rejects by reason."""
+    """Draws durations, questions per clip, feature norms, clips by domain, questions by task and rejects by reason."""
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(2, 3)
@@ -30,11 +30,11 @@ def draw(statistics: Statistics, title: str) -> Figure:
 
 
 def _histogram(axes: Axes, series: dict[str, list[float]], title: str, unit: str) -> None:
-    values = [value for of_one in series.values() for value in of_one]
-    if not values:
+    all_values = [value for values in series.values() for value in values]
+    if not all_values:
         _empty(axes, title)
         return
-    low, high = min(values), max(values)
+    low, high = min(all_values), max(all_values)
     wide = low > 0 and high / low > 50  # clips from a tenth of a second to hours
     if wide:
         edges = [low * (high / low) ** (i / 40) for i in range(41)]
@@ -42,9 +42,9 @@ def _histogram(axes: Axes, series: dict[str, list[float]], title: str, unit: str
     else:
         width = (high - low) / 40 or max(abs(high), 1.0) / 40
         edges = [low + width * i for i in range(41)]
-    for (name, of_one), colour in zip(series.items(), (COLOUR, *OTHER), strict=False):
+    for (name, values), colour in zip(series.items(), (COLOUR, *OTHER), strict=False):
         kind: Literal["bar", "step"] = "step" if len(series) > 1 else "bar"
-        axes.hist(of_one, bins=edges, label=name or None, color=colour, histtype=kind, linewidth=1.5)
+        axes.hist(values, bins=edges, label=name or None, color=colour, histtype=kind, linewidth=1.5)
     if any(series):
         axes.legend(frameon=False)
     axes.set(title=title, xlabel=f"{unit} (log scale)" if wide else unit, ylabel="clips")
@@ -65,9 +65,9 @@ def _bars(axes: Axes, counts: Counter[str], title: str, unit: str) -> None:
         _empty(axes, title)
         return
     shown = counts.most_common(MAX_BARS)
-    rest = counts.total() - sum(count for _, count in shown)
-    if rest:
-        shown.append((f"{len(counts) - MAX_BARS} others", rest))
+    remaining = counts.total() - sum(count for _, count in shown)
+    if remaining:
+        shown.append((f"{len(counts) - MAX_BARS} others", remaining))
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name, _ in shown]
     bars = axes.barh(range(len(shown)), [count for _, count in shown], color=COLOUR)
     axes.bar_label(bars, padding=3)

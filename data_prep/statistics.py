@@ -1,4 +1,4 @@
-"""What a feature set holds, in numbers: counted by validation, drawn by the plots."""
+"""Statistics of a feature set, collected by validation and drawn by the plots."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Statistics:
-    """What a set holds, for its picture.
+    """Statistics of the clips and questions of a feature set.
 
     Attributes:
-        norms: by encoder, the root mean square of each clip's features.
+        durations_s: duration of each clip.
+        questions: number of questions of each clip.
+        domains: number of clips by domain.
+        tasks: number of questions by task.
+        rejects: number of rejected clips by reason.
+        norms: root mean square of each clip's features, by encoder.
     """
 
     durations_s: list[float] = field(default_factory=list)

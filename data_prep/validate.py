@@ -1,4 +1,4 @@
-"""`pal validate SHARDS`: every file, hash, shape, count and the order of clips of a finished feature set."""
+"""`pal validate SHARDS`: checks files, hashes, shapes, counts and the order of clips of a finished feature set."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ import numpy as np
 from data_prep.job.commits import COMMITS, INDEX, REJECTS, Commit, column_names, merged_index, read_record
 from data_prep.job.store import Store, open_store
 from data_prep.statistics import Statistics
+from pipeline.core.arguments import add_json, write_figures
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, run_command
 from pipeline.core.feature_contract import CLIPS, FeatureContract, load_contract
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 for a sound set and 1 for one with problems."""
+    """Validates a feature set; returns 0 if it is valid and 1 if it has problems."""
     parser = argparse.ArgumentParser(prog="pal validate", description=__doc__)
     parser.add_argument("shards", help="folder of the feature set")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw what the set holds (.png, .pdf, .svg)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write clips, questions and problems")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="plot statistics of the set (.png, .pdf, .svg)")
+    add_json(parser, "clips, questions and problems")
     args = parser.parse_args(argv)
     store = open_store(args.shards)
-    with store.fetch("") as folder:  # of an object store only the files beside the columns are copied
+    with store.fetch("") as folder:  # copies only top-level files from an object store
         contract = load_contract(folder)
     statistics = Statistics()
     problems = find_problems(store, contract, statistics)
     for problem in problems:
-        sys.stderr.write(f"{problem}\n")
-    sys.stdout.write(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems\n")
+        logger.error(problem)
+    print(f"{contract.clips} clips, {contract.questions} questions, {len(problems)} problems")
     if args.picture is not None:
         from data_prep.plots import draw
 
         title = f"{args.shards}: {contract.clips} clips, {contract.audio_hours:.2f} hours"
         draw(statistics, title).savefig(args.picture, dpi=150)
-    if args.json is not None:
-        figures = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figures = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
+    write_figures(figures, args.json)
     return EXIT_FAILURE if problems else 0
 
 
 def find_problems(store: Store, contract: FeatureContract, statistics: Statistics | None = None) -> list[str]:
-    """What is wrong with a finished set, one line each, the file first; empty when it is sound.
+    """Returns the problems of a finished set, one line each, which begins with the file; empty when it is valid.
+
+    The content of a partition is checked only if its files have the committed bytes.
 
     Args:
-        statistics: filled on the way, as far as the set can be read.
-
-    A partition with a file whose bytes are not those that were committed is reported, and not looked into.
+        statistics: statistics to fill, as far as the set can be read.
     """
     columns = column_names(contract.encoders)
-    commits, problems = _commits(store, columns)
+    commits, problems = _read_commits(store, columns)
     totals = _Totals(statistics or Statistics())
     damaged: set[int] = set()
     for commit in commits:
@@ -64,10 +65,10 @@ def find_problems(store: Store, contract: FeatureContract, statistics: Statistic
                 name: stack.enter_context(store.fetch(f"{name}/{column.folder}"))
                 for name, column in commit.columns.items()
             }
-            damages = list(_damages(commit, folders))
-            if damages:
+            damage = list(_file_problems(commit, folders))
+            if damage:
                 damaged.add(commit.partition)
-            problems += damages or _content_problems(commit, folders, contract, totals)
+            problems += damage or _content_problems(commit, folders, contract, totals)
     for column in columns:
         problems += _index_problems(store, column, commits, bool(damaged))
     lines = store.read(REJECTS).splitlines() if store.size(REJECTS) is not None else []
@@ -79,12 +80,14 @@ def find_problems(store: Store, contract: FeatureContract, statistics: Statistic
 
 @dataclass
 class _Totals:
+    """Statistics and ids over all partitions."""
+
     statistics: Statistics
     clip_ids: set[str] = field(default_factory=set)
     question_ids: set[str] = field(default_factory=set)
 
 
-def _commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]:
+def _read_commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]:
     commits: list[Commit] = []
     problems = []
     for name in store.list(COMMITS):
@@ -93,14 +96,14 @@ def _commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]
             problems.append(f"{COMMITS}/{name}: is not a commit record of this set")
         else:
             commits.append(commit)
-    found = {commit.partition for commit in commits}
-    for partition in range(max(found, default=0) + 1):
-        if partition not in found and not problems:
+    partitions = {commit.partition for commit in commits}
+    for partition in range(max(partitions, default=0) + 1):
+        if partition not in partitions and not problems:
             problems.append(f"{COMMITS}/{partition:05}.json: is missing")
     return commits, problems
 
 
-def _damages(commit: Commit, folders: dict[str, Path]) -> Iterator[str]:
+def _file_problems(commit: Commit, folders: dict[str, Path]) -> Iterator[str]:
     from data_prep.job.mds_writer import hash_file
 
     for column, committed in commit.columns.items():
@@ -123,7 +126,7 @@ def _index_problems(store: Store, column: str, commits: list[Commit], any_damage
     try:
         expected = merged_index(store, column, commits)
     except (OSError, ValueError, KeyError):
-        if not any_damage:  # else it is reported already, and there is nothing to compare with
+        if not any_damage:  # otherwise the damage is reported already and there is nothing to compare with
             raise
         return
     if store.read(name) != expected:
@@ -159,18 +162,18 @@ def _content_problems(
         norms = statistics.norms.setdefault(name, [])
         for sample in read_partition(folders[name]):
             ids.append(sample["clip_id"])
-            fault = _feature_fault(sample["features"], encoder.width)
+            fault = _feature_problem(sample["features"], encoder.width)
             if fault is None:
                 norms.append(float(np.sqrt(np.square(sample["features"], dtype=np.float32).mean())))
             else:
                 yield f"{folder(name)}: features of clip {sample['clip_id']} {fault}"
         if ids != order:
-            yield f"{folder(name)}: its clips are not those of {folder(CLIPS)} in their order"
+            yield f"{folder(name)}: its clips differ from those of {folder(CLIPS)}"
     if len(order) != commit.clips:
         yield f"{folder(CLIPS)}: holds {len(order)} clips, {commit.clips} were committed"
 
 
-def _feature_fault(features: Any, width: int) -> str | None:
+def _feature_problem(features: Any, width: int) -> str | None:
     if features.dtype != np.float16:
         return f"are {features.dtype}, not float16"
     if features.ndim != 2 or features.shape[1] != width:

@@ -1,5 +1,4 @@
-"""Decodes audio files, and a WAV that still arrives, by segment: mono float32 at their own rate. Owns the reasons to
-reject a clip; no torch here."""
+"""Decodes audio files and streaming WAV by segment to mono float32 at their own rate; defines reject reasons."""
 
 from __future__ import annotations
 
@@ -31,14 +30,14 @@ RejectReason = Literal[
     "killed_worker",
 ]
 
-# Decoded at once; a longer file is never whole in memory. A part of what makes features reproducible to the last bit.
+# Decoded at once, so that a long file is never whole in memory. Features depend on it in their last bits.
 SEGMENT_S = 30
-# One analysis window of the usual encoders; less audio than that has no frame of its own.
+# One analysis window of the usual encoders; shorter audio yields no frame.
 MIN_CLIP_S = 0.025
 
 
 class Reject(Exception):
-    """A clip that cannot become features, through no fault of the program."""
+    """A clip that cannot be encoded because of its file, not because of a bug."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(reason, detail)
@@ -50,16 +49,16 @@ class AudioFile:
     """An open audio file (anything libsndfile reads: WAV, FLAC, MP3, OGG Vorbis and Opus), read front to back.
 
     Attributes:
-        sample_rate_hz: of the file.
-        duration_s: as its header says.
+        sample_rate_hz: sample rate of the file.
+        duration_s: duration according to the header.
 
     Raises:
-        Reject: missing, unreadable, undecodable, empty, shorter than MIN_CLIP_S, longer than `max_clip_s`.
+        Reject: the file is missing, unreadable, undecodable, empty, shorter than MIN_CLIP_S or above `max_clip_s`.
     """
 
     def __init__(self, path: str, max_clip_s: float | None) -> None:
         try:
-            self._source = open_audio(path)  # libsndfile does not tell why it cannot open a file
+            self._source = open_audio(path)  # libsndfile does not report why it cannot open a file
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             raise Reject("missing" if missing else "unreadable", error.strerror or type(error).__name__) from error
@@ -85,12 +84,13 @@ class AudioFile:
             raise Reject("too_long", f"{self.duration_s:.1f} s")
 
     def segments(self) -> Iterator[tuple[Samples, bool]]:
-        """Yields mono segments of SEGMENT_S seconds (the last one shorter) and whether it is the last.
+        """Yields mono segments of SEGMENT_S seconds (the last one may be shorter), each with whether it is the last.
 
         Channels are averaged.
 
         Raises:
-            Reject: undecodable further on, fewer samples than the header promises, NaN or infinite samples.
+            Reject: the file is undecodable further on, has fewer samples than its header states, or has NaN or infinite
+                samples.
         """
         total, done = self._file.frames, 0
         while done < total:
@@ -111,6 +111,7 @@ class AudioFile:
             yield np.ascontiguousarray(mono), done == total
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
         self._close_source()
 
@@ -128,26 +129,26 @@ class AudioFile:
 
 
 class WavStream:
-    """A WAV of 16-bit samples that still arrives, through a pipe.
+    """A streaming WAV of 16-bit samples, read from a pipe.
 
     Attributes:
-        sample_rate_hz: as its header says.
+        sample_rate_hz: sample rate according to the header.
 
     Raises:
-        Reject: no such WAV.
+        Reject: the stream is not a WAV of 16-bit samples.
     """
 
     def __init__(self, source: BinaryIO) -> None:
         try:
             self._file = wave.open(source)  # noqa: SIM115 (the caller owns the pipe)
         except (wave.Error, EOFError) as error:
-            raise Reject("undecodable", f"no WAV: {error or 'it ends at once'}") from error
+            raise Reject("undecodable", f"not a WAV: {error or 'the stream is empty'}") from error
         if self._file.getsampwidth() != 2:
-            raise Reject("undecodable", f"{8 * self._file.getsampwidth()}-bit samples, not 16-bit")
+            raise Reject("undecodable", f"{8 * self._file.getsampwidth()}-bit samples instead of 16-bit")
         self.sample_rate_hz = self._file.getframerate()
 
     def segments(self) -> Iterator[tuple[Samples, bool]]:
-        """Mono segments of a second as they come, and whether it is the last (it may be empty)."""
+        """Yields mono segments of one second as they arrive, each with whether it is the last (which may be empty)."""
         channels, last = self._file.getnchannels(), False
         while not last:
             frames = np.frombuffer(self._file.readframes(self.sample_rate_hz), "<i2").reshape(-1, channels)

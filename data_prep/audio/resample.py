@@ -1,4 +1,4 @@
-"""Resampling of clips that arrive in segments, by torchaudio."""
+"""Resamples clips segment by segment with torchaudio."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torchaudio.transforms import Resample
 
 from data_prep.audio.decode import Reject, Samples
 
-# Coefficients of a polyphase filter; only rates with hardly a common divisor (44101 -> 16000 Hz) need more.
+# Coefficients of the polyphase filter; only rates with a tiny common divisor (44101 -> 16000 Hz) need more.
 MAX_FILTER_SIZE = 1 << 25
 
 
 class Resampler:
-    """Resamples a clip that arrives in segments; equal to resampling it whole, but for the last bits.
+    """Resamples one clip segment by segment; the result equals resampling it whole up to the last bits.
 
-    torchaudio's band-limited sinc filter (its defaults; part of every encoder contract). Each segment is filtered with
-    a margin of its neighbours, so that no edge falls inside a clip.
+    Uses torchaudio's band-limited sinc filter with its defaults, which are part of every encoder contract. Each segment
+    is filtered with a margin of its neighbours, so that there are no edge effects inside a clip.
 
     Raises:
-        Reject: the two rates have so small a common divisor that the filter would not fit in memory.
+        Reject: the common divisor of the two rates is so small that the filter would not fit in memory.
     """
 
     def __init__(self, from_hz: int, to_hz: int) -> None:
@@ -38,25 +38,25 @@ class Resampler:
         self._margin = self._from * math.ceil((half_width + 1) / self._from)
         self._resample = _torchaudio_resample(from_hz, to_hz)
         self._buffer = np.zeros(0, np.float32)
-        self._before = 0  # leading samples of the buffer that are already done and only serve as margin
+        self._consumed = 0  # leading samples of the buffer that were output already and only serve as margin
 
     def push(self, segment: Samples, last: bool) -> Samples:
-        """The samples at the new rate that this segment completes; all the rest when it is the last."""
+        """Returns the samples at the new rate that this segment completes; all remaining ones when it is the last."""
         if self._same:
             return segment
         buffer = np.concatenate([self._buffer, segment])
         if last:
             ready = len(buffer)
         else:  # whole filter periods that have a full margin after them
-            ready = self._before + max(0, len(buffer) - self._margin - self._before) // self._from * self._from
-        if ready == self._before:
+            ready = self._consumed + max(0, len(buffer) - self._margin - self._consumed) // self._from * self._from
+        if ready == self._consumed:
             self._buffer = buffer
             return np.zeros(0, np.float32)
         out = self._resample(torch.from_numpy(buffer)).numpy()
         stop = len(out) if last else ready // self._from * self._to
-        out = out[self._before // self._from * self._to : stop]
+        out = out[self._consumed // self._from * self._to : stop]
         keep = min(ready, self._margin)
-        self._buffer, self._before = buffer[ready - keep :], keep
+        self._buffer, self._consumed = buffer[ready - keep :], keep
         return out
 
 

@@ -1,4 +1,4 @@
-"""Cuts the audio of one clip into the windows that an encoder reads."""
+"""Cuts the audio of one clip into the windows that an encoder processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data_prep.audio.decode import Samples
 
 
 class Windowing(Protocol):
-    """What of an encoder decides how a clip is cut; see `Encoder`."""
+    """The attributes of an encoder that determine how a clip is cut; see `Encoder`."""
 
     window_samples: int
     left_context: int
@@ -23,10 +23,11 @@ class Windowing(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """One input of an encoder: `audio` is left context, window and right context; zeros before a clip's start.
+    """One input of an encoder.
 
     Attributes:
-        samples: audio after the left context: the window itself and as much right context as the clip has.
+        audio: left context (zeros before the start of the clip), window and right context.
+        samples: number of samples after the left context: the window and as much right context as the clip has.
     """
 
     audio: Samples
@@ -34,17 +35,17 @@ class Window:
 
 
 class Windower:
-    """Cuts one clip, arriving in segments at the encoder's rate, into windows. Total frames are those of the clip."""
+    """Cuts one clip into windows, segment by segment; their frames add up to those of the whole clip."""
 
     def __init__(self, encoder: Windowing) -> None:
         self._encoder = encoder
         self._buffer = np.zeros(encoder.left_context, np.float32)
-        self._any = False
+        self._has_window = False
 
     def push(self, segment: Samples, last: bool) -> Iterator[Window]:
-        """Yields the windows that this segment completes; all that remain when it is the last.
+        """Yields the windows that this segment completes; all remaining ones when it is the last.
 
-        A rest too short for a frame of its own is dropped, unless it is the whole clip.
+        A remainder too short for a frame is dropped, unless it is the whole clip.
         """
         encoder = self._encoder
         left, core, right = encoder.left_context, encoder.window_samples, encoder.right_context
@@ -52,12 +53,12 @@ class Windower:
         while len(self._buffer) - left >= core + right:
             yield self._window(self._buffer[: left + core + right])
             self._buffer = self._buffer[core:]
-        rest = len(self._buffer) - left
-        while last and rest > 0 and (encoder.num_frames(rest) or not self._any):
+        remaining = len(self._buffer) - left
+        while last and remaining > 0 and (encoder.num_frames(remaining) or not self._has_window):
             yield self._window(self._buffer[: left + core + right])
             self._buffer = self._buffer[core:]
-            rest = len(self._buffer) - left
+            remaining = len(self._buffer) - left
 
     def _window(self, audio: Samples) -> Window:
-        self._any = True
+        self._has_window = True
         return Window(audio, len(audio) - self._encoder.left_context)

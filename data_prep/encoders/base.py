@@ -1,4 +1,4 @@
-"""The one interface of every encoder: windows with exact bookkeeping, batches, frames that are really audio."""
+"""The interface of every encoder: windows with exact frame counts, batches, and features without padding."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Encoder(ABC):
     """A frozen audio encoder.
 
     A clip is cut into windows of `window_samples`; a window also gets `left_context` samples before and up to
-    `right_context` after it, so that encoders that look at neighbours (an STFT) see no edge inside a clip.
+    `right_context` after it, so that frames at its borders (of an STFT, for example) have no edge effects.
 
     Attributes:
-        contract: how the features are made; `sample_rate_hz` and `width` are read from it.
-        window_samples, left_context, right_context: see above, at the encoder's rate.
-        pad_to_window: a window costs as much as a full one (a model of fixed input).
-        pool: frames (time steps, for a grid) that are averaged into one stored frame.
+        contract: how the features are made, `sample_rate_hz` and `width` among others.
+        window_samples, left_context, right_context: samples at the encoder's rate; see above.
+        pad_to_window: whether a short window costs as much as a full one (a model with fixed input length).
+        pool: number of frames (time steps, for a grid) that are averaged into one stored frame.
     """
 
     contract: EncoderContract
@@ -37,21 +37,21 @@ class Encoder(ABC):
 
     @abstractmethod
     def num_frames(self, samples: int) -> int:
-        """Frames, before pooling, of a window with this many samples of audio (right context included); may be 0."""
+        """Returns the frames, before pooling, of a window with this many samples (right context included); may be 0."""
 
     def prepare(self, window: Window) -> Tensor:
-        """The input of one window, on the CPU; several threads call it."""
+        """Returns the model input of one window, on the CPU; must be thread-safe."""
         return torch.from_numpy(window.audio)
 
     @abstractmethod
     def encode(self, inputs: list[Tensor], samples: list[int]) -> Tensor:
-        """Features (B, F, width) of a batch of prepared windows.
+        """Returns the features (B, F, width) of a batch of prepared windows.
 
-        Of row b the first num_frames(samples[b]) frames are kept; they must not depend on other rows nor on padding.
+        The first num_frames(samples[b]) frames of row b are kept; they must not depend on other rows or on padding.
         """
 
     def encode_windows(self, inputs: list[Tensor], samples: list[int]) -> list[Features]:
-        """Float16 features (frames, width) of each prepared window, padding dropped, then pooled."""
+        """Returns the float16 features (frames, width) of each prepared window, without padding, pooled."""
         with torch.inference_mode():
             features_BFD = self.encode(inputs, samples).float().cpu().numpy()
         return [
@@ -60,7 +60,7 @@ class Encoder(ABC):
         ]
 
     def _pooled(self, features_FD: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Means over `pool` time steps; the last group has the steps that are left."""
+        """Returns means over `pool` time steps; the last group may be smaller."""
         if self.pool == 1 or not len(features_FD):
             return features_FD
         cells = self.contract.grid[1] if self.contract.grid else 1

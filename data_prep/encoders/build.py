@@ -1,4 +1,8 @@
-"""From an encoder's config to its contract (cheap) and to the encoder itself (loads its package and weights)."""
+"""Maps an encoder's config to its contract (cheap) and to the encoder itself (loads its package and weights).
+
+To add an encoder: subclass `Encoder` in a module of this folder, add its config to `EncoderConfig` in
+`data_prep/config.py`, and handle it in `describe_encoder` and `build_encoder`.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ if TYPE_CHECKING:
 
 RESAMPLER = "torchaudio sinc_interp_hann, lowpass_filter_width 6, rolloff 0.99"
 SOFTWARE = ("soundfile", "torch", "torchaudio", "transformers")
-CODE_REVISION = "1"  # of the files of this folder: raise it with every change of what they compute
+CODE_REVISION = "1"  # raise it whenever the encoders of this folder compute different features
 PREPROCESSOR = "preprocessor_config.json"
 
 
 def describe_encoder(config: EncoderConfig) -> EncoderContract:
-    """The contract of an encoder; reads (and hashes) weights where there are any, but loads no model.
+    """Returns the contract of an encoder; hashes the weights where there are any, but loads no model.
 
     Raises:
-        UserError: weights that do not exist or are of another kind.
+        UserError: the weights do not exist or are of another kind.
     """
     software = {name: version(name) for name in SOFTWARE}
     if isinstance(config, LogMelConfig):
@@ -55,22 +59,22 @@ def describe_encoder(config: EncoderConfig) -> EncoderContract:
     )
 
 
-def config_of(contract: EncoderContract, model: str | None = None) -> EncoderConfig:
-    """The config whose `describe_encoder` gives this contract, wherever its weights lie now.
+def config_from_contract(contract: EncoderContract, model: str | None = None) -> EncoderConfig:
+    """Returns the config whose `describe_encoder` gives this contract.
 
     Args:
-        model: folder, file or Hub name of the weights; None means where they lay when the features were made.
+        model: folder, file or Hub name of the weights; None means the location recorded in the contract.
 
     Raises:
-        UserError: a contract that no encoder of this program makes.
+        UserError: no encoder of this version has such a contract.
     """
     values = {name: value for name, value in contract.options.items() if name not in ("resampler", "preprocessor")}
     if contract.weights_sha256 is None:
         values["sample_rate_hz"] = contract.sample_rate_hz
     else:
-        place = model or contract.software["weights"]
-        name, _, revision = ("", "", "") if Path(place).exists() else place.partition("@")
-        values |= {"model": name or place, "revision": revision or None}
+        location = model or contract.software["weights"]
+        name, _, revision = ("", "", "") if Path(location).exists() else location.partition("@")
+        values |= {"model": name or location, "revision": revision or None}
     try:
         config: EncoderConfig = TypeAdapter(EncoderConfig).validate_python({**values, "kind": contract.kind})
     except ValidationError as error:
@@ -80,10 +84,10 @@ def config_of(contract: EncoderContract, model: str | None = None) -> EncoderCon
 
 
 def build_encoder(config: EncoderConfig, contract: EncoderContract, device: str) -> Encoder:
-    """Loads the encoder; call it once per process.
+    """Loads an encoder; call it once per process.
 
     Raises:
-        UserError: weights that do not fit the model.
+        UserError: the weights do not fit the model.
     """
     if isinstance(config, LogMelConfig):
         from data_prep.encoders.log_mel import LogMel
@@ -112,14 +116,14 @@ def build_encoder(config: EncoderConfig, contract: EncoderContract, device: str)
 def _layout(
     config: WhisperConfig | AfWhisperConfig | ClapConfig | SslamConfig, path: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rates, width, grid and window of a model as its own files tell them; and its preprocessor's settings."""
+    """Returns rates, width, grid and window of a model, read from its own files, and its preprocessor's settings."""
     if isinstance(config, SslamConfig):
         width = _sslam_width(path)
         return {"sample_rate_hz": 16000, "frame_rate_hz": 50.0, "width": width, "grid": (64, 8), "window_s": 10.24}, {}
     values = read_json(path / "config.json", path)
     audio = values.get("audio_config", values)
     extractor = read_json(path / PREPROCESSOR, path)
-    keep = {k: v for k, v in sorted(extractor.items()) if isinstance(v, int | float | str) and "class" not in k}
+    settings = {k: v for k, v in sorted(extractor.items()) if isinstance(v, int | float | str) and "class" not in k}
     try:
         if isinstance(config, ClapConfig):
             stages, stride = len(audio["depths"]), audio["patch_stride"]
@@ -143,7 +147,7 @@ def _layout(
         "grid": grid,
         "window_s": window_s,
     }
-    return layout, {"preprocessor": keep}
+    return layout, {"preprocessor": settings}
 
 
 def _sslam_width(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""LAION CLAP's audio tower (HTSAT), by transformers: a time-frequency grid per window of 10 s."""
+"""LAION CLAP's audio tower (HTSAT) from transformers: a time-frequency grid per window of 10 s."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from transformers import ClapFeatureExtractor, ClapModel
 from data_prep.audio.windows import Window
 from data_prep.config import ClapConfig
 from data_prep.encoders.base import Encoder
-from data_prep.encoders.weights import place
+from data_prep.encoders.weights import to_device
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
 
 class Clap(Encoder):
-    """Cells (time-major) before the pooling head, 32 x 2 per 10 s; a shorter window is repeated, as in training.
+    """Encodes to grid cells (time-major) before the pooling head, 32 x 2 per 10 s; short windows are repeated.
 
-    Windows are never longer than the model's input, so that its random crops do not occur, and `is_longer` is always
-    False: the extractor itself would draw a clip of the batch at random and call it longer.
+    Windows are never longer than the model's input, so its random crops do not occur, and `is_longer` is always False:
+    the extractor itself would mark a random clip of each batch as longer.
     """
 
     def __init__(self, config: ClapConfig, contract: EncoderContract, path: Path, device: str) -> None:
@@ -30,13 +30,13 @@ class Clap(Encoder):
         self._grid = contract.grid[0] * config.pool, contract.grid[1]
         self._extractor = ClapFeatureExtractor.from_pretrained(path)
         self.window_samples = self._extractor.nb_max_samples
-        self._model = place(ClapModel.from_pretrained(path).audio_model, device, config.dtype, config.compile)
+        self._model = to_device(ClapModel.from_pretrained(path).audio_model, device, config.dtype, config.compile)
 
     def num_frames(self, samples: int) -> int:
         return -(-samples * self._grid[0] // self.window_samples) * self._grid[1]
 
     def prepare(self, window: Window) -> Tensor:
-        """Log-mel (1 or 4 equal channels, frames, mels)."""
+        """Returns log-mel (1 or 4 equal channels, frames, mels)."""
         mel = self._extractor(window.audio, sampling_rate=self._extractor.sampling_rate).input_features[0]
         return torch.as_tensor(mel, dtype=torch.float32)
 
@@ -46,5 +46,7 @@ class Clap(Encoder):
         is_longer = torch.zeros(len(inputs), 1, dtype=torch.bool, device=parameter.device)
         cells_BDCT = self._model(mel_BCFM, is_longer=is_longer).last_hidden_state
         if cells_BDCT.shape[2:] != self._grid[::-1]:
-            raise UserError("encoders", f"CLAP gives a grid of {tuple(cells_BDCT.shape[2:])}", "check its config.json")
+            raise UserError(
+                "encoders", f"CLAP returned a grid of {tuple(cells_BDCT.shape[2:])}", "check its config.json"
+            )
         return cells_BDCT.permute(0, 3, 2, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Log-mel frames, stacked: the encoder without weights."""
+"""Stacked log-mel frames: the encoder without weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.config import LogMelConfig
 from data_prep.encoders.base import Encoder
 from pipeline.core.feature_contract import EncoderContract
 
-WINDOW_S = 30  # bounds memory only: windows overlap by their context, and their borders leave no trace
+WINDOW_S = 30  # bounds memory only: windows overlap by their context, so their borders do not affect the features
 POWER_FLOOR = 1e-6
 
 
@@ -19,7 +19,7 @@ class LogMel(Encoder):
     """(log(mel power + 1e-6) - mean) / std; frame t is centred on sample t * hop; audio is zero outside the clip.
 
     As torchaudio's MelSpectrogram with center=True and pad_mode="constant", for ceil(samples / hop) frames, of which
-    `frames_per_token` neighbours make one stored frame (the last one completed with frames of silence).
+    `frames_per_token` neighbours make one stored frame (the last one padded with frames of silence).
     """
 
     pad_to_window = False

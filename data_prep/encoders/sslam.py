@@ -1,4 +1,4 @@
-"""SSLAM: kaldi filterbank windows of 1024 frames through the vision transformer."""
+"""The SSLAM encoder: Kaldi filterbank windows of 1024 frames through a vision transformer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from data_prep.audio.windows import Window
 from data_prep.config import SslamConfig
 from data_prep.encoders.base import Encoder
 from data_prep.encoders.sslam_vit import PATCH, load_sslam
-from data_prep.encoders.weights import place, read_tensors, torch_dtype
+from data_prep.encoders.weights import read_tensors, to_device, torch_dtype
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
-# Preprocessing of EAT and SSLAM: 16 kHz, 25 ms windows every 10 ms, AudioSet's mean and twice its deviation.
+# Preprocessing of EAT and SSLAM: 16 kHz, 25 ms windows every 10 ms, AudioSet's mean and twice its standard deviation.
 RATE_HZ = 16000
 FRAME, HOP = 400, 160
 WINDOW_FRAMES = 1024
@@ -26,9 +26,9 @@ MEAN, STD = -4.268, 4.569
 
 
 class Sslam(Encoder):
-    """Cells (time-major), 64 x 8 per 10.24 s; rows of 160 ms without any audio are dropped.
+    """Encodes to grid cells (time-major), 64 x 8 per 10.24 s; rows of 160 ms without any audio are dropped.
 
-    The mean is taken off window by window, not clip by clip: the filterbank takes it off each of its frames anyway.
+    The mean is subtracted per window, not per clip: the filterbank subtracts it from each of its frames anyway.
     """
 
     window_samples = WINDOW_FRAMES * HOP
@@ -42,14 +42,14 @@ class Sslam(Encoder):
         model = load_sslam(dict(read_tensors(path)), config.num_heads, path)
         if config.layer is not None and config.layer > len(model.blocks):
             raise UserError("layer", f"{config.layer} of {len(model.blocks)}", "choose a block of the encoder")
-        self._model = place(model, device, config.dtype, config.compile)
+        self._model = to_device(model, device, config.dtype, config.compile)
 
     def num_frames(self, samples: int) -> int:
         frames = min(WINDOW_FRAMES, (samples - FRAME) // HOP + 1) if samples >= FRAME else 0
         return -(-frames // PATCH) * (MELS // PATCH)
 
     def prepare(self, window: Window) -> Tensor:
-        """Normalised filterbank (1024, 128); frames after the audio are zero before they are normalised."""
+        """Returns the normalised filterbank (1024, 128); frames after the audio are zero before normalisation."""
         audio = torch.from_numpy(window.audio)
         mel_FM = kaldi.fbank(
             (audio - audio.mean())[None],

@@ -1,6 +1,6 @@
-"""The vision transformer of SSLAM and EAT (arXiv 2506.12222, 2401.03497), and its checkpoints by their own names.
+"""The vision transformer of SSLAM and EAT (arXiv 2506.12222, 2401.03497), and the loading of their checkpoints.
 
-Post-norm, a fixed two-dimensional position table, one CLS token in front; no relative bias, no final norm.
+Post-norm, fixed two-dimensional position embeddings, a leading CLS token; no relative bias, no final norm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 
 PATCH = 16
 NORM_EPS = 1e-6
-IMAGE = "modality_encoders.IMAGE."  # the audio modality really is called so
+IMAGE = "modality_encoders.IMAGE."  # what the published checkpoints call the audio modality
 
 
 class Block(nn.Module):
@@ -35,7 +35,7 @@ class Block(nn.Module):
 
 
 class SslamViT(nn.Module):
-    """Log-mel (B, frames, mels) to features (B, rows * columns, width), time-major; frames in multiples of 16."""
+    """Maps log-mel (B, frames, mels) to features (B, rows * columns, width), time-major; frames in multiples of 16."""
 
     def __init__(
         self, width: int, depth: int, hidden: int, num_heads: int, positions: int, columns: int = 128 // PATCH
@@ -49,7 +49,11 @@ class SslamViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, hidden, num_heads) for _ in range(depth))
 
     def forward(self, mel_BFM: Tensor, layer: int | None = None) -> Tensor:
-        """Args: layer: blocks to run; None means all."""
+        """Returns features.
+
+        Args:
+            layer: number of blocks to run; None means all.
+        """
         x_BTD = self.proj(mel_BFM[:, None]).flatten(2).transpose(1, 2)
         x_BTD = x_BTD + self.positions[:, : x_BTD.shape[1]]
         x_BTD = self.pre_norm(torch.cat([self.cls.expand(len(x_BTD), -1, -1), x_BTD], dim=1))
@@ -59,19 +63,19 @@ class SslamViT(nn.Module):
 
 
 def load_sslam(checkpoint: dict[str, object], num_heads: int, where: object) -> SslamViT:
-    """A model with every tensor of the checkpoint that belongs to it, in float32.
+    """Builds a model in float32 from the tensors of a checkpoint.
 
     Args:
-        checkpoint: the fairseq dict (its `model` entry is taken, the teacher `_ema` in it is not), or the tensors of
-            the Hugging Face folder.
-        where: for messages.
+        checkpoint: the fairseq dict (its `model` entry is used without the teacher `_ema`), or the tensors of the
+            Hugging Face folder.
+        where: location of the checkpoint, for error messages.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or is not known; it is named.
+        UserError: a tensor is missing, unknown or of another shape; names it.
     """
     inner = checkpoint.get("model", checkpoint)
     tensors = {k: v.float() for k, v in inner.items() if isinstance(v, Tensor)} if isinstance(inner, dict) else {}
-    tensors = {own: tensor for name, tensor in tensors.items() if (own := _own_name(name)) is not None}
+    tensors = {renamed: tensor for name, tensor in tensors.items() if (renamed := _model_name(name)) is not None}
     try:
         width, positions = tensors["cls"].shape[-1], tensors["positions"].shape[1]
         hidden = tensors["blocks.0.mlp.fc1.weight"].shape[0]
@@ -83,16 +87,16 @@ def load_sslam(checkpoint: dict[str, object], num_heads: int, where: object) -> 
     model = SslamViT(width, depth, hidden, num_heads, positions)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(shapes.keys() | tensors.keys()):
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shapes.get(name):
-            fault = f"tensor {name} has shape {found}, the model's is {shapes.get(name)}"
+        shape = tuple(tensors[name].shape) if name in tensors else None
+        if shape != shapes.get(name):
+            fault = f"tensor {name} has shape {shape}, the model's is {shapes.get(name)}"
             raise UserError(where, fault, "give a checkpoint of SSLAM or EAT")
     model.load_state_dict(tensors)
     return model
 
 
-def _own_name(name: str) -> str | None:
-    """Our name of a checkpoint's tensor, of any of its namings; None for the pretraining decoder and the heads."""
+def _model_name(name: str) -> str | None:
+    """Returns the model's name of a checkpoint tensor; None for the pretraining decoder and the heads."""
     name = name.removeprefix("model.").removeprefix(IMAGE)
     if name.startswith(("decoder.", "fc_norm.", "head.")):
         return None

@@ -1,4 +1,4 @@
-"""Finds the weights of an encoder, tells them apart by a hash, and puts a model on its device."""
+"""Finds, hashes and reads the weights of an encoder, and moves a model to its device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ModuleT = TypeVar("ModuleT", bound="nn.Module")
 
 
 def find_model(model: str, revision: str | None) -> Path:
-    """The local folder or file of a model; one of the Hub is downloaded, without code.
+    """Returns the local folder or file of a model; one of the Hub is downloaded first (no code, only weights and JSON).
 
     Raises:
-        UserError: neither a path nor a model of the Hub.
+        UserError: the name is neither a path nor a model of the Hub.
     """
     path = Path(model)
     if path.exists():
@@ -32,12 +32,14 @@ def find_model(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except Exception as error:  # the Hub client raises a dozen kinds, offline or not
         raise UserError(
-            f"model '{model}'", f"is no local path and cannot be fetched ({_first_line(error)})", "correct the name"
+            f"model '{model}'",
+            f"is not a local path and cannot be downloaded ({_short_message(error)})",
+            "correct the name",
         ) from error
 
 
 def weight_files(path: Path, names: str = "*") -> list[Path]:
-    """The files that hold tensors: safetensors where there are any, else pickled ones.
+    """Returns the files that hold tensors: safetensors where there are any, else pickled ones.
 
     Raises:
         UserError: there are none.
@@ -52,6 +54,7 @@ def weight_files(path: Path, names: str = "*") -> list[Path]:
 
 
 def weights_sha256(path: Path) -> str:
+    """Returns the hash of all weight files of a model."""
     digest = hashlib.sha256()
     for file in weight_files(path):
         with file.open("rb") as stream:
@@ -61,10 +64,10 @@ def weights_sha256(path: Path) -> str:
 
 
 def read_json(path: Path, model: Path) -> dict[str, Any]:
-    """A JSON file of a model's folder.
+    """Reads a JSON file of a model's folder.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the file is missing or damaged.
     """
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +77,7 @@ def read_json(path: Path, model: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """All tensors of a model, by name, of safetensors or of a pickle without code (then as nested as it is there).
+    """Reads all tensors of a model by name, from safetensors or from pickles without code (whose nesting is kept).
 
     Raises:
         UserError: a damaged file, or a pickle that holds more than tensors and plain containers.
@@ -89,13 +92,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
                 tensors |= load_file(file)
             else:
                 tensors |= torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # pickle, zip, safetensors: each has its own
-            raise UserError(file, f"cannot be read as weights ({_first_line(error)})", "fetch it again") from error
+        except Exception as error:  # pickle, zip and safetensors each raise their own
+            raise UserError(
+                file, f"cannot be read as weights ({_short_message(error)})", "download it again"
+            ) from error
     return tensors
 
 
-def place(module: ModuleT, device: str, dtype: str, compiled: bool) -> ModuleT:
-    """The module frozen, on its device in its type."""
+def to_device(module: ModuleT, device: str, dtype: str, compiled: bool) -> ModuleT:
+    """Freezes a module, moves it to a device and dtype, and optionally compiles it."""
     module = module.eval().requires_grad_(False).to(device=device, dtype=torch_dtype(dtype))
     if compiled:
         module.compile()
@@ -103,10 +108,11 @@ def place(module: ModuleT, device: str, dtype: str, compiled: bool) -> ModuleT:
 
 
 def torch_dtype(dtype: str) -> torch.dtype:
+    """Returns the torch dtype of a config's `dtype`."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
 
 
-def _first_line(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)

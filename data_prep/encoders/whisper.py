@@ -1,4 +1,4 @@
-"""Whisper's encoder and AF-Whisper (Audio Flamingo 3), by transformers, on Whisper's log-mel windows of 30 s."""
+"""Whisper's encoder and AF-Whisper (Audio Flamingo 3) from transformers, on Whisper's log-mel windows of 30 s."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncod
 from data_prep.audio.windows import Window
 from data_prep.config import AfWhisperConfig, WhisperConfig
 from data_prep.encoders.base import Encoder
-from data_prep.encoders.weights import place, read_json, read_tensors
+from data_prep.encoders.weights import read_json, read_tensors, to_device
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
@@ -28,7 +28,7 @@ class _WhisperMel(Encoder):
         self.window_samples = self._extractor.n_samples
 
     def prepare(self, window: Window) -> Tensor:
-        """Log-mel (mels, frames of 30 s), silence after the audio; the extractor's own floor is the window's."""
+        """Returns log-mel (mels, frames of 30 s) padded with silence; the floor is relative to the window's maximum."""
         rate_hz = self._extractor.sampling_rate
         return self._extractor(window.audio, sampling_rate=rate_hz, return_tensors="pt").input_features[0]
 
@@ -40,12 +40,12 @@ class _WhisperMel(Encoder):
 
 
 class Whisper(_WhisperMel):
-    """Frames of 20 ms; attention sees the silence up to 30 s, as the model was trained."""
+    """Encodes to frames of 20 ms; attention includes the padding up to 30 s, as in the model's training."""
 
     def __init__(self, config: WhisperConfig, contract: EncoderContract, path: Path, device: str) -> None:
         super().__init__(config, contract, path)
         self._layer = config.layer
-        self._model = place(WhisperModel.from_pretrained(path).get_encoder(), device, config.dtype, config.compile)
+        self._model = to_device(WhisperModel.from_pretrained(path).get_encoder(), device, config.dtype, config.compile)
         if config.layer is not None and config.layer > len(self._model.layers):
             raise UserError("layer", f"{config.layer} of {len(self._model.layers)}", "choose a layer of the encoder")
 
@@ -59,7 +59,7 @@ class Whisper(_WhisperMel):
 
 
 class AfWhisper(_WhisperMel):
-    """Frames of 40 ms (pairs averaged, then normalised); attention does not see the silence after the audio."""
+    """Encodes to frames of 40 ms (pairs averaged, then normalised); attention excludes the padding after the audio."""
 
     def __init__(self, config: AfWhisperConfig, contract: EncoderContract, path: Path, device: str) -> None:
         super().__init__(config, contract, path)
@@ -73,7 +73,7 @@ class AfWhisper(_WhisperMel):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if missing or unexpected:
             raise UserError(path, f"is not AF-Whisper (tensor {[*missing, *unexpected][0]})", "check encoders.*.model")
-        self._model = place(model, device, config.dtype, config.compile)
+        self._model = to_device(model, device, config.dtype, config.compile)
 
     def num_frames(self, samples: int) -> int:
         return ((self._mel_frames(samples) - 1) // 2 + 1) // 2
@@ -82,7 +82,7 @@ class AfWhisper(_WhisperMel):
         mel_BMF = torch.stack(inputs).to(self._model.device, self._model.dtype)
         positions = torch.arange(mel_BMF.shape[-1] // 2, device=mel_BMF.device)
         lengths = torch.tensor([(self._mel_frames(n) - 1) // 2 + 1 for n in samples], device=mel_BMF.device)
-        hidden_BF = positions >= lengths[:, None]
-        mask_B1FF = torch.zeros(hidden_BF.shape, dtype=mel_BMF.dtype, device=mel_BMF.device)
-        mask_B1FF = mask_B1FF.masked_fill(hidden_BF, -torch.inf)[:, None, None].expand(-1, 1, len(positions), -1)
+        padding_BF = positions >= lengths[:, None]
+        mask_B1FF = torch.zeros(padding_BF.shape, dtype=mel_BMF.dtype, device=mel_BMF.device)
+        mask_B1FF = mask_B1FF.masked_fill(padding_BF, -torch.inf)[:, None, None].expand(-1, 1, len(positions), -1)
         return self._model(mel_BMF, attention_mask=mask_B1FF).last_hidden_state

@@ -1,4 +1,4 @@
-"""Which partitions are finished: one commit record each, and the index of a column merged from them alone."""
+"""Records which partitions are finished, one commit record each, and merges the index of a column from the records."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ REJECTS = "rejects.jsonl"
 
 
 class CommittedFile(Strict):
+    """Name, size and hash of a file of a committed partition."""
+
     name: str
     bytes: int
     xxh64: str
 
 
 class CommittedColumn(Strict):
-    """One partition of one column: its sub-folder of the column's folder, and the files in it.
+    """One partition of one column.
 
-    `device`: what the encoder ran on; features differ in their last digits between kinds.
+    Attributes:
+        folder: sub-folder of the column's folder.
+        device: kind of device that the encoder ran on; features differ in their last digits between kinds.
+        samples: number of samples in the shards.
+        files: all files in the folder.
     """
 
     folder: str
@@ -43,11 +49,11 @@ class RejectedClip(Strict):
 
 
 class Commit(Strict):
-    """A finished partition. The file that holds this record is the partition's one atomic act: no record, no partition.
+    """A finished partition. Writing this record is the atomic commit: without it the partition does not exist.
 
     Attributes:
-        audio_sha256, rows_sha256: of the partition's plan, as it was when this was written.
-        generation: how often the partition has grown (new questions, new encoders) since it was first written.
+        audio_sha256, rows_sha256: hashes of the planned partition at the time of the commit.
+        generation: number of times that the partition has grown (new questions, new encoders) since its first commit.
     """
 
     partition: int
@@ -62,12 +68,13 @@ class Commit(Strict):
 
     @property
     def bytes(self) -> int:
+        """Size of all files of the partition."""
         return sum(file.bytes for column in self.columns.values() for file in column.files)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a partition is: clips before `position` are done."""
+class PartitionProgress:
+    """Progress in one partition: clips before `position` are done; `rejected` of them and `audio_s` so far."""
 
     position: int
     rejected: int
@@ -75,15 +82,17 @@ class Progress:
 
 
 def partition_folder(partition: int, generation: int) -> str:
+    """Returns the name of a partition's folder within a column."""
     return f"part-{partition:05}-{generation}" if generation else f"part-{partition:05}"
 
 
 def write_commit(store: Store, commit: Commit) -> None:
+    """Commits a partition; its files must be in place."""
     store.write(_path(commit.partition), (commit.model_dump_json(indent=1) + "\n").encode())
 
 
 def read_record(store: Store, name: str) -> Commit | None:
-    """A commit record as it stands; None when there is none, or none that can be read."""
+    """Reads a commit record; None when it is missing or invalid."""
     try:
         return Commit.model_validate_json(store.read(name))
     except (FileNotFoundError, ValueError):
@@ -91,7 +100,7 @@ def read_record(store: Store, name: str) -> Commit | None:
 
 
 def read_commit(store: Store, partition: int) -> Commit | None:
-    """The record of a partition; None when it is not committed or when files that it names are not there."""
+    """Reads the record of a partition; None when it is not committed or when files of it are missing."""
     commit = read_record(store, _path(partition))
     if commit is None:
         return None
@@ -103,29 +112,31 @@ def read_commit(store: Store, partition: int) -> Commit | None:
 
 
 def remove_commit(store: Store, partition: int) -> None:
+    """Revokes the commit of a partition."""
     store.remove(_path(partition))
 
 
-def sweep(store: Store, columns: Iterable[str], commits: Iterable[Commit], keep_indexed: bool) -> None:
-    """Removes every partition folder that no commit names: what an interrupted attempt left.
+def remove_uncommitted(store: Store, columns: Iterable[str], commits: Iterable[Commit], *, keep_indexed: bool) -> None:
+    """Removes every partition folder that no commit refers to, which interrupted attempts leave.
 
     Args:
-        keep_indexed: spare those that a column's present index names, while a finished set grows.
+        keep_indexed: keep folders that a column's current index refers to, for readers of a set that grows.
     """
-    kept = {f"{name}/{column.folder}" for commit in commits for name, column in commit.columns.items()}
+    referenced = {f"{name}/{column.folder}" for commit in commits for name, column in commit.columns.items()}
     for column in columns:
         if keep_indexed and store.size(f"{column}/{INDEX}") is not None:
             shards = json.loads(store.read(f"{column}/{INDEX}"))["shards"]
-            kept |= {f"{column}/{shard['raw_data']['basename'].split('/')[0]}" for shard in shards}
+            referenced |= {f"{column}/{shard['raw_data']['basename'].split('/')[0]}" for shard in shards}
         for name in store.list(column):
-            if name.startswith("part-") and f"{column}/{name}" not in kept:
+            if name.startswith("part-") and f"{column}/{name}" not in referenced:
                 store.remove(f"{column}/{name}")
 
 
 def merged_index(store: Store, column: str, commits: Sequence[Commit]) -> bytes:
-    """The index of a whole column: the shards of the committed partitions, in their order.
+    """Returns the index of a whole column: the shards of the committed partitions in order.
 
-    As `streaming.base.util.merge_index`, which however takes every index it finds and does not write atomically.
+    Equivalent to `streaming.base.util.merge_index`, which however merges every index in the folder and does not write
+    atomically.
     """
     shards = []
     for commit in commits:
@@ -137,6 +148,7 @@ def merged_index(store: Store, column: str, commits: Sequence[Commit]) -> bytes:
 
 
 def column_names(encoders: Iterable[str]) -> list[str]:
+    """Returns the columns of a feature set."""
     return [CLIPS, *encoders]
 
 

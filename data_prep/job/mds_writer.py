@@ -1,11 +1,12 @@
-"""The one door to mosaicml-streaming's shards on the writing side: one partition of one column, and reading it back."""
+"""Writes one partition of a column as MDS shards of mosaicml-streaming, and reads it back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import xxhash
 from streaming import MDSWriter
@@ -13,15 +14,15 @@ from streaming.base.format import reader_from_json
 
 from data_prep.job.commits import INDEX, CommittedFile
 
-SHARD_BYTES = 1 << 27  # a clip's features reach megabytes; the library's 64 MiB would hold a handful
+SHARD_BYTES = 1 << 27  # a clip's features reach megabytes; the library's 64 MiB would hold few clips
 MAX_SAMPLE_BYTES = (1 << 32) - SHARD_BYTES  # offsets inside a shard are 32-bit
 
 
 class MdsWriter:
-    """Writes one partition of one column. Nothing counts until `finish` has returned.
+    """Writes one partition of one column; the files are complete only after `finish`.
 
-    Never a context manager: MDSWriter's own finishes also when the block raised, and a truncated partition would get
-    a valid index. No compression: it saves little on features and costs the reader most of its speed.
+    Not a context manager: MDSWriter's own one also finishes when the block raised, and a truncated partition would get
+    a valid index. Shards are not compressed: it saves little on features and would slow down reading a lot.
     """
 
     def __init__(self, folder: Path, columns: Mapping[str, str]) -> None:
@@ -30,16 +31,17 @@ class MdsWriter:
         self._writer = _Writer(columns=dict(columns), out=str(folder), hashes=["xxh64"], size_limit=SHARD_BYTES)
 
     def write(self, sample: dict[str, Any]) -> None:
+        """Appends a sample."""
         self._writer.write(sample)
         self.samples += 1
 
     def finish(self) -> list[CommittedFile]:
-        """Writes what is left and the index; the files with their sizes and hashes, sorted by name."""
+        """Writes the last shard and the index; returns the files with their sizes and hashes, sorted by name."""
         self._writer.finish()
         return [hash_file(path) for path in sorted(self.folder.iterdir())]
 
     def abandon(self) -> None:
-        """Gives up without an index."""
+        """Stops writing without an index."""
         self._writer.cancel_future_jobs()
 
 
@@ -49,7 +51,41 @@ class _Writer(MDSWriter):
             super().flush_shard()
 
 
+class ColumnWriters:
+    """The writers of the columns of one partition in a scratch folder; abandons them at exit unless finished."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._open: dict[str, MdsWriter] = {}
+
+    def open(self, name: str, columns: dict[str, str]) -> MdsWriter:
+        """Returns the writer of a column, which is opened if necessary."""
+        if name not in self._open:
+            self._open[name] = MdsWriter(self._scratch / name, columns)
+        return self._open[name]
+
+    def write(self, name: str, columns: dict[str, str], sample: dict[str, Any]) -> None:
+        """Appends a sample to a column, which is opened if necessary."""
+        self.open(name, columns).write(sample)
+
+    def finish(self) -> dict[str, tuple[MdsWriter, list[CommittedFile]]]:
+        """Finishes all columns; returns each writer with its files, by column."""
+        finished = {name: (writer, writer.finish()) for name, writer in sorted(self._open.items())}
+        self._open = {}
+        return finished
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for writer in self._open.values():
+            writer.abandon()
+
+
 def hash_file(path: Path) -> CommittedFile:
+    """Returns name, size and hash of a file."""
     digest = xxhash.xxh64()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -58,7 +94,7 @@ def hash_file(path: Path) -> CommittedFile:
 
 
 def read_partition(folder: Path) -> Iterator[dict[str, Any]]:
-    """The samples of one partition of one column, in order; arrays are read-only views."""
+    """Yields the samples of one partition of one column in order; arrays are read-only views."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     for entry in index["shards"]:
         shard = reader_from_json(str(folder.parent), folder.name, entry)

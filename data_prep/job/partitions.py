@@ -1,4 +1,4 @@
-"""The plan of a feature set: clips in fixed partitions, on disk, so that every attempt does the same work."""
+"""Plans a feature set: assigns clips to fixed partitions on disk, so that every attempt does the same work."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from data_prep.config import PrepareConfig
 from data_prep.files import container, is_remote
 from data_prep.job.commits import RejectedClip
 from data_prep.job.store import Store
-from data_prep.manifests.manifest import Clip, audio_path, audio_roots, manifest_sha256, read_clips
+from data_prep.manifests.reader import Clip, audio_path, audio_roots, manifest_sha256, read_clips
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
+from pipeline.core.records import Strict
 
 PLAN = "plan"
 PLAN_FILE = f"{PLAN}/plan.json"
 
 
-class PlannedPartition(BaseModel):
-    """`audio_sha256` is of what the features depend on (ids and audio), `rows_sha256` of all, questions included."""
+class PlannedPartition(Strict):
+    """One partition of the plan.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        clips: number of clips.
+        audio_sha256: hash of what the features depend on: ids and audio paths.
+        rows_sha256: hash of the whole rows, questions included.
+    """
 
     clips: int
     audio_sha256: str
     rows_sha256: str
 
 
-class Plan(BaseModel):
-    """What there is to do. `rejects` are rows that need no look at their audio: duplicate ids, paths out of bounds."""
+class Plan(Strict):
+    """The plan of a feature set.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Attributes:
+        settings: the settings that the content of the set depends on; see `plan_settings`.
+        manifest_sha256: hash of the manifests that the plan was made from.
+        partitions: partitions in order.
+        rejects: clips that are rejected without reading their audio: duplicate ids, paths outside the root.
+    """
 
     settings: dict[str, Any]
     manifest_sha256: str
@@ -47,12 +55,12 @@ class Plan(BaseModel):
 
     @property
     def clips(self) -> int:
-        """Rows of the manifest, rejects included."""
+        """Number of clips in the manifest, rejects included."""
         return sum(partition.clips for partition in self.partitions) + len(self.rejects)
 
 
-def settings_of(config: PrepareConfig, contracts: dict[str, EncoderContract]) -> dict[str, Any]:
-    """Everything that decides what the finished set holds, but for the manifest."""
+def plan_settings(config: PrepareConfig, contracts: dict[str, EncoderContract]) -> dict[str, Any]:
+    """Returns all settings that the content of the finished set depends on, apart from the manifest."""
     return {
         "encoders": {name: contract.fingerprint for name, contract in contracts.items()},
         "format": config.format,
@@ -65,6 +73,7 @@ def settings_of(config: PrepareConfig, contracts: dict[str, EncoderContract]) ->
 
 
 def load_plan(store: Store) -> Plan | None:
+    """Reads the plan of a feature set; None when there is none yet."""
     try:
         return Plan.model_validate_json(store.read(PLAN_FILE))
     except FileNotFoundError:
@@ -72,40 +81,40 @@ def load_plan(store: Store) -> Plan | None:
 
 
 def require_same_settings(plan: Plan, settings: dict[str, Any], output: str) -> None:
-    """Encoders may be added; everything else must be as it was.
+    """Checks the settings against an existing plan; encoders may be added, nothing else may change.
 
     Raises:
-        UserError: the folder holds a set of other settings; the first difference is named.
+        UserError: the output folder holds a set with other settings; names the first difference.
     """
-    for key, begun in plan.settings.items():
+    for key, planned in plan.settings.items():
         value = settings.get(key)
         if key == "encoders":
-            value = {name: settings[key].get(name) for name in begun}
-        if begun != value:
+            value = {name: settings[key].get(name) for name in planned}
+        if planned != value:
             raise UserError(
                 output,
-                f"was begun with other settings ({key}: {begun}, now {value})",
-                "choose another `output` or go back to those settings",
+                f"was started with other settings ({key}: {planned}, now {value})",
+                "choose another `output` or restore those settings",
             )
 
 
 def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old: Plan | None) -> Plan:
-    """Reads the manifest once and writes its partitions; `plan.json` comes last and makes the plan valid.
+    """Reads the manifest once and writes its partitions, then `plan.json`, which makes the plan valid.
 
-    Clips of an old plan stay where they are, with the questions that they have now; new ones go to new partitions.
+    Clips of an old plan keep their partitions and get their current questions; new clips go to new partitions.
 
     Raises:
-        UserError: a fault of the manifest; no clips at all; too many audio files that do not exist; a clip of the old
-            plan that is gone or has other audio.
+        UserError: the manifest is invalid or empty, too many audio files do not exist, or a clip of the old plan is
+            missing or has other audio.
     """
-    begun = dict(_planned_clips(store, old))
+    planned = dict(_planned_clips(store, old))
     first_new = len(old.partitions) if old else 0
     seen_clips: set[str] = set()
     seen_questions: set[str] = set()
     rejects: list[RejectedClip] = []
-    new = 0
+    new_clips = 0
     database = sqlite3.connect("")  # on disk once it is large
-    database.execute("CREATE TABLE waiting (part INTEGER, position INTEGER, row TEXT)")
+    database.execute("CREATE TABLE clips (part INTEGER, position INTEGER, row TEXT)")
     for clip in read_clips(config):
         reject = _reject(clip, seen_clips, seen_questions, needs_audio=bool(config.encoders))
         if reject is not None:
@@ -113,23 +122,23 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
             continue
         seen_clips.add(clip.clip_id)
         seen_questions.update(question.question_id for question in clip.questions)
-        if clip.clip_id in begun:
-            part, position, audio = begun[clip.clip_id]
+        if clip.clip_id in planned:
+            part, position, audio = planned[clip.clip_id]
             if audio != _audio_key(clip):
-                raise UserError(config.output, f"holds clip {clip.clip_id} of other audio", "choose another `output`")
+                raise UserError(config.output, f"holds clip {clip.clip_id} with other audio", "choose another `output`")
         else:
-            part, position = first_new + new // config.partition_clips, new % config.partition_clips
-            new += 1
-        database.execute("INSERT INTO waiting VALUES (?, ?, ?)", (part, position, clip.model_dump_json()))
-    for gone in begun.keys() - seen_clips:
-        raise UserError(config.output, f"holds clip {gone}, the manifest does not", "choose another `output`")
+            part, position = first_new + new_clips // config.partition_clips, new_clips % config.partition_clips
+            new_clips += 1
+        database.execute("INSERT INTO clips VALUES (?, ?, ?)", (part, position, clip.model_dump_json()))
+    for clip_id in planned.keys() - seen_clips:
+        raise UserError(config.output, f"holds clip {clip_id}, the manifest does not", "choose another `output`")
     manifests = ", ".join(config.manifests)
     if not seen_clips:
         raise UserError(manifests, "holds no clip to prepare", "give a manifest with clips")
 
     partitions: list[PlannedPartition] = []
     missing: list[str] = []
-    ordered = database.execute("SELECT part, row FROM waiting ORDER BY part, position")
+    ordered = database.execute("SELECT part, row FROM clips ORDER BY part, position")
     for part, group in itertools.groupby(ordered, key=lambda pair: pair[0]):
         rows = [row for _, row in group]
         clips = [Clip.model_validate_json(row) for row in rows]
@@ -166,7 +175,7 @@ def _reject(clip: Clip, seen_clips: set[str], seen_questions: set[str], *, needs
 
 
 def _planned_clips(store: Store, plan: Plan | None) -> Iterator[tuple[str, tuple[int, int, str]]]:
-    """Partition, position and audio of each clip of a plan, by id."""
+    """Yields partition, position and audio of each clip of a plan, by id."""
     for part in range(len(plan.partitions) if plan else 0):
         for position, clip in enumerate(read_partition_clips(store, part)):
             yield clip.clip_id, (part, position, _audio_key(clip))
@@ -181,6 +190,7 @@ def _sha256(data: bytes) -> str:
 
 
 def missing_audio(manifests: str, missing: int, clips: int, example: str) -> UserError:
+    """Returns the error for too many audio files that do not exist."""
     return UserError(
         manifests,
         f"{missing} of {clips} audio paths do not exist, for example {example}",
@@ -189,16 +199,17 @@ def missing_audio(manifests: str, missing: int, clips: int, example: str) -> Use
 
 
 def read_partition_clips(store: Store, partition: int) -> list[Clip]:
+    """Reads the clips of a planned partition."""
     return [Clip.model_validate(json.loads(line)) for line in store.read(_rows_name(partition)).splitlines()]
 
 
 def _missing(config: PrepareConfig, clips: list[Clip]) -> Iterator[str]:
     roots = audio_roots(config)
     paths = list(dict.fromkeys(container(audio_path(clip, roots)) for clip in clips if clip.audio is not None))
-    paths = [path for path in paths if not is_remote(path)]  # a store is asked for each clip once, when it is read
-    with ThreadPoolExecutor(16) as pool:  # network file systems answer slowly, one question at a time
-        for path, found in zip(paths, pool.map(os.path.exists, paths), strict=True):
-            if not found:
+    paths = [path for path in paths if not is_remote(path)]  # an object store is queried once per clip, when it is read
+    with ThreadPoolExecutor(16) as pool:  # lookups on network file systems are slow
+        for path, exists in zip(paths, pool.map(os.path.exists, paths), strict=True):
+            if not exists:
                 yield path
 
 

@@ -1,8 +1,8 @@
-"""Runs partitions on Ray actors. The one door to Ray: starts or joins a cluster, replaces dead actors, counts attempts.
+"""Runs partitions on Ray actors: starts or joins a cluster, starts actors and replaces dead ones.
 
-Only rows, progress and commit records travel: actors read the plan, decode, encode and write shards themselves, so
-that nothing fills the object store. The driver hands an actor the next partition when it asks, which is all the
-back-pressure there is to need.
+Only requests, progress and commit records pass through Ray: actors read the plan, decode, encode and write shards
+themselves, so that the object store stays empty. An actor gets its next partition when it has finished the last one,
+which is all the back-pressure that is needed.
 """
 
 from __future__ import annotations
@@ -17,58 +17,42 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.config import PrepareConfig
-from data_prep.job.commits import Commit, Progress
+from data_prep.job.commits import Commit, PartitionProgress
+from data_prep.job.errors import PreparationFailed
 from data_prep.job.partitions import Plan, PlannedPartition
+from data_prep.job.poison_clips import PartitionTask
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
-OBJECT_STORE_BYTES = 100 << 20  # nothing but records passes through it
+OBJECT_STORE_BYTES = 100 << 20  # only small records pass through it
 MAX_START_FAILURES = 10
 MAX_START_PAUSE_S = 20
 NODE_CHECK_S = 5
 
 
-class PreparationFailed(RuntimeError):
-    """A failure at run time, in one line."""
-
-
-@dataclass
-class _Task:
-    """A partition that is not committed yet.
-
-    Attributes:
-        position: clips before it were done in the attempt that died last.
-        deaths: of workers, in a row, at this position.
-        probe: the clip that goes through alone next, to find the one that kills its worker; None when not searching.
-        attempts: deaths by clip that was alone with its worker.
-        poison_clips: clips given up, with the reason's detail.
-    """
-
-    partition: int
-    position: int = 0
-    deaths: int = 0
-    probe: int | None = None
-    attempts: dict[int, int] = field(default_factory=dict)
-    poison_clips: dict[int, str] = field(default_factory=dict)
-
-
 @dataclass
 class _Actor:
+    """An actor, its current task (None while it starts), and when it last returned something."""
+
     handle: Any
-    task: _Task | None = None
-    last_sign: float = field(default_factory=time.monotonic)
+    task: PartitionTask | None = None
+    last_response: float = field(default_factory=time.monotonic)
 
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[None]:
-    """The cluster of RAY_ADDRESS, the one this process is connected to, or a fresh one on this machine.
+    """Connects to the cluster of RAY_ADDRESS, or starts one on this machine; reuses an existing connection.
 
-    A fresh one listens on localhost alone, and is closed to other users by a token that is never written down, unless
-    RAY_AUTH_MODE says otherwise.
+    A new cluster listens on localhost only and requires a token that is kept in memory, unless RAY_AUTH_MODE is set.
+
+    Raises:
+        UserError: no cluster responds at RAY_ADDRESS.
     """
     joins = "RAY_ADDRESS" in os.environ
-    if not joins:  # read when ray is imported
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # there Ray knows the machine as 127.0.0.1
+    if not joins:  # ray reads these variables when it is imported
+        os.environ.setdefault(
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
+        )  # so that Ray addresses this machine as 127.0.0.1
     if not joins and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -78,24 +62,24 @@ def ray_cluster() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # "local": without it ray joins whatever cluster it finds on this machine.
-    fresh = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    # Without "local" Ray would join any cluster that it finds on this machine.
+    new_cluster = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else fresh))
+        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else new_cluster))
     except ConnectionError as error:
         address = os.environ.get("RAY_ADDRESS")
-        raise UserError("RAY_ADDRESS", f"no cluster answers at {address}", "start it, or unset RAY_ADDRESS") from error
+        raise UserError("RAY_ADDRESS", f"no cluster responds at {address}", "start it, or unset RAY_ADDRESS") from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
-class Cluster:
-    """Works through partitions with as many actors as the config and the cluster allow.
+class ActorPool:
+    """Runs partitions on as many actors as the config and the cluster allow.
 
     Args:
-        load_encoders: False where only questions change.
+        load_encoders: whether actors load their encoders at start; False where only questions change.
     """
 
     def __init__(
@@ -105,9 +89,9 @@ class Cluster:
         self._load_encoders = load_encoders
         self._plan = plan
         self._contracts = contracts
-        self._actors: dict[Any, _Actor] = {}  # by what it is doing: an object reference or a generator of them
+        self._actors: dict[Any, _Actor] = {}  # by the result it computes: an object reference or a generator
         self._start_failures = 0
-        self._no_start_before = 0.0
+        self._next_start_time = 0.0
         self._first_ready: float | None = None
         self._starts = 0
         self._node_checked = time.monotonic()
@@ -116,38 +100,40 @@ class Cluster:
         self,
         partitions: list[int],
         on_commit: Callable[[Commit], None],
-        on_progress: Callable[[dict[int, Progress], int], None],
+        on_progress: Callable[[dict[int, PartitionProgress], int], None],
     ) -> float:
-        """Does these partitions; each reaches `on_commit` once, in any order.
+        """Runs partitions until all are committed.
 
         Args:
-            on_progress: receives the partitions under work and the number of actors.
+            partitions: indices of the partitions.
+            on_commit: receives the commit record of each partition once, in any order.
+            on_progress: receives the progress of the partitions in work, and the number of actors.
 
         Returns:
             seconds from the first actor being ready to the last commit.
 
         Raises:
-            PreparationFailed: actors cannot be placed or started, or keep dying without a clip to blame; or the node
-                that this driver belongs to is lost.
+            PreparationFailed: actors cannot be placed or started, keep dying without a clip to blame, or the node of
+                this driver is lost.
         """
         import ray
 
-        waiting = deque(_Task(partition) for partition in partitions)
-        under_work: dict[int, Progress] = {}
+        waiting = deque(PartitionTask(partition, self._plan.partitions[partition].clips) for partition in partitions)
+        in_work: dict[int, PartitionProgress] = {}
         started = time.monotonic()
         try:
             while waiting or any(actor.task for actor in self._actors.values()):
-                self._fit_actors(waiting)
+                self._start_actors(waiting)
                 if not self._actors:
-                    time.sleep(0.2)  # a machine was lost; see _fit_actors
+                    time.sleep(0.2)  # after a failed start; see _start_actors
                     continue
                 ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
                 for reference in ready:
-                    self._advance(reference, waiting, under_work, on_commit)
+                    self._handle_result(reference, waiting, in_work, on_commit)
                 self._check_starts(len(partitions), time.monotonic() - started)
                 self._end_stalled()
                 self._check_node()
-                on_progress(under_work, len(self._actors))
+                on_progress(in_work, len(self._actors))
         finally:
             for actor in self._actors.values():
                 ray.kill(actor.handle)
@@ -162,101 +148,103 @@ class Cluster:
             )
 
     def _check_node(self) -> None:
-        """Ray lets a driver wait for ever when the node that it talks through is gone."""
+        """Fails when this driver's node is lost: Ray itself would wait for ever."""
         import ray
 
         if time.monotonic() - self._node_checked < NODE_CHECK_S:
             return
         self._node_checked = time.monotonic()
-        own = ray.get_runtime_context().get_node_id()
-        if not any(node["NodeID"] == own and node["Alive"] for node in ray.nodes()):
-            raise PreparationFailed("this driver's node left the cluster; what is committed is kept, start again")
+        node_id = ray.get_runtime_context().get_node_id()
+        if not any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+            raise PreparationFailed(
+                "this driver's node left the cluster; committed partitions are kept, run the command again"
+            )
 
     def _end_stalled(self) -> None:
-        """Kills actors that give no sign any more; their death is then found like any other."""
+        """Kills actors that stopped responding; their death is then handled like any other."""
         import ray
 
         for actor in self._actors.values():
-            if actor.task and time.monotonic() - actor.last_sign > self._config.workers.stall_timeout_s:
+            if actor.task and time.monotonic() - actor.last_response > self._config.workers.stall_timeout_s:
                 ray.kill(actor.handle)
-                actor.last_sign = time.monotonic()
+                actor.last_response = time.monotonic()
 
-    def _bound(self) -> int:
+    def _max_actors(self) -> int:
         import ray
 
         workers = self._config.workers
         if workers.max is not None:
             return workers.max
         resources = ray.cluster_resources()
-        fits = int(resources.get("CPU", 0) / workers.cpus)
+        limit = int(resources.get("CPU", 0) / workers.cpus)
         if workers.gpus:
-            fits = min(fits, int(resources.get("GPU", 0) / workers.gpus))
-        return max(fits, workers.min)
+            limit = min(limit, int(resources.get("GPU", 0) / workers.gpus))
+        return max(limit, workers.min)
 
-    def _fit_actors(self, waiting: deque[_Task]) -> None:
-        """Starts actors while there is work for more of them; those without work left have ended by themselves.
+    def _start_actors(self, waiting: deque[PartitionTask]) -> None:
+        """Starts actors while there is work for more of them.
 
-        After a failed start it waits, longer each time: a cluster goes on placing actors on a machine that it has lost
-        until it notices.
+        After a failed start it waits, longer each time: a cluster keeps placing actors on a lost machine until it
+        notices the loss.
         """
         busy = sum(actor.task is not None for actor in self._actors.values())
         wanted = len(waiting) + busy
-        if len(self._actors) >= wanted or time.monotonic() < self._no_start_before:
+        if len(self._actors) >= wanted or time.monotonic() < self._next_start_time:
             return
-        wanted = min(wanted, self._bound())
+        wanted = min(wanted, self._max_actors())
         while len(self._actors) < wanted:
-            handle = _remote_worker(self._config).remote(self._config, self._contracts)
+            handle = _remote_class(self._config).remote(self._config, self._contracts)
             self._actors[handle.start.remote(self._load_encoders)] = _Actor(handle)
 
-    def _advance(
+    def _handle_result(
         self,
         reference: Any,
-        waiting: deque[_Task],
-        under_work: dict[int, Progress],
+        waiting: deque[PartitionTask],
+        in_work: dict[int, PartitionProgress],
         on_commit: Callable[[Commit], None],
     ) -> None:
-        """Takes one result (or the death) of an actor and gives it its next work."""
+        """Handles one result (or the death) of an actor and assigns it its next work."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
         actor = self._actors.pop(reference)
-        actor.last_sign = time.monotonic()
+        actor.last_response = time.monotonic()
         task = actor.task
         try:
             is_stream = isinstance(reference, ray.ObjectRefGenerator)
             result = ray.get(next(reference) if is_stream else reference)
         except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, UserError) else PreparationFailed(_last_line(error)) from error
+            raise error.cause if isinstance(error.cause, UserError) else PreparationFailed(_summary(error)) from error
         except RayActorError as error:
             ray.kill(actor.handle)
             if task is None:
                 self._start_failures += 1
-                self._no_start_before = time.monotonic() + min(2**self._start_failures, MAX_START_PAUSE_S)
+                self._next_start_time = time.monotonic() + min(2**self._start_failures, MAX_START_PAUSE_S)
                 if self._start_failures >= MAX_START_FAILURES:
-                    raise PreparationFailed(f"workers die while starting: {_last_line(error)}") from error
+                    raise PreparationFailed(f"workers die while starting: {_summary(error)}") from error
             else:
-                under_work.pop(task.partition, None)
-                self._on_worker_death(task)
+                in_work.pop(task.partition, None)
+                task.on_worker_death(self._config.max_attempts)
                 waiting.appendleft(task)
             return
         if task is None:
             self._first_ready, self._start_failures = self._first_ready or time.monotonic(), 0
             self._starts += 1
         elif isinstance(result, Commit):
-            under_work.pop(task.partition, None)
+            in_work.pop(task.partition, None)
             on_commit(result)
             actor.task = None
         elif task.probe is not None:
-            task.probe += 1
+            task.on_probe_success()
         else:
-            under_work[task.partition] = result
-            if result.position > task.position:
-                task.position, task.deaths = result.position, 0
-            self._actors[reference] = actor  # the stream goes on
+            in_work[task.partition] = result
+            task.on_progress(result.position)
+            self._actors[reference] = actor  # more progress or the commit record will follow
             return
-        self._next(actor, waiting)
+        self._assign(actor, waiting)
 
-    def _next(self, actor: _Actor, waiting: deque[_Task]) -> None:
+    def _assign(self, actor: _Actor, waiting: deque[PartitionTask]) -> None:
+        """Lets an actor resume its task or take the next one; ends it when there is none."""
         import ray
 
         if actor.task is None:
@@ -265,50 +253,23 @@ class Cluster:
                 return
             actor.task = waiting.popleft()
         task = actor.task
-        if task.probe is not None and task.probe >= self._plan.partitions[task.partition].clips:
-            task.probe = None
         if task.probe is not None:
             self._actors[actor.handle.probe.remote(task.partition, task.probe)] = actor
         else:
             planned = self._plan.partitions[task.partition]
             self._actors[actor.handle.extract.remote(task.partition, planned, task.poison_clips)] = actor
 
-    def _on_worker_death(self, task: _Task) -> None:
-        """Draws the conclusion from a death: machines are lost, so the first one only means another try.
 
-        After the second one at the same place the clips from there on go through alone, until one kills its worker
-        `max_attempts` times.
-
-        Raises:
-            PreparationFailed: the partition kills its worker though each clip alone does not.
-        """
-        limit = self._config.max_attempts
-        if task.probe is not None:
-            task.attempts[task.probe] = task.attempts.get(task.probe, 0) + 1
-            if task.attempts[task.probe] >= limit:
-                task.poison_clips[task.probe] = f"killed its worker in {limit} of {limit} attempts"
-                task.probe, task.deaths = None, 0
-            return
-        task.deaths += 1
-        if task.deaths >= 2:
-            task.probe = task.position
-        if task.deaths >= 2 + limit:
-            raise PreparationFailed(
-                f"partition {task.partition} kills its worker near clip {task.position} though each clip passes alone, "
-                "probably for want of memory: lower batch_s"
-            )
-
-
-def _remote_worker(config: PrepareConfig) -> Any:
+def _remote_class(config: PrepareConfig) -> Any:
     import ray
 
-    return ray.remote(_Worker).options(
+    return ray.remote(_ExtractionActor).options(
         num_cpus=config.workers.cpus, num_gpus=config.workers.gpus, max_restarts=0, max_task_retries=0
     )
 
 
-class _Worker:
-    """The actor: a thin shell around PartitionWorker, which is imported and built inside it only."""
+class _ExtractionActor:
+    """Wraps a PartitionWorker, which is imported in the actor's process only: it loads torch and the encoders."""
 
     def __init__(self, config: PrepareConfig, contracts: dict[str, EncoderContract]) -> None:
         self._config, self._contracts = config, contracts
@@ -322,12 +283,13 @@ class _Worker:
 
     def extract(
         self, partition: int, planned: PlannedPartition, poison_clips: dict[int, str]
-    ) -> Iterator[Progress | Commit]:
+    ) -> Iterator[PartitionProgress | Commit]:
         yield from self._worker.extract(partition, planned, poison_clips)
 
     def probe(self, partition: int, position: int) -> None:
         self._worker.probe(partition, position)
 
 
-def _last_line(error: Exception) -> str:
+def _summary(error: Exception) -> str:
+    """Returns the last line of a Ray error, which names the cause."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

@@ -1,9 +1,8 @@
-"""Where a feature set lies. Everything becomes visible by one atomic act: a file, or a folder of finished files."""
+"""Reads and writes the files of a feature set, locally or in an object store; files and folders appear atomically."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import filecmp
 import shutil
 import tempfile
@@ -13,56 +12,59 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.files import is_remote
-from pipeline.core.errors import UserError
-from pipeline.core.files import atomic_write, fsync
+from pipeline.core.files import atomic_write, fsync, lock_folder
 
 SCRATCH = ".tmp"
 LOCK = ".lock"
 
 
 class Store(ABC):
-    """A folder or a prefix of an object store. Names are relative to it, with slashes."""
+    """A folder or a prefix of an object store; names are relative to it, with slashes."""
 
     url: str
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """Raises FileNotFoundError when there is no such file."""
+        """Reads a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
 
     @abstractmethod
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None when there is none."""
+        """Returns the size of a file in bytes; None when it does not exist."""
 
     @abstractmethod
     def list(self, folder: str) -> list[str]:
-        """Names inside a folder, sorted; empty when there is no folder."""
+        """Returns the sorted names in a folder; empty when it does not exist."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file so that a reader sees all of it or nothing."""
+        """Writes a file atomically."""
 
     @abstractmethod
     def publish(self, folder: Path, name: str) -> None:
-        """Moves a local folder of finished files to `name`, in place of what another attempt may have left there."""
+        """Moves a local folder of finished files to `name`, and replaces what another attempt may have left there."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Removes a file or a folder with all it holds; it may be absent."""
+        """Removes a file or a folder with its content, if it exists."""
 
     @abstractmethod
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
-        """A local folder to write in, gone afterwards."""
+        """Creates a local scratch folder, which is removed at exit."""
 
     @abstractmethod
     def fetch(self, name: str) -> contextlib.AbstractContextManager[Path]:
-        """A folder's files (not its folders) on the local disk: itself, or a copy that is gone afterwards."""
+        """Provides the files of a folder (not its sub-folders) on the local disk; a copy is removed at exit."""
 
     @abstractmethod
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other preparations of this machine out, where that can be done.
+        """Excludes other preparations of this set, where the store supports it.
 
         Raises:
-            UserError: another preparation is at work here.
+            UserError: another preparation holds the lock.
         """
 
 
@@ -92,8 +94,8 @@ class LocalStore(Store):
         atomic_write(path, data)
 
     def publish(self, folder: Path, name: str) -> None:
-        # What another attempt left there stays when it is the same, byte by byte: nothing that may have been committed
-        # in the meantime disappears for a moment.
+        # An identical folder of another attempt is kept: it may have been committed in the meantime and must not
+        # disappear even for a moment.
         target = self.root / name
         for path in folder.iterdir():
             fsync(path)
@@ -132,20 +134,14 @@ class LocalStore(Store):
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        # The operating system frees it when this process dies.
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(self.root, "another preparation writes here", "wait for it or stop it") from error
+        with lock_folder(self.root, LOCK):
             yield
 
 
 class RemoteStore(Store):
-    """A prefix of an object store, through fsspec: each object appears whole, and the last one put is the commit.
+    """A prefix of an object store, through fsspec; each object appears atomically.
 
-    There is no lock: two preparations of the same set at once waste work and write the same bytes.
+    There is no lock: two simultaneous preparations of the same set waste work and write the same bytes.
     """
 
     def __init__(self, url: str) -> None:
@@ -179,8 +175,8 @@ class RemoteStore(Store):
 
     def publish(self, folder: Path, name: str) -> None:
         files = {path.name: path for path in folder.iterdir()}
-        for left in set(self.list(name)) - files.keys():
-            self.remove(f"{name}/{left}")
+        for stale in set(self.list(name)) - files.keys():
+            self.remove(f"{name}/{stale}")
         for file, path in files.items():
             self._fs.put_file(str(path), self._path(f"{name}/{file}"))
 
@@ -213,5 +209,5 @@ class RemoteStore(Store):
 
 
 def open_store(url: str | Path) -> Store:
-    """The store of a path, or of a URL with a scheme."""
+    """Returns the store of a local path, or of a URL with a scheme."""
     return RemoteStore(str(url)) if is_remote(str(url)) else LocalStore(url)

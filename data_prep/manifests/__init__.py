@@ -1,0 +1,1 @@
+"""Input formats: `reader` detects the format and yields clips; `json_formats` and `table_formats` read the formats."""

@@ -1,4 +1,4 @@
-"""The shape of a manifest row, and how rows with a question each become clips with all theirs."""
+"""Defines the row that every manifest format is converted to, and groups rows by clip."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pipeline.core.errors import UserError
+from pipeline.core.records import Strict
 
 RowT = TypeVar("RowT", bound=BaseModel)
 
 
-class QuestionRow(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class QuestionRow(Strict):
+    """A question of a row; without a `question_id` it gets one from the clip and its position."""
 
     question_id: str | None = None
     question: str
@@ -25,10 +26,8 @@ class QuestionRow(BaseModel):
     choices: list[str] | None = None
 
 
-class TextRow(BaseModel):
-    """Questions about no clip, under an id of their own."""
-
-    model_config = ConfigDict(extra="forbid")
+class TextRow(Strict):
+    """Questions without audio; `clip_id` identifies the group."""
 
     clip_id: str
     questions: list[QuestionRow]
@@ -37,23 +36,23 @@ class TextRow(BaseModel):
 
 
 class ClipRow(TextRow):
-    """Our own format, and what every other one is turned into."""
+    """A row of our own format, to which every other format is converted."""
 
     audio: str
 
 
 def group_by_clip(rows: Iterable[ClipRow]) -> Iterator[ClipRow]:
-    """Joins rows of the same clip: clips by first appearance, questions in their order.
+    """Yields one row per clip with the questions of all its rows; clips by first appearance, questions in their order.
 
-    Rows wait in a temporary database on disk: the largest corpora have millions of questions, in any order.
+    Rows are sorted in a temporary database on disk: the largest corpora have millions of questions, in any order.
     """
     numbers: dict[str, int] = {}
     database = sqlite3.connect("")
     try:
-        database.execute("CREATE TABLE waiting (clip INTEGER, row TEXT)")
+        database.execute("CREATE TABLE rows (clip INTEGER, row TEXT)")
         values = ((numbers.setdefault(row.clip_id, len(numbers)), row.model_dump_json()) for row in rows)
-        database.executemany("INSERT INTO waiting VALUES (?, ?)", values)
-        ordered = database.execute("SELECT clip, row FROM waiting ORDER BY clip, rowid")
+        database.executemany("INSERT INTO rows VALUES (?, ?)", values)
+        ordered = database.execute("SELECT clip, row FROM rows ORDER BY clip, rowid")
         for _, group in itertools.groupby(ordered, key=lambda pair: pair[0]):
             first, *others = (ClipRow.model_validate_json(text) for _, text in group)
             yield first.model_copy(update={"questions": [q for row in (first, *others) for q in row.questions]})
@@ -61,25 +60,34 @@ def group_by_clip(rows: Iterable[ClipRow]) -> Iterator[ClipRow]:
         database.close()
 
 
-def parse_json(text: str, place: str) -> Any:
-    """Raises UserError with the place of text that is not JSON."""
+def parse_json(text: str, location: str) -> Any:
+    """Parses one JSON value.
+
+    Raises:
+        UserError: the text is not JSON; names the location.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(place, f"bad JSON ({error.msg})", "correct this row") from error
+        raise UserError(location, f"bad JSON ({error.msg})", "correct this row") from error
 
 
-def validate_row(kind: type[RowT], value: Any, place: str) -> RowT:
-    """Raises UserError with the place and the field at fault."""
+def validate_row(kind: type[RowT], value: Any, location: str) -> RowT:
+    """Validates a row.
+
+    Raises:
+        UserError: a field is missing, unknown or of the wrong type; names the location and the field.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "row"
         if first["type"] == "missing":
-            raise missing_field(place, field) from error
-        raise UserError(place, f"field '{field}': {first['msg'].lower()}", "correct this row") from error
+            raise missing_field(location, field) from error
+        raise UserError(location, f"field '{field}': {first['msg'].lower()}", "correct this row") from error
 
 
-def missing_field(place: str, field: str) -> UserError:
-    return UserError(place, f"row without the field '{field}'", f"add '{field}' to this row")
+def missing_field(location: str, field: str) -> UserError:
+    """Returns the error for a row without a field."""
+    return UserError(location, f"row without the field '{field}'", f"add '{field}' to this row")

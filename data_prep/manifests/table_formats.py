@@ -1,6 +1,6 @@
-"""Manifests without questions of their own: CSV, a folder per class, Parquet and WebDataset with embedded audio.
+"""Reads manifests that hold no questions: CSV, a folder per class, Parquet and WebDataset with embedded audio.
 
-`TableConfig` says by templates over a row's fields what the clip, the question and the answers are.
+The templates of `TableConfig` make the clip, the question and the answers from the fields of a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from data_prep.manifests.rows import ClipRow, QuestionRow, group_by_clip, missin
 from pipeline.core.errors import UserError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
-# Published tables that need no templates: the columns that tell them, and what they mean.
+# Published tables that need no templates: the columns that identify them, and the templates they imply.
 KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"file_name", *(f"caption_{i}" for i in range(1, 6))},  # Clotho
      {"audio": "{file_name}", "answers": [f"{{caption_{i}}}" for i in range(1, 6)]}),
@@ -29,15 +29,17 @@ KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
 
 
 def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """One clip (or one of its answers) per line, columns named by the first line."""
+    """Yields the clips of a CSV file with a header; rows of the same clip are joined."""
 
     def rows() -> Iterator[ClipRow]:
         try:
             with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as text:
                 reader = csv.DictReader(text, strict=True)
-                known = _known_table(table, reader.fieldnames or [])
+                templates = _known_table(table, reader.fieldnames or [])
                 for fields in reader:
-                    yield _clip({k: v for k, v in fields.items() if v is not None}, known, f"{path}:{reader.line_num}")
+                    yield _clip(
+                        {k: v for k, v in fields.items() if v is not None}, templates, f"{path}:{reader.line_num}"
+                    )
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(path, f"cannot be read ({error})", "give a UTF-8 CSV file with a header") from error
 
@@ -45,18 +47,20 @@ def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def read_folder(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """`<class>/<file>`; the fields are `class` and `audio`, and all classes are the choices."""
+    """Yields the clips of `<class>/<file>`; the fields are `class` and `audio`, and all classes are the choices."""
     root = Path(path)
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     for name in classes:
         for file in sorted((root / name).iterdir()):
             if file.suffix.lower() in AUDIO_SUFFIXES:
                 audio = f"{name}/{file.name}"
-                yield _clip({"audio": audio, "class": name}, _answered_by(table, "{class}"), path, audio, classes)
+                yield _clip(
+                    {"audio": audio, "class": name}, _with_default_answer(table, "{class}"), path, audio, classes
+                )
 
 
 def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Rows with embedded audio, as Hugging Face datasets write them; the other columns are the fields."""
+    """Yields the rows of a Hugging Face dataset with embedded audio; the other columns are the fields."""
     import pyarrow
     import pyarrow.parquet
 
@@ -66,10 +70,10 @@ def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow]:
             column = audio_column([(field.name, field.type) for field in file.schema_arrow])
             if column is None:
                 raise UserError(path, "has no column of embedded audio", "give a file of the Hugging Face audio layout")
-            others = [field.name for field in file.schema_arrow if field.name != column]
+            field_columns = [field.name for field in file.schema_arrow if field.name != column]
             for group in range(file.num_row_groups):
-                names = file.read_row_group(group, columns=[*others, f"{column}.path"]).to_pylist()
-                for row, fields in enumerate(names):
+                rows = file.read_row_group(group, columns=[*field_columns, f"{column}.path"]).to_pylist()
+                for row, fields in enumerate(rows):
                     audio = f"{posixpath.basename(path)}#{group}/{row}"
                     clip_id = (fields.pop(column) or {}).get("path") or audio
                     yield _clip({**fields, "audio": audio}, table, f"{path}#{group}/{row}", clip_id)
@@ -78,7 +82,10 @@ def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def read_webdataset(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Neighbouring members of one key are a clip: an audio file, and `txt`, `cls`, ... or the keys of `json`."""
+    """Yields one clip per key of a tar file.
+
+    Consecutive members with the same key form a clip: an audio file, and fields from `txt`, `cls`, ... or `json`.
+    """
     try:
         with open_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             key, fields = "", dict[str, Any]()
@@ -104,31 +111,33 @@ def read_webdataset(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def _known_table(table: TableConfig, columns: Any) -> TableConfig:
-    for needed, values in KNOWN_TABLES:
-        if needed <= set(columns) and "answers" not in table.model_fields_set:
+    for required_columns, values in KNOWN_TABLES:
+        if required_columns <= set(columns) and "answers" not in table.model_fields_set:
             return table.model_copy(update=values)
     return table
 
 
-def _answered_by(table: TableConfig, answer: str) -> TableConfig:
+def _with_default_answer(table: TableConfig, answer: str) -> TableConfig:
     return table if "answers" in table.model_fields_set else table.model_copy(update={"answers": [answer]})
 
 
 def _clip(
     fields: dict[str, Any],
     table: TableConfig,
-    place: str,
+    location: str,
     clip_id: str | None = None,
     choices: list[str] | None = None,
 ) -> ClipRow:
     if table.question is None:
-        raise UserError("table.question", f"is not set, and {place} has no question", "give the question of all rows")
+        raise UserError(
+            "table.question", f"is not set, and {location} has no question", "give the question of all rows"
+        )
 
     def fill(template: str) -> str:
         try:
             return template.format_map(fields)
         except (KeyError, IndexError, AttributeError) as error:
-            raise missing_field(place, str(error.args[0])) from error
+            raise missing_field(location, str(error.args[0])) from error
 
     audio = fill(table.audio)
     return ClipRow(

@@ -1,13 +1,16 @@
-"""`pal synth OUT`: a corpus of real audio files with ground truth. Here is the command line only.
+"""`pal synth OUT`: writes a synthetic corpus of audio files with ground truth.
 
-`sounds`, `music` and `speech` plan clips and render them from `signals`; `questions` words; `corpus` writes."""
+`sounds`, `music` and `speech` plan clips and render them with `signals`; `questions` words the questions; `corpus`
+writes the files.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from pipeline.core.arguments import add_dry_run, add_json, write_figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="pal synth", description="Writes an audio corpus with ground truth.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--clips", type=int, default=1300, help="audio files in all (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=1300, help="number of audio files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="plan and count, write nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_dry_run(parser, "plan and count the clips, write nothing")
+    add_json(parser)
     arguments = parser.parse_args(argv)
 
     from data_prep.synth.corpus import plan_corpus, summary, write_corpus
@@ -30,8 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {"clips": arguments.clips, **summary(plan_corpus(arguments.clips, arguments.seed))}
     else:
         record = write_corpus(arguments.out, arguments.clips, arguments.seed)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_figures(record, arguments.json)
     verb = "would hold" if arguments.dry_run else "holds"
     print(
         f"{arguments.out} {verb} {record['clips']} clips ({record['test_clips']} held out), "

@@ -1,4 +1,4 @@
-"""`python -m data_prep.synth`: the same as `pal synth`."""
+"""Runs `pal synth` as `python -m data_prep.synth`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`pal synth`: plans a corpus, renders it and puts the finished folder in place at once."""
+"""Plans a synthetic corpus, renders its audio and publishes the finished folder atomically."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import numpy as np
 
 from data_prep.synth.music import plan_music
 from data_prep.synth.plan import Plan, deck
-from data_prep.synth.questions import ask
+from data_prep.synth.questions import word_questions
 from data_prep.synth.signals import Samples, noise, num_samples
 from data_prep.synth.sounds import plan_sounds
 from data_prep.synth.speech import plan_speech
 from pipeline.core.errors import UserError
 
-REVISION = 1  # raise it with every change that alters a corpus
-RECORD = "synth.json"  # of a finished corpus
-STAMP = "settings.json"  # of an unfinished one
+REVISION = 1  # raise it with every change that alters the corpus
+RECORD = "synth.json"  # in a finished corpus
+STAMP = "settings.json"  # in an unfinished corpus
 DOMAINS: dict[str, Callable[[np.random.Generator], Iterator[Plan]]] = {
     "sound": plan_sounds,
     "music": plan_music,
     "speech": plan_speech,
 }
 HELD_OUT = (True,) * 3 + (False,) * 17  # 15 % of each domain
-SMALLEST_CORPUS = 30  # below it a domain has no held-out clip to speak of
+SMALLEST_CORPUS = 30  # below it a domain has hardly a held-out clip
 
-# Small files are commoner than large ones, so that a thousand clips stay near 200 MB.
+# Low rates are more frequent than high ones, so that a thousand clips stay near 200 MB.
 RATES_HZ = (16000, 16000, 16000, 16000, 22050, 22050, 32000, 32000, 44100, 48000)
 ENCODINGS = (
     ("WAV", "PCM_16"),
@@ -44,13 +44,13 @@ ENCODINGS = (
 )
 CHANNELS = (1, 1, 1, 2)
 GAIN_DB = (-3.0, 3.0)
-NOISE_DB = (-70.0, -64.0)  # before the gain; what is to be heard lies near -30
+NOISE_DB = (-70.0, -64.0)  # before the gain; foreground sounds lie near -30
 PEAK = 0.98
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A planned file: `seed` drives its rendering alone, so that clips can be made in any order."""
+    """A planned file; its rendering depends on its own `seed`, so that clips can be rendered in any order."""
 
     clip_id: str
     domain: str
@@ -67,22 +67,22 @@ class Clip:
 
     @property
     def audio(self) -> str:
-        """Path relative to the corpus folder."""
+        """Returns the path relative to the corpus folder."""
         return f"audio/{self.clip_id}.{self.container.lower()}"
 
 
 def plan_corpus(clips: int, seed: int) -> list[Clip]:
-    """Everything about a corpus but its samples; the domains take turns.
+    """Plans a corpus without rendering it; clips alternate between the domains.
 
     Raises:
-        UserError: too few clips, or a negative seed.
+        UserError: there are too few clips, or the seed is negative.
     """
     if clips < SMALLEST_CORPUS:
-        raise UserError("--clips", f"{clips} is too few", f"ask for at least {SMALLEST_CORPUS}")
+        raise UserError("--clips", f"{clips} is too few", f"request at least {SMALLEST_CORPUS}")
     if seed < 0:
         raise UserError("--seed", f"{seed} is negative", "give 0 or more")
     rng = np.random.default_rng([seed, 0])
-    plans = {name: start(rng) for name, start in DOMAINS.items()}
+    plans = {name: make_plans(rng) for name, make_plans in DOMAINS.items()}
     held_out = {name: deck(rng, HELD_OUT) for name in DOMAINS}
     rates, encodings, channels = deck(rng, RATES_HZ), deck(rng, ENCODINGS), deck(rng, CHANNELS)
     corpus = []
@@ -104,14 +104,14 @@ def plan_corpus(clips: int, seed: int) -> list[Clip]:
                 gain_db=float(rng.uniform(*GAIN_DB)),
                 noise_db=float(rng.uniform(*NOISE_DB)),
                 plan=plan,
-                questions=ask(clip_id, plan.facts(), rng),
+                questions=word_questions(clip_id, plan.facts(), rng),
             )
         )
     return corpus
 
 
 def render(clip: Clip) -> Samples:
-    """The samples of a clip, (samples, channels), background noise and level included."""
+    """Returns the samples of a clip, (samples, channels), with background noise and gain."""
     rng = np.random.default_rng(clip.seed)
     samples = num_samples(clip.plan.duration_s, clip.rate_hz)
     dry = clip.plan.render(clip.rate_hz, rng)
@@ -124,29 +124,29 @@ def render(clip: Clip) -> Samples:
 
 
 def encode(clip: Clip) -> bytes:
-    """The bytes of the audio file; the same clip always gives the same."""
+    """Returns the bytes of the audio file; they depend on the clip alone."""
     import soundfile
 
     buffer = io.BytesIO()
     soundfile.write(buffer, render(clip), clip.rate_hz, format=clip.container, subtype=clip.subtype)
     data = bytearray(buffer.getvalue())
     if clip.subtype == "FLOAT":
-        stamp = data.index(b"PEAK") + 12  # id, size, version, then the time of writing
+        stamp = data.index(b"PEAK") + 12  # after id, size and version: the time of writing
         data[stamp : stamp + 4] = bytes(4)
     return bytes(data)
 
 
 def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
-    """Writes the corpus, or finds it finished.
+    """Writes the corpus, unless it is already finished.
 
-    The folder appears under its name when it is complete. A run that was stopped leaves `.NAME.unfinished` beside it,
-    and the next one with the same settings goes on from there.
+    The folder appears under its name when it is complete. An interrupted run leaves `.NAME.unfinished` beside it, from
+    which the next run with the same settings resumes.
 
     Returns:
-        The content of `synth.json`.
+        the content of `synth.json`.
 
     Raises:
-        UserError: `out` holds something else, or the settings cannot work.
+        UserError: `out` holds something else, or a setting is invalid.
     """
     out = out.resolve()
     settings = {"revision": REVISION, "clips": clips, "seed": seed}
@@ -170,12 +170,12 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
     record = {**settings, **summary(corpus)}
     _write(work / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     (work / STAMP).unlink()
-    work.rename(out)  # takes the place of an empty folder, too
+    work.rename(out)  # also replaces an empty folder
     return record
 
 
 def summary(corpus: list[Clip]) -> dict[str, Any]:
-    """Counts of a corpus, written or only planned."""
+    """Returns the counts of a planned corpus."""
     return {
         "questions": sum(len(clip.questions) for clip in corpus),
         "audio_hours": round(sum(clip.plan.duration_s for clip in corpus) / 3600, 4),
@@ -208,22 +208,22 @@ def _read_record(out: Path) -> dict[str, Any] | None:
 
 
 def _start(out: Path, settings: dict[str, int]) -> Path:
-    """The working folder, emptied unless a run with these settings left it."""
+    """Returns the working folder, emptied unless it is from a run with these settings."""
     work = out.parent / f".{out.name}.unfinished"
     stamp = work / STAMP
-    wanted = json.dumps(settings)
-    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted):
+    settings_text = json.dumps(settings)
+    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == settings_text):
         shutil.rmtree(work, ignore_errors=True)
         try:
             (work / "audio").mkdir(parents=True)
         except OSError as error:
             raise UserError(work.parent, f"cannot be written ({error.strerror})", "choose another folder") from error
-        _write(stamp, wanted.encode())
+        _write(stamp, settings_text.encode())
     return work
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Under a temporary name first: a file with its own name is whole."""
+    """Writes to a temporary name first, so that a file under its final name is always complete."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.rename(path)

@@ -1,4 +1,4 @@
-"""Domain `music`: short melodies that differ in instrument, contour, tempo and number of notes."""
+"""Renders the domain `music`: short melodies that differ in instrument, contour, tempo and number of notes."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from data_prep.synth.signals import Samples, at_level, decay, faded, mix_in, noi
 # Difficulty
 INSTRUMENTS = ("flute", "organ", "piano", "trumpet", "xylophone")
 CONTOURS = ("rising", "falling", "up then down")
-TEMPI = {"slow": 0.66, "medium": 0.38, "fast": 0.22}  # seconds from note to note
-DUET_SHARE = 0.5  # of the clips: another instrument takes over half-way
+TEMPI = {"slow": 0.66, "medium": 0.38, "fast": 0.22}  # seconds between onsets
+DUET_SHARE = 0.5  # share of clips in which another instrument takes over half-way
 NOTES = (3, 4, 5)
 SPAN_OCTAVES = 2.0  # from the lowest note to the highest
 LOWEST_HZ = (300.0, 360.0)
 LEVEL_DB = -26.0
-NOTE_SHARE = 0.65  # of the time from note to note; the rest is silent
+NOTE_SHARE = 0.65  # share of the time between onsets in which a note sounds
 
 HARMONICS: dict[str, tuple[float, ...]] = {
     "flute": (1, 0.1, 0.03),
@@ -56,10 +56,10 @@ class MusicPlan(Plan):
             Fact("music.count", ("three", "four", "five")[len(self.notes) - 3]),
             Fact("music.contour", self.contour),
             Fact("music.tempo", self.tempo),
-            Fact("music.highest", self._place_of_highest()),
+            Fact("music.highest", self._position_of_highest()),
         ]
 
-    def _place_of_highest(self) -> str:
+    def _position_of_highest(self) -> str:
         highest = int(np.argmax([note.frequency_hz for note in self.notes]))
         return "first" if highest == 0 else "last" if highest == len(self.notes) - 1 else "middle"
 
@@ -72,7 +72,7 @@ class MusicPlan(Plan):
 
 
 def plan_music(rng: np.random.Generator) -> Iterator[MusicPlan]:
-    """Endless plans; every property is balanced and independent of the others."""
+    """Yields endless plans; every property is balanced and independent of the others."""
     contours, tempi = deck(rng, CONTOURS), deck(rng, tuple(TEMPI))
     counts, instruments = deck(rng, NOTES), deck(rng, INSTRUMENTS)
     while True:
@@ -98,7 +98,7 @@ def plan_music(rng: np.random.Generator) -> Iterator[MusicPlan]:
 
 
 def _heights(contour: str, count: int, rng: np.random.Generator) -> list[float]:
-    """Height of each note, 0 the lowest and 1 the highest; the ends lie as far apart as the contour allows."""
+    """Returns the height of each note, from 0 (lowest) to 1 (highest)."""
     if contour == "rising":
         return list(np.linspace(0, 1, count))
     if contour == "falling":

@@ -1,4 +1,4 @@
-"""What all three domains share: the shape of a planned clip and of a question, and decks that keep answers balanced."""
+"""Defines planned clips, their facts, and shuffled decks that keep answers balanced, for all three domains."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 
 class Fact(NamedTuple):
-    """A question that a clip can answer.
+    """The answer of a clip to the question of a task.
 
     Attributes:
         task: a key of `WORDINGS` in `questions.py`.
-        answer: the right one.
+        answer: the correct answer.
     """
 
     task: str
@@ -28,21 +28,21 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """Everything that is true of one clip, decided before a sample is computed."""
+    """The ground truth of one clip, drawn before any sample is rendered."""
 
     duration_s: float
 
     @abstractmethod
     def facts(self) -> list[Fact]:
-        """Every question that this clip can answer."""
+        """Returns the answers of this clip, one per task that applies to it."""
 
     @abstractmethod
     def render(self, rate_hz: int, rng: np.random.Generator) -> Samples:
-        """The clip without background noise, (samples,); `rng` only moves details that no question asks about."""
+        """Returns the clip without background noise, (samples,); `rng` varies only details that no answer uses."""
 
 
 def deck(rng: np.random.Generator, cards: Sequence[T]) -> Iterator[T]:
-    """Endless shuffled rounds of `cards`: after any number of draws all cards were drawn about equally often."""
+    """Yields `cards` in endless shuffled rounds, so that all cards are drawn about equally often."""
     while True:
         for index in rng.permutation(len(cards)):
             yield cards[index]

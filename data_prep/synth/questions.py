@@ -1,4 +1,4 @@
-"""How each question is worded. Every task has several wordings, so that the text alone says nothing."""
+"""Words the questions. Every task has several wordings, so that the text of a question does not predict the answer."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
 }
 
 
-def ask(clip_id: str, facts: list[Fact], rng: np.random.Generator) -> list[dict[str, str]]:
-    """Manifest entries: up to `QUESTIONS_PER_CLIP` of the facts, in any order, each in one of its wordings."""
+def word_questions(clip_id: str, facts: list[Fact], rng: np.random.Generator) -> list[dict[str, str]]:
+    """Returns manifest entries for up to `QUESTIONS_PER_CLIP` facts, in random order, each in a random wording."""
     return [
         {
             "question_id": f"{clip_id}-{number}",

@@ -1,7 +1,8 @@
 """Building blocks of the synthetic audio: tones, noise, envelopes, filters, mixing. Vectorised numpy, no files.
 
 Times are in seconds, rates in Hz, levels in dB relative to full scale. Nothing is written above `HIGHEST_HZ`, so that
-a clip sounds the same whatever its sample rate."""
+clips sound alike at all sample rates.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 Samples = npt.NDArray[np.float32]
 
-HIGHEST_HZ = 7500.0  # below half of the lowest sample rate, 16 kHz
+HIGHEST_HZ = 7500.0  # below the Nyquist frequency of the lowest sample rate, 16 kHz
 TABLE_SIZE = 4096
 LOUDNESS_WINDOW_S = 0.05
 
@@ -23,11 +24,11 @@ def num_samples(duration_s: float, rate_hz: int) -> int:
 
 
 def tone(frequency_hz: npt.ArrayLike, harmonics: Sequence[float], samples: int, rate_hz: int) -> Samples:
-    """A periodic tone.
+    """Returns a periodic tone.
 
     Args:
-        frequency_hz: of the fundamental; one number, or one for each sample (a glide).
-        harmonics: amplitude of harmonic 1, 2, ...; those above `HIGHEST_HZ` are left out.
+        frequency_hz: frequency of the fundamental; one number, or one per sample (a glide).
+        harmonics: amplitudes of harmonics 1, 2, ...; those above `HIGHEST_HZ` are omitted.
     """
     track = np.broadcast_to(np.asarray(frequency_hz, dtype=np.float64), samples)
     audible = max(1, int(HIGHEST_HZ / track.max()))
@@ -40,7 +41,7 @@ def _wave_table(harmonics: tuple[float, ...]) -> Samples:
     angle = np.arange(TABLE_SIZE) * (2 * np.pi / TABLE_SIZE)
     amplitudes = np.asarray(harmonics)
     orders = np.arange(1, len(harmonics) + 1)
-    # Schroeder phases keep the crest low: a sum of sines would be a train of spikes.
+    # Schroeder phases keep the crest factor low: a sum of sines in phase would be a train of spikes.
     phases = np.pi * orders**2 / max(len(harmonics), 1)
     return (amplitudes[:, None] * np.sin(orders[:, None] * angle + phases[:, None])).sum(0).astype(np.float32)
 
@@ -50,12 +51,12 @@ def noise(rng: np.random.Generator, samples: int) -> Samples:
 
 
 def shaped(wave: Samples, rate_hz: int, gain_of_hz: dict[float, float]) -> Samples:
-    """The wave filtered (zero phase) by a response that runs straight between the given (frequency, gain) points."""
+    """Returns the wave filtered (zero phase) by a response interpolated between (frequency, gain) points."""
     return filtered(wave, np.interp(bins_hz(len(wave), rate_hz), list(gain_of_hz), list(gain_of_hz.values())))
 
 
 def filtered(wave: Samples, gain: npt.NDArray[np.float64]) -> Samples:
-    """The wave with each bin of its spectrum multiplied by `gain` (one for each entry of `bins_hz`)."""
+    """Returns the wave with each bin of its spectrum multiplied by `gain` (one per entry of `bins_hz`)."""
     return np.fft.irfft(np.fft.rfft(wave) * gain, len(wave)).astype(np.float32)
 
 
@@ -64,7 +65,7 @@ def bins_hz(samples: int, rate_hz: int) -> npt.NDArray[np.float64]:
 
 
 def glide(start_hz: float, end_hz: float, samples: int) -> npt.NDArray[np.float64]:
-    """Frequencies that move evenly in pitch."""
+    """Returns frequencies that move linearly in pitch."""
     return np.geomspace(start_hz, end_hz, samples)
 
 
@@ -73,7 +74,7 @@ def decay(samples: int, rate_hz: int, time_constant_s: float) -> Samples:
 
 
 def faded(wave: Samples, rate_hz: int, attack_s: float = 0.01, release_s: float = 0.02) -> Samples:
-    """The wave with smooth edges, so that no click gives it away."""
+    """Returns the wave with smooth edges, without clicks at onset and offset."""
     wave = wave.copy()
     rise = min(num_samples(attack_s, rate_hz), len(wave) // 2)
     fall = min(num_samples(release_s, rate_hz), len(wave) // 2)
@@ -87,7 +88,7 @@ def _half_cosine(samples: int) -> Samples:
 
 
 def at_level(wave: Samples, rate_hz: int, level_db: float) -> Samples:
-    """The wave scaled so that the root mean square of its loudest 50 ms lies at `level_db`."""
+    """Returns the wave scaled so that the root mean square of its loudest 50 ms is `level_db`."""
     window = max(1, min(len(wave), num_samples(LOUDNESS_WINDOW_S, rate_hz)))
     energy = np.concatenate(([0.0], np.cumsum(np.square(wave, dtype=np.float64))))
     loudest = (energy[window:] - energy[:-window]).max() / window
@@ -95,7 +96,7 @@ def at_level(wave: Samples, rate_hz: int, level_db: float) -> Samples:
 
 
 def mix_in(clip: Samples, wave: Samples, start_s: float, rate_hz: int) -> None:
-    """Adds `wave` to `clip` in place, cut off at the clip's end."""
+    """Adds `wave` to `clip` in place, truncated at the end of the clip."""
     start = num_samples(start_s, rate_hz)
     part = wave[: len(clip) - start]
     clip[start : start + len(part)] += part

@@ -1,4 +1,4 @@
-"""Domain `sound`: one to three different events, one after the other."""
+"""Renders the domain `sound`: one to three different sound events in sequence."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from data_prep.synth.signals import (
 KINDS = ("beep", "hiss", "clicks", "siren", "knocking", "bell", "whistle")
 DIRECTIONS = ("rising", "falling", "steady")
 EVENTS = (1, 2, 3)
-WHISTLE_SHARE = 0.2  # of the events: only a whistle has a direction
+WHISTLE_SHARE = 0.2  # share of events that are whistles, the only ones with a direction
 EVENT_S = (0.30, 0.38)
 LONG_EVENT_S = (0.9, 1.0)
 GAP_S = (0.22, 0.32)
@@ -37,7 +37,7 @@ WHISTLE_OCTAVES = 1.8
 
 @dataclass(frozen=True)
 class Event:
-    """One sound; `pitch` in 0 to 1 places it within the range of its kind."""
+    """One sound event; `pitch` from 0 to 1 is relative to the range of its kind."""
 
     kind: str
     start_s: float
@@ -74,13 +74,13 @@ class SoundPlan(Plan):
 
 
 def plan_sounds(rng: np.random.Generator) -> Iterator[SoundPlan]:
-    """Endless plans; counts, kinds, directions and the places of the loudest and longest event are balanced."""
+    """Yields endless plans; counts, kinds, directions and positions of the loudest and longest event are balanced."""
     counts, directions = deck(rng, EVENTS), deck(rng, DIRECTIONS)
-    others = [kind for kind in KINDS if kind != "whistle"]
+    other_kinds = [kind for kind in KINDS if kind != "whistle"]
     while True:
         count = next(counts)
         with_whistle = rng.random() < WHISTLE_SHARE * count
-        kinds = list(rng.permutation(others)[: count - with_whistle]) + ["whistle"] * with_whistle
+        kinds = list(rng.permutation(other_kinds)[: count - with_whistle]) + ["whistle"] * with_whistle
         rng.shuffle(kinds)
         loudest, longest = rng.integers(count, size=2)
         start_s, events = rng.uniform(0.1, 0.25), []
@@ -130,7 +130,7 @@ def _knocking(event: Event, samples: int, rate_hz: int, rng: np.random.Generator
 
 
 def _bell(event: Event, samples: int, rate_hz: int, rng: np.random.Generator) -> Samples:
-    partials = [(1.0, 1.0), (2.76, 0.8), (5.4, 0.5)]  # of a free bar: no common fundamental
+    partials = [(1.0, 1.0), (2.76, 0.8), (5.4, 0.5)]  # partials of a free bar, which have no common fundamental
     base_hz = 850 * 1.4**event.pitch
     waves = [gain * tone(base_hz * ratio, [1], samples, rate_hz) for ratio, gain in partials]
     return np.sum(waves, axis=0, dtype=np.float32) * decay(samples, rate_hz, 0.4 * samples / rate_hz)

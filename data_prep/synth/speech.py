@@ -1,4 +1,4 @@
-"""Domain `speech`: invented words of one to three syllables, a consonant and a vowel each, by formant synthesis."""
+"""Renders the domain `speech`: invented words of one to three consonant-vowel syllables, by formant synthesis."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from data_prep.synth.signals import (
 
 # Difficulty
 CONSONANTS = ("m", "s", "t")
-VOWELS_HZ = {"a": (800, 1250, 2600), "i": (280, 2300, 3000), "u": (310, 800, 2300)}  # formants of a man
+VOWELS_HZ = {"a": (800, 1250, 2600), "i": (280, 2300, 3000), "u": (310, 800, 2300)}  # formants of a male voice
 SYLLABLES = (1, 2, 3)
-SPEAKERS = {"man": (115.0, 1.0), "woman": (190.0, 1.1), "child": (310.0, 1.2)}  # pitch in Hz, scale of the formants
-PITCH_FALL = 0.9  # over the word, as in a statement
+SPEAKERS = {"man": (115.0, 1.0), "woman": (190.0, 1.1), "child": (310.0, 1.2)}  # pitch in Hz, formant scale
+PITCH_FALL = 0.9  # pitch falls to this share over the word, as in a statement
 CONSONANT_S = {"m": 0.12, "s": 0.14, "t": 0.09}
 VOWEL_S = (0.20, 0.24)
 LONG_VOWEL_S = (0.55, 0.65)
@@ -40,7 +40,7 @@ BANDWIDTH_HZ = (90.0, 110.0, 170.0)
 
 @dataclass(frozen=True)
 class Syllable:
-    """Consonant and vowel; the pitch glides over the vowel."""
+    """A consonant and a vowel; the pitch glides over the vowel."""
 
     consonant: str
     vowel: str
@@ -84,7 +84,7 @@ class SpeechPlan(Plan):
 
 
 def plan_speech(rng: np.random.Generator) -> Iterator[SpeechPlan]:
-    """Endless plans; syllables, speakers and the places of the long vowel are balanced."""
+    """Yields endless plans; syllables, speakers and positions of the long vowel are balanced."""
     counts, speakers = deck(rng, SYLLABLES), deck(rng, tuple(SPEAKERS))
     inventory = deck(rng, [(consonant, vowel) for consonant in CONSONANTS for vowel in VOWELS_HZ])
     while True:
@@ -111,7 +111,7 @@ def plan_speech(rng: np.random.Generator) -> Iterator[SpeechPlan]:
 
 
 def _speak(syllable: Syllable, scale: float, rate_hz: int, rng: np.random.Generator) -> Samples:
-    """One syllable; `scale` multiplies the formants (a shorter vocal tract has higher ones)."""
+    """Renders one syllable; `scale` multiplies the formants (a shorter vocal tract has higher ones)."""
     consonant = num_samples(CONSONANT_S[syllable.consonant], rate_hz)
     vowel = num_samples(syllable.vowel_s, rate_hz)
     source = tone(glide(*syllable.pitch_hz, vowel), [1.0] * 60, vowel, rate_hz)
@@ -135,7 +135,7 @@ def _speak(syllable: Syllable, scale: float, rate_hz: int, rng: np.random.Genera
 def _formant_gain(
     frequency_hz: npt.NDArray[np.float64], formants_hz: tuple[int, int, int], scale: float
 ) -> npt.NDArray[np.float64]:
-    """Magnitude response of three resonances in series, with the spectral tilt of a voice."""
+    """Returns the magnitude response of three resonances in series, with the spectral tilt of a voice."""
     gain = 1 / (1 + frequency_hz / 1500)
     for formant_hz, bandwidth_hz in zip(formants_hz, BANDWIDTH_HZ, strict=True):
         centre_hz = formant_hz * scale

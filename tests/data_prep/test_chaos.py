@@ -1,4 +1,4 @@
-"""Preparation under SIGKILLs at random times: of the driver, of workers, of a whole node. The bytes must not tell."""
+"""Tests that preparation gives the same bytes under SIGKILL at random times of its driver, workers or a whole node."""
 
 import collections
 import json
@@ -21,7 +21,7 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 class Chaos:
-    """A Ray cluster of two nodes on this machine, and what kills parts of it."""
+    """A Ray cluster of two nodes on this machine whose parts are killed at random."""
 
     def __init__(self, seed: int) -> None:
         os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -33,7 +33,7 @@ class Chaos:
         self.kills: collections.Counter[str] = collections.Counter()
 
     def prepare(self, config_file: Path, wanted_kills: int) -> None:
-        """Runs `pal prepare` until it is through, again after each death of its driver."""
+        """Runs `pal prepare` until it succeeds, again after each death of its driver."""
         while True:
             nodes_lost = self.kills["node"]
             with self.start_driver(config_file) as driver:
@@ -58,16 +58,16 @@ class Chaos:
             _raylet(node).kill()
 
     def _pause(self, driver: subprocess.Popen) -> None:
-        """Some seconds, in which workers start (which takes most of the time) or are in the middle of their work."""
+        """Waits some seconds, in which workers start (which takes most of the time) or encode."""
         deadline = time.monotonic() + self._random.uniform(0.5, 14)
         while time.monotonic() < deadline and driver.poll() is None:
             time.sleep(0.05)
 
     def _kill_something(self, driver: subprocess.Popen) -> None:
-        what = self._random.choice(["driver", "worker", "worker", "node"])
-        if what == "driver":
+        target = self._random.choice(["driver", "worker", "worker", "node"])
+        if target == "driver":
             driver.kill()
-        elif what == "worker":
+        elif target == "worker":
             workers = [p for node in self._cluster.list_all_nodes() for p in _workers(node)]
             if not workers:
                 return
@@ -75,7 +75,7 @@ class Chaos:
         else:
             self._cluster.remove_node(self._second, allow_graceful=False)
             self._second = self._cluster.add_node(**NODE)
-        self.kills[what] += 1
+        self.kills[target] += 1
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -86,20 +86,20 @@ def _raylet(node) -> psutil.Process:
 
 
 def _workers(node) -> list[psutil.Process]:
-    """The worker processes of a node: actors and idle ones, not Ray's agents, whose death is that of the node."""
-    found = []
+    """Returns the worker processes of a node: actors and idle ones, but not the agents of Ray, which end the node."""
+    workers = []
     for process in _raylet(node).children(recursive=True):
         try:
             title = " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
         if title.startswith("ray::") and "Agent" not in title:
-            found.append(process)
-    return found
+            workers.append(process)
+    return workers
 
 
 def write_flawed_corpus(folder: Path, clips: int, seconds: float) -> Path:
-    """Tones of several rates, of which every 20th is no audio, with a duplicate and a path that leaves the folder."""
+    """Writes tones of several rates, every 20th of them not audio, a duplicate and a path that leaves the folder."""
     manifest = write_corpus(folder, clips, seconds)
     for i in range(5, clips, 20):
         (folder / f"audio/{i}.wav").write_bytes(b"no audio")
@@ -136,19 +136,19 @@ def test_the_set_is_the_same_however_often_it_was_interrupted(tmp_path, clips, s
 
 
 @pytest.mark.timeout(180)
-def test_a_driver_whose_node_is_lost_ends_and_says_so(tmp_path):
+def test_a_driver_whose_node_is_lost_fails_with_an_error_message(tmp_path):
     config = prepare_config(write_corpus(tmp_path / "corpus", 8, 1.0), tmp_path / "set", workers={"cpus": 64})
     config_file = tmp_path / "prepare.yaml"
     config_file.write_text(dump_config(config))
     chaos = Chaos(seed=0)
     try:
-        with chaos.start_driver(config_file) as driver:  # it waits for a worker that no node has room for
+        with chaos.start_driver(config_file) as driver:  # it waits for a worker that fits on no node
             assert driver.stderr is not None
             while b"clips/s" not in driver.stderr.readline():
                 pass
             chaos.lose_all_nodes()
-            _, told = driver.communicate()
-        assert driver.returncode == 1 and "node left the cluster" in told.decode()
+            _, errors = driver.communicate()
+        assert driver.returncode == 1 and "node left the cluster" in errors.decode()
     finally:
         chaos.close()
 

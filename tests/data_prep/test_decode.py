@@ -1,4 +1,4 @@
-"""Decoding: samples as they were written, by segment, and a reason for every file that is no audio."""
+"""Tests decoding: samples as they were written, by segment, and a reason for every file that is not audio."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from data_prep.audio.decode import SEGMENT_S, AudioFile, Reject
 from data_prep.audio.resample import Resampler
 from tests.helpers.corpora import tone
 
-NOBODY = 65534  # the user without any rights
+NOBODY = 65534  # user id without any rights
 
 
 def decode(path, rate_hz: int | None = None, max_clip_s: float | None = None) -> np.ndarray:
@@ -46,7 +46,7 @@ def test_lossless_formats_decode_to_what_was_written(tmp_path, name, subtype, to
 @pytest.mark.parametrize(
     ("name", "format", "subtype"), [("a.mp3", "MP3", None), ("a.ogg", "OGG", "VORBIS"), ("a.opus", "OGG", "OPUS")]
 )
-def test_lossy_formats_keep_length_and_sound(tmp_path, name, format, subtype):
+def test_lossy_formats_keep_length_and_waveform(tmp_path, name, format, subtype):
     audio = tone(2.0, 48000)[:, 0]
     soundfile.write(tmp_path / name, audio, 48000, format=format, subtype=subtype)
     decoded = decode(tmp_path / name)
@@ -60,7 +60,7 @@ def test_channels_are_averaged(tmp_path):
     np.testing.assert_allclose(decode(tmp_path / "a.wav"), audio.mean(axis=1), atol=1e-7)
 
 
-def test_the_content_decides_not_the_extension(tmp_path):
+def test_the_format_is_detected_by_content_not_by_extension(tmp_path):
     soundfile.write(tmp_path / "a.flac", tone(0.2, 16000), 16000)
     (tmp_path / "a.flac").rename(tmp_path / "a.mp3")
     assert len(decode(tmp_path / "a.mp3")) == 3200
@@ -120,14 +120,14 @@ def test_each_fault_has_its_reason(tmp_path, reason):
     assert reject.value.reason == reason
 
 
-def test_a_file_cut_off_is_rejected(tmp_path):
+def test_a_truncated_file_is_rejected(tmp_path):
     truncated_flac(tmp_path / "a.flac")
     with pytest.raises(Reject) as reject:
         decode(tmp_path / "a.flac")
     assert reject.value.reason in ("truncated", "undecodable")
 
 
-def test_a_folder_and_noise_are_no_audio(tmp_path):
+def test_a_folder_and_random_bytes_are_not_audio(tmp_path):
     (tmp_path / "d.wav").mkdir()
     (tmp_path / "n.mp3").write_bytes(np.random.default_rng(0).bytes(5000))
     for name, reason in (("d.wav", "unreadable"), ("n.mp3", "undecodable")):
@@ -148,17 +148,17 @@ def test_a_file_without_permission_is_unreadable():
 
 @contextlib.contextmanager
 def not_as_root():
-    """Root reads every file."""
-    own = os.geteuid()
-    if own == 0:
+    """Drops the rights of root, which can read every file."""
+    user = os.geteuid()
+    if user == 0:
         os.seteuid(NOBODY)
     try:
         yield
     finally:
-        os.seteuid(own)
+        os.seteuid(user)
 
 
-def test_extremes_that_are_audio_all_the_same(tmp_path):
+def test_unusual_rates_and_channel_counts_are_decoded(tmp_path):
     for name, rate_hz, channels, subtype in (("hi", 192000, 1, "PCM_24"), ("many", 48000, 8, "PCM_16")):
         wav(tmp_path / f"{name}.wav", tone(0.5, rate_hz, channels=channels), rate_hz, subtype)
         assert len(decode(tmp_path / f"{name}.wav", 16000)) == 8000

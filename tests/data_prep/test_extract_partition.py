@@ -1,4 +1,4 @@
-"""The work on partitions in one process: bad files of every kind, long files, several encoders."""
+"""Tests the work on partitions in one process: invalid files of every kind, long files, several encoders."""
 
 import json
 
@@ -18,7 +18,7 @@ def features(root, column="log_mel", partition=0) -> dict[str, np.ndarray]:
     return {s["clip_id"]: s["features"] for s in read_partition(root / column / f"part-{partition:05}")}
 
 
-def test_each_bad_file_is_handled_as_stated(tmp_path):
+def test_each_invalid_file_is_rejected_with_its_reason(tmp_path):
     def wav(name, audio, rate_hz=16000, subtype="PCM_16"):
         soundfile.write(tmp_path / name, audio, rate_hz, subtype=subtype)
 
@@ -80,7 +80,7 @@ def test_a_file_of_many_segments_has_the_features_of_the_whole(tmp_path):
     np.testing.assert_allclose(stored, whole, atol=4e-3)  # one unit in the last place of float16 at 4
 
 
-def test_several_encoders_see_the_same_clips_at_their_own_rates(tmp_path):
+def test_several_encoders_encode_the_same_clips_at_their_own_rates(tmp_path):
     for i, seconds in enumerate((0.3, 1.0, 0.7)):
         soundfile.write(tmp_path / f"{i}.flac", tone(seconds, 44100), 44100)
     (tmp_path / "1.flac").write_bytes(b"")
@@ -96,7 +96,7 @@ def test_several_encoders_see_the_same_clips_at_their_own_rates(tmp_path):
 
 
 @pytest.mark.parametrize("batch_s", [0.1, 1.0, 1000.0])
-def test_batches_change_no_bytes_of_log_mel(tmp_path, batch_s):
+def test_the_batch_size_does_not_change_log_mel_features(tmp_path, batch_s):
     for i in range(5):
         soundfile.write(tmp_path / f"{i}.wav", tone(0.4 + 0.1 * i, 16000), 16000)
     manifest = write_manifest(tmp_path / "m.jsonl", [clip_row(str(i), f"{i}.wav") for i in range(5)])

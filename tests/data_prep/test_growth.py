@@ -1,4 +1,4 @@
-"""A finished set grows: new clips, new questions, a new encoder; what is there is not made again."""
+"""Tests how a finished set grows: new clips, questions and encoders are added without encoding anything twice."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from data_prep import prepare, validate
-from data_prep.job.extract_partition import PartitionWorker
+from data_prep.job.encode_clips import ClipEncoder
 from data_prep.job.mds_writer import read_partition
 from data_prep.job.store import open_store
 from pipeline.core.errors import UserError
@@ -28,21 +28,21 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
-    """The clips that are decoded from now on."""
+    """Ids of the clips that are decoded from now on."""
     clips = []
-    decode = PartitionWorker._decode
-    monkeypatch.setattr(PartitionWorker, "_decode", lambda self, c, n: clips.append(c.clip_id) or decode(self, c, n))
+    decode = ClipEncoder._decode
+    monkeypatch.setattr(ClipEncoder, "_decode", lambda self, clip: clips.append(clip.clip_id) or decode(self, clip))
     return clips
 
 
-def settings_of(config) -> dict:
+def growth_settings(config) -> dict:
     return {"partition_clips": config.partition_clips, "max_reject_fraction": config.max_reject_fraction}
 
 
 def grow(config, rows, **values):
-    """Prepares again with another manifest or more encoders; the set must be sound afterwards."""
+    """Prepares again with another manifest or more encoders; checks that the set is valid afterwards."""
     manifest = write_manifest(Path(config.manifest), rows)
-    grown = prepare_config(manifest, config.output, **settings_of(config), **values)
+    grown = prepare_config(manifest, config.output, **growth_settings(config), **values)
     prepare_here(grown)
     assert validate.find_problems(open_store(config.output), load_contract(config.output)) == []
     return grown
@@ -62,12 +62,12 @@ def test_new_clips_go_to_new_partitions(corpus, encoded, tmp_path):
     grow(config, [clip_row("new", "audio/new.wav"), *rows])
     assert encoded == ["new"]
     after = hashes(tmp_path / "set")
-    kept = {name for name in before if "/part-" in name}
-    assert kept and all(after[name] == before[name] for name in kept)
+    shards = {name for name in before if "/part-" in name}
+    assert shards and all(after[name] == before[name] for name in shards)
     assert list(read_column(config, "log_mel")) == ["clip0", "clip1", "clip2", "clip3", "clip5", "clip6", "new"]
 
 
-def test_questions_are_replaced_and_no_feature_is_touched(corpus, encoded, tmp_path):
+def test_questions_are_replaced_without_touching_features(corpus, encoded, tmp_path):
     config, rows = corpus
     before = hashes(tmp_path / "set/log_mel")
     rows[3]["questions"][0]["answer"] = "a flute"
@@ -85,15 +85,15 @@ def test_an_encoder_is_added_beside_the_others(corpus, encoded, tmp_path):
     before = {n: h for n, h in hashes(tmp_path / "set").items() if n.startswith(("clips/", "log_mel/"))}
     fine = {"kind": "log_mel", "hop_ms": 5, "num_mels": 40}
     grown = grow(config, rows, encoders={"log_mel": {"kind": "log_mel"}, "fine": fine})
-    assert "clip4" not in encoded  # rejected before, and still
+    assert "clip4" not in encoded  # it stays rejected
     assert {n: h for n, h in hashes(tmp_path / "set").items() if n in before} == before
     assert list(read_column(grown, "fine")) == list(read_column(grown, "clips"))
     assert read_column(grown, "fine")["clip0"]["features"].shape[1] == 160
-    with pytest.raises(UserError, match="other settings"):  # the way back would lose a column
+    with pytest.raises(UserError, match="other settings"):  # going back would lose a column
         prepare.prepare(config)
 
 
-def test_a_clip_that_only_the_new_encoder_rejects_leaves_every_column(corpus, tmp_path):
+def test_a_clip_that_only_the_new_encoder_rejects_is_removed_from_every_column(corpus, tmp_path):
     config, rows = corpus
     (tmp_path / "corpus/audio/1.wav").unlink()  # gone since the first encoder read it
     grown = grow(config, rows, encoders={"log_mel": {"kind": "log_mel"}, "fine": {"kind": "log_mel", "hop_ms": 5}})
@@ -104,20 +104,20 @@ def test_a_clip_that_only_the_new_encoder_rejects_leaves_every_column(corpus, tm
     assert [(r["clip_id"], r["reason"]) for r in rejects] == [("clip1", "missing"), ("clip4", "undecodable")]
 
 
-def test_clips_neither_vanish_nor_change_their_audio(corpus):
+def test_clips_cannot_be_removed_or_change_their_audio(corpus):
     config, rows = corpus
     with pytest.raises(UserError, match="holds clip clip2, the manifest does not"):
         grow(config, [row for row in rows if row["clip_id"] != "clip2"])
     rows[2]["audio"] = "audio/3.wav"
-    with pytest.raises(UserError, match="holds clip clip2 of other audio"):
+    with pytest.raises(UserError, match="holds clip clip2 with other audio"):
         grow(config, rows)
 
 
-def test_features_are_the_same_as_if_made_at_once(corpus, tmp_path):
+def test_features_are_the_same_as_if_prepared_at_once(corpus, tmp_path):
     config, rows = corpus
     encoders = {"log_mel": {"kind": "log_mel"}, "fine": {"kind": "log_mel", "hop_ms": 5}}
     grown = grow(config, rows, encoders=encoders)
-    at_once = prepare_config(Path(config.manifest), tmp_path / "once", **settings_of(config), encoders=encoders)
+    at_once = prepare_config(Path(config.manifest), tmp_path / "once", **growth_settings(config), encoders=encoders)
     prepare_here(at_once)
     for column in ("log_mel", "fine"):
         ours, theirs = read_column(grown, column), read_column(at_once, column)

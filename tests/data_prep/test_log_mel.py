@@ -9,7 +9,7 @@ from data_prep.encoders.build import build_encoder, describe_encoder
 
 
 def encode_clip(encoder, audio: np.ndarray, segment: int = 10**9) -> np.ndarray:
-    """Features of one clip whose audio arrives in segments of this many samples."""
+    """Returns the features of one clip whose audio arrives in segments of this many samples."""
     windower = Windower(encoder)
     starts = range(0, len(audio), segment)
     windows = [window for a in starts for window in windower.push(audio[a : a + segment], a + segment >= len(audio))]
@@ -21,7 +21,7 @@ def encode(encoder, windows) -> list[np.ndarray]:
 
 
 def reference(config: LogMelConfig, audio: np.ndarray) -> np.ndarray:
-    """torchaudio on the whole clip, completed with silence to whole stored frames."""
+    """Returns torchaudio's features of the whole clip, padded with silence to whole stored frames."""
     hop = round(config.hop_ms * config.sample_rate_hz / 1000)
     n_fft = round(config.window_ms * config.sample_rate_hz / 1000)
     tokens = -(-len(audio) // (hop * config.frames_per_token))
@@ -58,13 +58,13 @@ def test_settings_reach_the_features():
     np.testing.assert_allclose(features, reference(config, noise(8000)), atol=5e-3)
 
 
-def test_a_batch_changes_nothing(encoder):
+def test_features_do_not_depend_on_the_batch(encoder):
     clips = [noise(n) for n in (1600, 48000, 16001)]
     windows = [window for audio in clips for window in Windower(encoder).push(audio, True)]
     for together, audio in zip(encode(encoder, windows), clips, strict=True):
         np.testing.assert_array_equal(together, encode_clip(encoder, audio))
 
 
-def test_contract_tells_settings_apart():
+def test_different_settings_have_different_fingerprints():
     prints = {describe_encoder(LogMelConfig(num_mels=n, mean=m)).fingerprint for n in (40, 64) for m in (-7.5, -7)}
     assert len(prints) == 4

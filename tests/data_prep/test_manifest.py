@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.manifests.manifest import audio_roots, read_clips
+from data_prep.manifests.reader import audio_roots, read_clips
 from pipeline.core.errors import UserError
 from tests.helpers.corpora import clip_row, prepare_config, write_manifest
 
@@ -87,24 +87,24 @@ RECORD = {**OPENAQA, "audio_id": "a"}
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "place", "fault"),
+    ("name", "text", "location", "fault"),
     [
         ("m.jsonl", f"{json.dumps(ROW)}\n{{oops\n", "m.jsonl:2", "bad JSON"),
         ("m.jsonl", "\n" + json.dumps(without(ROW, "audio")), "m.jsonl:2", "without the field 'audio'"),
         ("m.jsonl", json.dumps({**ROW, "questions": [{"question": "?"}]}), "m.jsonl:1", "'questions.0.answer'"),
         ("m.jsonl", json.dumps({**ROW, "dataset": 3}), "m.jsonl:1", "field 'dataset'"),
         ("m.jsonl", json.dumps({**ROW, "titel": "x"}), "m.jsonl:1", "field 'titel'"),
-        ("m.jsonl", "[1, 2]", "m.jsonl:1", "row"),
-        ("m.json", f"[\n{json.dumps(OPENAQA)}]", "m.json:2", "without the field 'audio_id'"),
-        ("m.json", json.dumps([RECORD])[:-1], "m.json:1", "bad JSON"),
-        ("m.json", json.dumps([RECORD])[:-5], "m.json:1", "bad JSON"),
+        ("m.jsonl", "[1, 2]", "m.jsonl: record 1", "row"),
+        ("m.json", f"[\n{json.dumps(OPENAQA)}]", "m.json: record 1", "without the field 'audio_id'"),
+        ("m.json", json.dumps([RECORD])[:-1], "m.json: after record 1", "bad JSON"),
+        ("m.json", json.dumps([RECORD])[:-5], "m.json", "bad JSON"),
         ("m.json", "{}", "m.json:1", "without the field 'clip_id'"),
         ("m.jsonl", None, "m.jsonl", "no such manifest"),
     ],
 )
-def test_a_bad_manifest_is_one_line_with_its_place(tmp_path, name, text, place, fault):
+def test_a_bad_manifest_is_a_one_line_error_with_its_location(tmp_path, name, text, location, fault):
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError) as error:
         read(tmp_path / name)
-    assert place in str(error.value) and fault in str(error.value) and "\n" not in str(error.value)
+    assert location in str(error.value) and fault in str(error.value) and "\n" not in str(error.value)

@@ -1,8 +1,9 @@
-"""Every input format besides our own: what is a clip, what is asked, and where its audio is."""
+"""Tests every input format besides our own: clips, questions, and where their audio is."""
 
 import io
 import json
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,8 @@ import pytest
 import soundfile
 
 from data_prep.audio.decode import AudioFile
-from data_prep.manifests.manifest import audio_path, audio_roots, read_clips
+from data_prep.manifests.json_formats import json_records
+from data_prep.manifests.reader import audio_path, audio_roots, read_clips
 from pipeline.core.errors import UserError
 from tests.helpers.corpora import prepare_config, tone
 
@@ -31,7 +33,7 @@ def wav_bytes(frequency_hz: float, rate_hz: int = 8000, format: str = "WAV") -> 
 
 
 def check_audio(manifest, frequencies_hz, **values) -> None:
-    """The clips' audio, opened as preparation does, has these pitches."""
+    """Checks that the audio of the clips, opened as preparation does, has these pitches."""
     config = prepare_config(manifest, manifest.parent / "out", **values)
     for clip, frequency_hz in zip(read_clips(config), frequencies_hz, strict=True):
         with AudioFile(audio_path(clip, audio_roots(config)), None) as file:
@@ -73,7 +75,7 @@ def test_chat_messages(tmp_path, as_array):
         ("b.wav", "b.wav", [("What?", "A dog.")]),
     ]
     path.write_text(json.dumps({"messages": turn[:1], "audios": ["a.wav"]}))
-    with pytest.raises(UserError, match="turns user and assistant"):
+    with pytest.raises(UserError, match="turns of user and assistant"):
         read(path)
     path.write_text(json.dumps({"messages": turn, "audios": ["a.wav", "b.wav"]}))
     with pytest.raises(UserError, match="2 audios"):
@@ -163,10 +165,62 @@ def test_webdataset_tars_by_pattern(tmp_path):
         read(tmp_path / "*.tar.gz", **values)
 
 
-def test_a_json_array_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.manifests.json_formats.READ_CHARS", 7)
+@pytest.mark.parametrize("text_of", [
+    lambda rows: json.dumps(rows, indent=2),
+    lambda rows: "  \n\n" + json.dumps(rows, ensure_ascii=False) + "\n \n",
+    lambda rows: "\n".join(map(json.dumps, rows)),
+    lambda rows: "\n\n" + "\r\n".join(map(json.dumps, rows)) + "\n",
+], ids=["array", "array in blanks", "lines", "lines in blanks"])  # fmt: skip
+def test_arrays_and_lines_give_the_same_records(tmp_path, text_of):
     path = tmp_path / "m.json"
     rows = [{"clip_id": f"é{i}", "audio": f"{i}.wav", "questions": []} for i in range(20)]
-    for text in (json.dumps(rows, indent=2), json.dumps(rows, ensure_ascii=False), "\n".join(map(json.dumps, rows))):
-        path.write_text(text, encoding="utf-8")
-        assert [c[0] for c in read(path)] == [row["clip_id"] for row in rows]
+    path.write_text(text_of(rows), encoding="utf-8")
+    assert [c[0] for c in read(path)] == [row["clip_id"] for row in rows]
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_numbers_of_json_stay_integers_and_floats(tmp_path, as_array):
+    path = tmp_path / "m.json"
+    record = {"i": 3, "negative": -7, "f": 2.5, "whole": 2.0, "exponent": 1e5, "list": [1, 0.5], "none": None}
+    path.write_text(json.dumps([record] if as_array else record))
+    ((_, value),) = json_records(str(path))
+    assert value == record
+    assert [type(item) for item in value.values()] == [int, int, float, float, float, list, type(None)]
+
+
+def test_memory_is_bounded_by_a_record_and_not_by_the_array(tmp_path):
+    path = tmp_path / "m.json"
+    with path.open("w") as file:
+        file.write("[")
+        for i in range(20_000):
+            file.write(f"{',' if i else ''}{json.dumps({'id': i, 'text': 'x' * 1000})}")
+        file.write("]")
+    tracemalloc.start()
+    count = sum(1 for _ in json_records(str(path)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count == 20_000 and peak < path.stat().st_size / 10
+
+
+@pytest.mark.parametrize(
+    ("text", "location", "records"),
+    [
+        (b'[{"a": 1}] garbage', "after record 1", 1),
+        (b'[{"a": 1}, {"b": 2}', "after record 2", 2),
+        (b'[{"a": 1}, {"b"', "after record 1", 1),
+        (b'[{"a": 1} {"b": 2}]', "after record 1", 1),
+        (b'[{"a": 1},]', "after record 1", 1),
+        (b"[", "m.json: bad JSON", 0),
+        (b'[{"a": "\xff"}]', "m.json: bad JSON", 0),
+        (b"[]]", "m.json: bad JSON", 0),
+    ],
+)
+def test_a_damaged_array_is_one_error_that_names_the_file_and_the_last_record(tmp_path, text, location, records):
+    path = tmp_path / "m.json"
+    path.write_bytes(text)
+    values = []
+    with pytest.raises(UserError, match=r"m\.json.*bad JSON.*; correct or complete the array") as error:
+        for _, value in json_records(str(path)):
+            values.append(value)
+    assert location in str(error.value) and "\n" not in str(error.value)
+    assert len(values) == records

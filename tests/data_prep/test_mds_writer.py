@@ -6,7 +6,7 @@ import pytest
 from streaming.base.util import merge_index
 
 from data_prep.job import mds_writer
-from data_prep.job.commits import INDEX, merged_index, read_commit, sweep
+from data_prep.job.commits import INDEX, merged_index, read_commit, remove_uncommitted
 from data_prep.job.mds_writer import MdsWriter, hash_file, read_partition
 from data_prep.job.store import LocalStore
 from pipeline.core.errors import UserError
@@ -56,7 +56,7 @@ def prepared(tmp_path):
     return LocalStore(tmp_path / "set"), prepare_here(config), config
 
 
-def test_the_merged_index_is_the_library_s(prepared, tmp_path):
+def test_the_merged_index_equals_that_of_the_library(prepared, tmp_path):
     store, commits, _ = prepared
     shutil.copytree(store.root / "log_mel", tmp_path / "copy")
     (tmp_path / "copy" / INDEX).unlink()
@@ -64,14 +64,14 @@ def test_the_merged_index_is_the_library_s(prepared, tmp_path):
     assert json.loads(merged_index(store, "log_mel", commits)) == json.loads((tmp_path / "copy" / INDEX).read_text())
 
 
-def test_what_is_not_committed_is_swept_and_done_again_to_the_same_bytes(prepared):
+def test_uncommitted_folders_are_removed_and_written_again_with_the_same_bytes(prepared):
     store, commits, config = prepared
     before = hashes(store.root)
     (store.root / "commits/00001.json").unlink()  # as if killed between the last folder and the record
     shutil.rmtree(store.root / "clips/part-00001")
-    (store.root / "log_mel/part-00002/shard.00000.mds").unlink()  # a record whose file is gone is no commit
+    (store.root / "log_mel/part-00002/shard.00000.mds").unlink()  # a record with a missing file is not a commit
     assert [read_commit(store, i) is not None for i in range(3)] == [True, False, False]
-    sweep(store, ["clips", "log_mel"], commits[:1], keep_indexed=False)
+    remove_uncommitted(store, ["clips", "log_mel"], commits[:1], keep_indexed=False)
     assert store.list("log_mel") == [INDEX, "part-00000"] and store.list("clips") == [INDEX, "part-00000"]
     prepare_here(config)
     assert hashes(store.root) == before
@@ -88,9 +88,9 @@ def test_publishing_twice_keeps_one_and_replaces_what_differs(tmp_path):
     assert store.list("column") == ["part-00000"] and store.list(".tmp") == []
 
 
-def test_two_preparations_do_not_share_a_folder(tmp_path):
-    held, refused = LocalStore(tmp_path).lock(), LocalStore(tmp_path).lock()
-    with held, pytest.raises(UserError, match="another preparation"), refused:
+def test_two_preparations_cannot_write_to_one_folder(tmp_path):
+    first, second = LocalStore(tmp_path).lock(), LocalStore(tmp_path).lock()
+    with first, pytest.raises(UserError, match="is in use by process"), second:
         pass
     with LocalStore(tmp_path).lock():
         pass

@@ -1,4 +1,4 @@
-"""Preparation holds one partition at a time and a long file by segments: resident memory stays where it is."""
+"""Tests that preparation keeps one partition and one segment of a file in memory, whatever their number."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def peak_mib(config, folder, pytestconfig) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_times_the_clips_take_no_more_memory(tmp_path, pytestconfig):
+def test_memory_does_not_grow_with_the_number_of_clips(tmp_path, pytestconfig):
     peaks = []
     for clips in (300, 3000):
         manifest = write_corpus(tmp_path / str(clips), clips, seconds=1.0)
@@ -43,8 +43,8 @@ def test_ten_times_the_clips_take_no_more_memory(tmp_path, pytestconfig):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_three_hours_take_little_more_than_one_minute(tmp_path, pytestconfig):
-    """The samples of three hours at 44.1 kHz would be 1.9 GB; its stored features are 69 MB, held a few times over."""
+def test_a_clip_of_three_hours_takes_little_more_memory_than_one_of_a_minute(tmp_path, pytestconfig):
+    """The samples of three hours at 44.1 kHz take 1.9 GB, the stored features 69 MB, of which a few copies exist."""
     peaks = []
     for name, minutes in (("minute", 1), ("hours", 180)):
         block = np.random.default_rng(0).normal(0, 0.1, 60 * 44100).astype(np.float32)

@@ -1,4 +1,4 @@
-"""`pal prepare` on a small local Ray: one cluster for the whole module, as each start takes seconds."""
+"""Tests `pal prepare` on one small local Ray cluster, shared by the module because each start takes seconds."""
 
 import json
 import os
@@ -11,10 +11,10 @@ import pytest
 
 from data_prep import prepare, validate
 from data_prep.config import PrepareConfig
-from data_prep.job.partitions import PlannedPartition
-from data_prep.job.ray_actors import Cluster, PreparationFailed, _Task
+from data_prep.job.errors import PreparationFailed
+from data_prep.job.poison_clips import PartitionTask
 from pipeline.config.loading import dump_config, load_config
-from pipeline.core.errors import EXIT_FAILURE, UserError
+from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from tests.helpers.corpora import clip_row, hashes, prepare_config, prepare_here, write_corpus, write_manifest
 
 SLOW_S = 0.5
@@ -22,11 +22,11 @@ SLOW_S = 0.5
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Its workers are slow to open a file that is called slow, die of one that is called poison and hang on `hang`."""
+    """A cluster whose workers open files named `slow` slowly, die on files named `poison` and hang on `hang`."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     import ray
 
-    def misbehave() -> None:  # local, so that workers, who cannot import the tests, receive its code
+    def misbehave() -> None:  # local, so that its code is sent to workers, which cannot import the tests
         import soundfile
 
         class Misbehaving(soundfile.SoundFile):
@@ -65,7 +65,9 @@ def kill_one_worker(after) -> threading.Thread:
     def kill() -> None:
         while not after.exists():
             time.sleep(0.01)
-        actors = [p for p in psutil.Process().children(recursive=True) if "ray::_Worker" in " ".join(p.cmdline())]
+        actors = [
+            p for p in psutil.Process().children(recursive=True) if "ray::_ExtractionActor" in " ".join(p.cmdline())
+        ]
         actors[0].kill()
 
     thread = threading.Thread(target=kill, daemon=True)
@@ -73,7 +75,7 @@ def kill_one_worker(after) -> threading.Thread:
     return thread
 
 
-def test_a_run_whose_worker_is_killed_ends_as_one_that_was_not(cluster, tmp_path, capsys):
+def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(cluster, tmp_path, capsys):
     manifest = write_corpus(tmp_path / "corpus", 12)
     for i in (7, 8):
         (tmp_path / f"corpus/audio/{i}.wav").rename(tmp_path / f"corpus/audio/{i}slow.wav")
@@ -105,7 +107,9 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_not(cluster, tmp_path
     assert validate.main([str(tmp_path / "set")]) == 0
 
     before = hashes(tmp_path / "set")
-    assert prepare.main([*argv, "workers.start_timeout_s=0.001"]) == 0  # nothing to do needs no worker
+    assert (
+        prepare.main([*argv, "workers.start_timeout_s=0.001"]) == 0
+    )  # no worker is started when nothing is left to do
     assert hashes(tmp_path / "set") == before
     with pytest.raises(UserError, match="other settings"):
         prepare.main([*argv, "encoders.log_mel.num_mels=32"])
@@ -115,7 +119,7 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_not(cluster, tmp_path
 
 
 @pytest.mark.slow
-def test_a_clip_that_kills_its_worker_is_rejected_and_the_rest_lives(cluster, tmp_path):
+def test_a_clip_that_kills_its_worker_is_rejected_and_the_others_are_written(cluster, tmp_path):
     manifest = write_corpus(tmp_path / "corpus", 6)
     (tmp_path / "corpus/audio/2.wav").rename(tmp_path / "corpus/audio/poison.wav")
     manifest.write_text(manifest.read_text().replace("audio/2.wav", "audio/poison.wav"))
@@ -132,7 +136,7 @@ def test_a_clip_that_kills_its_worker_is_rejected_and_the_rest_lives(cluster, tm
 
 
 @pytest.mark.slow
-def test_a_clip_that_hangs_is_rejected_as_well(cluster, tmp_path):
+def test_a_clip_that_hangs_its_worker_is_rejected(cluster, tmp_path):
     manifest = write_corpus(tmp_path / "corpus", 3)
     (tmp_path / "corpus/audio/1.wav").rename(tmp_path / "corpus/audio/hang.wav")
     manifest.write_text(manifest.read_text().replace("audio/1.wav", "audio/hang.wav"))
@@ -142,42 +146,53 @@ def test_a_clip_that_hangs_is_rejected_as_well(cluster, tmp_path):
     assert '"clip_id":"clip1","reason":"killed_worker"' in (tmp_path / "set/rejects.jsonl").read_text()
 
 
-def test_workers_that_never_start_are_told_about(cluster, tmp_path):
+def test_workers_that_never_start_are_reported(cluster, tmp_path):
     manifest = write_corpus(tmp_path / "corpus", 1)
     config = prepare_config(manifest, tmp_path / "set", workers={"cpus": 99, "start_timeout_s": 0.5})
     with pytest.raises(PreparationFailed, match=r"0 of workers\.min 1 .* cannot place 99\.0 CPUs"):
         prepare.prepare(config)
 
 
-class FakePlan:
-    partitions = [PlannedPartition(clips=8, audio_sha256="", rows_sha256="")]
-
-
-def test_attempts_are_counted_for_the_clip_that_was_alone(tmp_path):
-    config = prepare_config(tmp_path / "m", tmp_path / "o", max_attempts=2)
-    mourn = Cluster(config, {}, FakePlan())._mourn
-    task = _Task(0, position=4)
-    mourn(task)
-    assert task.probe is None  # a first death is taken for a lost machine
-    mourn(task)
-    assert task.probe == 4  # after a second one the clips go alone
-    task.probe = 6
-    mourn(task)
+def test_attempts_are_counted_for_the_clip_that_was_alone():
+    task = PartitionTask(0, clips=8, position=4)
+    task.on_worker_death(max_attempts=2)
+    assert task.probe is None  # a first death may be a lost machine
+    task.on_worker_death(max_attempts=2)
+    assert task.probe == 4  # after a second one the clips are tried alone
+    task.on_probe_success()
+    task.on_probe_success()
+    assert task.probe == 6
+    task.on_worker_death(max_attempts=2)
     assert (task.probe, task.poison_clips) == (6, {})
-    mourn(task)
+    task.on_worker_death(max_attempts=2)
     assert (task.probe, list(task.poison_clips)) == (None, [6])
 
 
-def test_a_partition_that_dies_without_a_culprit_ends_the_run(tmp_path):
-    mourn = Cluster(prepare_config(tmp_path / "m", tmp_path / "o", max_attempts=2), {}, FakePlan())._mourn
-    task = _Task(0)
+def test_progress_resets_the_count_of_deaths_and_the_last_probe_ends_the_search():
+    task = PartitionTask(0, clips=8)
+    task.on_worker_death(max_attempts=2)
+    task.on_progress(8)
+    task.on_worker_death(max_attempts=2)
+    task.on_worker_death(max_attempts=2)
+    assert task.probe is None  # no clip is left to try alone
+    task = PartitionTask(0, clips=8)
+    task.on_worker_death(max_attempts=2)
+    task.on_progress(3)
+    assert (task.position, task.worker_deaths) == (3, 0)
+    task.probe = 7
+    task.on_probe_success()
+    assert task.probe is None
+
+
+def test_a_partition_that_dies_without_a_poison_clip_ends_the_run():
+    task = PartitionTask(0, clips=8)
     with pytest.raises(PreparationFailed, match="lower batch_s"):
         for _ in range(4):
-            mourn(task)
-            task.probe = None  # every clip survived alone
+            task.on_worker_death(max_attempts=2)
+            task.probe = None  # every clip alone succeeded
 
 
-def test_missing_audio_is_the_user_s_mistake_and_told_before_any_work(tmp_path):
+def test_missing_audio_is_a_user_error_before_any_work_starts(tmp_path):
     manifest = write_corpus(tmp_path / "corpus", 3)
     (tmp_path / "corpus/audio/1.wav").unlink()
     config = write_config(prepare_config(manifest, tmp_path / "set"), tmp_path / "p.yaml")
@@ -186,19 +201,20 @@ def test_missing_audio_is_the_user_s_mistake_and_told_before_any_work(tmp_path):
     assert not (tmp_path / "set/commits").exists()
 
 
-def test_too_many_rejects_fail_the_run_with_the_commonest_reason(tmp_path, capsys):
+def test_too_many_rejects_fail_the_run_and_name_the_most_frequent_reason(tmp_path, capsys):
     manifest = write_corpus(tmp_path / "corpus", 4)
     for i in range(2):
         (tmp_path / f"corpus/audio/{i}.wav").write_bytes(b"no audio")
     config = prepare_config(manifest, tmp_path / "set", max_reject_fraction=0.25)
     with pytest.raises(PreparationFailed, match=r"2 of 4 clips rejected.*2 undecodable; for example clip0"):
         prepare_here(config)
-    assert prepare.main([write_config(config, tmp_path / "p.yaml")]) == EXIT_FAILURE  # its partition is committed
+    argv = [write_config(config, tmp_path / "p.yaml")]
+    assert run_command(prepare.main, argv) == EXIT_FAILURE  # its partition is committed
     assert "2 undecodable" in capsys.readouterr().err
     assert not (tmp_path / "set/features.json").exists()
 
 
-def test_dry_run_tells_the_size_and_writes_nothing(tmp_path, capsys):
+def test_dry_run_estimates_the_size_and_writes_nothing(tmp_path, capsys):
     manifest = write_corpus(tmp_path / "corpus", 4, seconds=1.0)
     config = prepare_config(manifest, tmp_path / "set")
     assert prepare.main([write_config(config, tmp_path / "p.yaml"), "--dry-run"]) == 0

@@ -1,4 +1,4 @@
-"""What preparation writes is what training reads, and damage to it is told by both sides by the file's name."""
+"""Tests that training reads what preparation writes, and that both report damaged files by name."""
 
 import shutil
 
@@ -62,7 +62,7 @@ SHARD = "fine/part-00001/shard.00000.mds"
     ],
     ids=["flipped_byte", "truncated", "missing", "swapped_index"],
 )
-def test_damage_is_found_by_both(prepared, tmp_path, damage, name):
+def test_validation_and_the_reader_both_find_damage(prepared, tmp_path, damage, name):
     root = tmp_path / "set"
     shutil.copytree(prepared, root)
     damage(root)
@@ -72,7 +72,7 @@ def test_damage_is_found_by_both(prepared, tmp_path, damage, name):
     assert name in str(error.value)
 
 
-def test_questions_about_no_clip_become_a_set_without_features(tmp_path):
+def test_questions_without_audio_become_a_set_without_features(tmp_path):
     rows = [{name: value for name, value in clip_row(f"t{i}", "").items() if name != "audio"} for i in range(5)]
     manifest = write_manifest(tmp_path / "text.jsonl", rows)
     prepare_here(prepare_config(manifest, tmp_path / "set", encoders={}, partition_clips=2))
@@ -82,7 +82,7 @@ def test_questions_about_no_clip_become_a_set_without_features(tmp_path):
     assert [features.clip(index).clip_id for index in range(5)] == [f"t{i}" for i in range(5)]
 
 
-def test_audio_that_no_encoder_is_to_hear_is_refused(tmp_path):
+def test_audio_without_an_encoder_is_refused(tmp_path):
     manifest = write_manifest(tmp_path / "text.jsonl", [clip_row("a", "a.wav")])
     with pytest.raises(UserError, match=r"text\.jsonl:1: field 'audio'"):
         prepare_here(prepare_config(manifest, tmp_path / "set", encoders={}))

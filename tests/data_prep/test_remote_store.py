@@ -1,4 +1,4 @@
-"""A feature set in an object store, against a server of the S3 protocol on this machine; its audio lies there, too."""
+"""Tests a feature set and its audio in an object store, with a local server of the S3 protocol."""
 
 import os
 import shutil
@@ -8,6 +8,7 @@ import pytest
 from data_prep import validate
 from data_prep.job.commits import remove_commit
 from data_prep.job.store import open_store
+from pipeline.core.errors import run_command
 from tests.helpers.corpora import hashes, prepare_config, prepare_here, write_corpus
 
 pytest.importorskip("s3fs")
@@ -25,14 +26,14 @@ def bucket():
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    before = {name: os.environ.get(name) for name in settings}
+    previous = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     import fsspec
 
     fsspec.filesystem("s3").mkdir("corpora")
     yield "s3://corpora"
     server.stop()
-    for name, value in before.items():
+    for name, value in previous.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
@@ -56,7 +57,7 @@ def download(url: str, folder) -> dict[str, str]:
     return hashes(folder)
 
 
-def test_the_store_holds_what_a_local_folder_would(bucket, corpus, tmp_path, capsys):
+def test_an_object_store_holds_the_same_files_as_a_local_folder(bucket, corpus, tmp_path, capsys):
     prepare_here(prepare_config(corpus, tmp_path / "local", partition_clips=2))
     remote = prepare_config(f"{bucket}/corpus/manifest.jsonl", f"{bucket}/set", partition_clips=2)
     prepare_here(remote)
@@ -64,7 +65,7 @@ def test_the_store_holds_what_a_local_folder_would(bucket, corpus, tmp_path, cap
     assert validate.main([remote.output]) == 0
 
     store = open_store(remote.output)
-    remove_commit(store, 1)  # a killed worker: its objects are there, its record is not
+    remove_commit(store, 1)  # as after a killed worker: its objects exist, its record does not
     store.write("log_mel/part-00001/shard.00007.mds", b"of another attempt")
     prepare_here(remote)
     assert download(remote.output, tmp_path / "copy") == hashes(tmp_path / "local")
@@ -72,5 +73,5 @@ def test_the_store_holds_what_a_local_folder_would(bucket, corpus, tmp_path, cap
     data = bytearray(store.read("log_mel/part-00000/shard.00000.mds"))
     data[1000] ^= 1
     store.write("log_mel/part-00000/shard.00000.mds", bytes(data))
-    assert validate.main([remote.output]) == 1
+    assert run_command(validate.main, [remote.output]) == 1
     assert "log_mel/part-00000/shard.00000.mds: does not have the hash" in capsys.readouterr().err

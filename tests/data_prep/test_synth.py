@@ -42,7 +42,7 @@ def truth(clip) -> dict[str, str]:
 
 
 def spectrum_peaks_hz(wave, rate_hz, step_s=0.02):
-    """Strongest frequency and level (dB) of each 40 ms frame."""
+    """Returns the strongest frequency and the level (dB) of each 40 ms frame."""
     size = int(0.04 * rate_hz)
     frames = np.lib.stride_tricks.sliding_window_view(wave, size)[:: int(step_s * rate_hz)]
     spectra = np.abs(np.fft.rfft(frames * np.hanning(size), 4 * size))
@@ -51,11 +51,11 @@ def spectrum_peaks_hz(wave, rate_hz, step_s=0.02):
 
 
 def stretches(loud, longest_gap):
-    """(start, end) of the runs of True, gaps of up to `longest_gap` frames closed."""
-    places = np.flatnonzero(loud)
-    cuts = np.flatnonzero(np.diff(places) > longest_gap + 1)
-    starts = places[np.concatenate(([0], cuts + 1))]
-    ends = places[np.concatenate((cuts, [len(places) - 1]))] + 1
+    """Returns (start, end) of the runs of True, with gaps of up to `longest_gap` frames closed."""
+    frames = np.flatnonzero(loud)
+    cuts = np.flatnonzero(np.diff(frames) > longest_gap + 1)
+    starts = frames[np.concatenate(([0], cuts + 1))]
+    ends = frames[np.concatenate((cuts, [len(frames) - 1]))] + 1
     return list(zip(starts, ends, strict=True))
 
 
@@ -108,7 +108,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(corpus, tmp_
     assert (tmp_path / "other/test.jsonl").read_bytes() != (corpus / "test.jsonl").read_bytes()
 
 
-def test_a_killed_run_leaves_no_corpus_and_the_next_one_ends_the_same(corpus, tmp_path, monkeypatch):
+def test_a_killed_run_leaves_no_corpus_and_the_next_one_writes_the_same_bytes(corpus, tmp_path, monkeypatch):
     written = []
 
     def encode_some(clip):
@@ -151,7 +151,7 @@ def test_a_finished_corpus_is_kept_and_other_settings_are_refused(corpus):
     assert bytes_by_name(corpus) == before
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="not empty"):
         main([str(tmp_path)])
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--clips", "3"], ["--seed", "-1"], ["--clips", "3", "--dry-run"]])
-def test_settings_that_cannot_work_name_their_argument(tmp_path, arguments):
+def test_invalid_settings_are_errors_that_name_their_argument(tmp_path, arguments):
     with pytest.raises(UserError, match=r"--clips|--seed"):
         main([str(tmp_path / "out"), *arguments])
     assert not list(tmp_path.iterdir())
@@ -186,8 +186,8 @@ def test_help_loads_nothing_heavy():
     assert done.stdout.endswith("set()\n")
 
 
-def test_guessing_without_hearing_scores_low(planned):
-    """The commonest answer to each wording, learned on the training clips, tried on the held-out ones."""
+def test_guessing_without_the_audio_scores_low(planned):
+    """Takes the most frequent answer to each wording in the training clips as the guess for the held-out clips."""
     answers = defaultdict(Counter)
     for clip in planned:
         for question in clip.questions if not clip.held_out else ():
@@ -219,12 +219,12 @@ def test_questions_are_five_or_six_a_clip_and_never_the_same_twice(planned):
 
 
 def test_sounds_are_as_many_as_the_answer_says(planned):
-    """Stretches well above the noise, gaps inside a rhythmic sound closed."""
+    """Counts the stretches well above the noise, with gaps inside a rhythmic sound closed."""
     names = {"one": 1, "two": 2, "three": 3}
     for clip in [clip for clip in planned if clip.domain == "sound"][:60]:
         _, level_db = spectrum_peaks_hz(render(clip)[:, 0], clip.rate_hz)
-        found = stretches(level_db > np.median(np.sort(level_db)[:15]) + 4, longest_gap=7)
-        assert len(found) == names[truth(clip)["sound.count"]], clip.clip_id
+        runs = stretches(level_db > np.median(np.sort(level_db)[:15]) + 4, longest_gap=7)
+        assert len(runs) == names[truth(clip)["sound.count"]], clip.clip_id
 
 
 def test_whistles_move_as_the_answer_says(planned):
@@ -235,8 +235,8 @@ def test_whistles_move_as_the_answer_says(planned):
         start, end = (round(s * clip.rate_hz) for s in (event.start_s, event.start_s + event.duration_s))
         peaks_hz, _ = spectrum_peaks_hz(wave[start:end], clip.rate_hz)
         octaves = np.log2(peaks_hz[-2] / peaks_hz[1])
-        found = "rising" if octaves > 0.4 else "falling" if octaves < -0.4 else "steady"
-        assert found == event.direction, clip.clip_id
+        direction = "rising" if octaves > 0.4 else "falling" if octaves < -0.4 else "steady"
+        assert direction == event.direction, clip.clip_id
 
 
 def test_the_loudest_sound_is_the_loudest_part(planned):
@@ -261,29 +261,29 @@ def test_melodies_follow_their_contour(planned):
             bins_hz = np.fft.rfftfreq(len(part), 1 / clip.rate_hz)
             near = np.abs(np.log2(np.maximum(bins_hz, 1) / note.frequency_hz)) < 0.12
             fundamentals_hz.append(bins_hz[near][spectrum[near].argmax()])
-        place = int(np.argmax(fundamentals_hz))
-        where = "first" if place == 0 else "last" if place == len(notes) - 1 else "middle"
-        assert where == answers["music.highest"]
+        highest = int(np.argmax(fundamentals_hz))
+        position = "first" if highest == 0 else "last" if highest == len(notes) - 1 else "middle"
+        assert position == answers["music.highest"]
         signs = np.sign(np.diff(fundamentals_hz))
-        turns = [int(sign) for sign, before in zip(signs, [0, *signs], strict=False) if sign != before]
+        turns = [int(sign) for sign, previous in zip(signs, [0, *signs], strict=False) if sign != previous]
         contours = {(1,): "rising", (-1,): "falling", (1, -1): "up then down"}
         assert contours[tuple(turns)] == answers["music.contour"], clip.clip_id
 
 
 def test_syllables_are_as_many_as_the_answer_says(planned):
-    """Vowels are the voiced stretches: energy below 1.5 kHz, longer than the hum of an m."""
+    """Counts the voiced stretches with energy below 1.5 kHz that are longer than the hum of an m."""
     for clip in [clip for clip in planned if clip.domain == "speech"][:60]:
         words = truth(clip)["speech.transcribe"].split()
         assert ("one", "two", "three")[len(words) - 1] == truth(clip)["speech.count"]
         wave = render(clip)[:, 0]
         voiced = shaped(wave, clip.rate_hz, {1200: 1, 1500: 0})
         _, level_db = spectrum_peaks_hz(voiced, clip.rate_hz, step_s=0.01)
-        found = stretches(level_db > np.median(np.sort(level_db)[:10]) + 8, longest_gap=2)
-        assert len(found) == len(words), clip.clip_id
+        runs = stretches(level_db > np.median(np.sort(level_db)[:10]) + 8, longest_gap=2)
+        assert len(runs) == len(words), clip.clip_id
 
 
 def test_speakers_differ_in_pitch_as_the_answer_says(planned):
-    """Pitch by autocorrelation in the middle of the first vowel."""
+    """Measures the pitch by autocorrelation in the middle of the first vowel."""
     for clip in [clip for clip in planned if clip.domain == "speech"][:60]:
         syllable = clip.plan.syllables[0]
         middle = round((syllable.start_s + syllable.duration_s - syllable.vowel_s / 2) * clip.rate_hz)
@@ -292,5 +292,5 @@ def test_speakers_differ_in_pitch_as_the_answer_says(planned):
         correlation = np.fft.irfft(spectrum**2)
         lags = np.arange(round(clip.rate_hz / 400), round(clip.rate_hz / 90))
         pitch_hz = clip.rate_hz / lags[correlation[lags].argmax()]
-        found = "man" if pitch_hz < 150 else "woman" if pitch_hz < 240 else "child"
-        assert found == truth(clip)["speech.speaker"], clip.clip_id
+        speaker = "man" if pitch_hz < 150 else "woman" if pitch_hz < 240 else "child"
+        assert speaker == truth(clip)["speech.speaker"], clip.clip_id

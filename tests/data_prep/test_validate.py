@@ -4,28 +4,29 @@ import shutil
 import pytest
 
 from data_prep import validate
+from pipeline.core.errors import run_command
 from tests.helpers.corpora import prepare_config, prepare_here, write_corpus
 
 
 @pytest.fixture(scope="module")
-def sound_set(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sound")
+def valid_set(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("valid")
     prepare_here(prepare_config(write_corpus(folder / "corpus", 6), folder / "set", partition_clips=3))
     return folder / "set"
 
 
 @pytest.fixture
-def root(sound_set, tmp_path):
-    shutil.copytree(sound_set, tmp_path / "set")
+def root(valid_set, tmp_path):
+    shutil.copytree(valid_set, tmp_path / "set")
     return tmp_path / "set"
 
 
 def run(root, capsys) -> tuple[int, dict, str]:
-    code = validate.main([str(root), "--json", str(root.parent / "out.json")])
+    code = run_command(validate.main, [str(root), "--json", str(root.parent / "out.json")])
     return code, json.loads((root.parent / "out.json").read_text()), capsys.readouterr().err
 
 
-def test_a_sound_set_has_no_problems(root, capsys):
+def test_a_valid_set_has_no_problems(root, capsys):
     assert run(root, capsys) == (0, {"clips": 6, "questions": 12, "problems": []}, "")
 
 
@@ -68,7 +69,7 @@ def test_damage_is_found_and_its_file_named(root, capsys, damage, file, fault):
 
 
 def test_columns_of_other_clips_are_found(root, capsys):
-    """Whole shards with right hashes, committed, but of other clips: only the contents tell."""
+    """Complete, committed shards with correct hashes but of other clips: only their content shows it."""
     paths = [root / f"commits/0000{i}.json" for i in range(2)]
     records = [json.loads(path.read_text()) for path in paths]
     columns = [record["columns"]["log_mel"] for record in records]
@@ -76,4 +77,4 @@ def test_columns_of_other_clips_are_found(root, capsys):
         record["columns"]["log_mel"] = columns[1 - i]  # its folder goes with it
         path.write_text(json.dumps(record))
     _, figures, _ = run(root, capsys)
-    assert any(line.startswith("log_mel/part-00001: its clips are not those of") for line in figures["problems"])
+    assert any(line.startswith("log_mel/part-00001: its clips differ from those of") for line in figures["problems"])

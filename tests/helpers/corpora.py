@@ -1,4 +1,4 @@
-"""Small corpora on disk, and feature sets made of them in this process, for the tests of data_prep."""
+"""Writes small corpora and prepares feature sets from them in this process, for the tests of data_prep."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import soundfile
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
 from data_prep.job.commits import Commit, read_commit
-from data_prep.job.partitions import load_plan, make_plan, settings_of
+from data_prep.job.finish import finish_feature_set
+from data_prep.job.partitions import load_plan, make_plan, plan_settings
 from data_prep.job.store import open_store
-from data_prep.prepare import finish, is_complete
+from data_prep.prepare import is_complete
 from pipeline.config.loading import validate_config
 
 RATES_HZ = (16000, 8000, 22050, 44100)
@@ -28,7 +29,7 @@ def tone(seconds: float, rate_hz: int, frequency_hz: float = 440.0, channels: in
 
 
 def write_corpus(folder: Path, clips: int, seconds: float = 0.4) -> Path:
-    """`clips` tones with two questions each and a manifest; rates and lengths vary. The path of the manifest."""
+    """Writes tones of varying rate and length with two questions each; returns the path of their manifest."""
     (folder / "audio").mkdir(parents=True)
     rows = []
     for i in range(clips):
@@ -57,12 +58,12 @@ def prepare_config(manifest: Path | str | list[Path], output: Path | str, **valu
 
 
 def prepare_here(config: PrepareConfig) -> list[Commit]:
-    """Makes a feature set as `pal prepare` does (or lets it grow), but in this process and without Ray."""
+    """Creates or extends a feature set as `pal prepare` does, but in this process and without Ray."""
     from data_prep.job.extract_partition import PartitionWorker
 
     contracts = {name: describe_encoder(encoder) for name, encoder in config.encoders.items()}
     store = open_store(config.output)
-    plan = make_plan(config, settings_of(config, contracts), store, load_plan(store))
+    plan = make_plan(config, plan_settings(config, contracts), store, load_plan(store))
     worker = PartitionWorker(config, contracts)
     commits = []
     for index, partition in enumerate(plan.partitions):
@@ -71,12 +72,12 @@ def prepare_here(config: PrepareConfig) -> list[Commit]:
             *_, commit = worker.extract(index, partition, {})
         assert isinstance(commit, Commit)
         commits.append(commit)
-    finish(config, contracts, plan, commits, store)
+    finish_feature_set(config, contracts, plan, commits, store)
     return commits
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """Every visible file of a finished set but the resolved config, which names its own folder."""
+    """Returns the hash of every visible file of a finished set except the resolved config, which names its folder."""
     return {
         str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))

@@ -1,4 +1,8 @@
-"""Reads manifests of any format into clips with their questions. Owns which format it is, and where audio may lie."""
+"""Reads manifests of any format as clips with their questions: detects the format and resolves audio paths.
+
+To add an input format, write a reader (path, TableConfig -> ClipRows), add it to `READERS` and to `ManifestFormat` in
+`data_prep/config.py`, and make `_detect_format` recognise it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,13 @@ import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from data_prep.config import PrepareConfig, TableConfig
 from data_prep.files import expand, is_remote, open_file, parent
 from data_prep.manifests import json_formats, table_formats
 from data_prep.manifests.rows import ClipRow, TextRow
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
+from pipeline.core.records import Strict
 
 READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow]]] = {
     "jsonl": json_formats.read_jsonl,
@@ -30,16 +33,14 @@ READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow]]] = {
 SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 
 
-class Clip(BaseModel):
-    """One clip of a manifest: where its audio is, and all its questions.
+class Clip(Strict):
+    """One clip of a manifest, with all its questions.
 
     Attributes:
-        root: which of the roots `audio` is relative to.
-        audio: relative to the root, or absolute; None when it leaves the root, and such a clip is rejected, and in a
-            set without encoders.
+        root: index of the root (see `audio_roots`) that `audio` is relative to.
+        audio: path relative to the root, or absolute; None in a set without encoders, or when the path leaves the
+            root, in which case the clip is rejected.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     clip_id: str
     root: int
@@ -50,10 +51,10 @@ class Clip(BaseModel):
 
 
 def manifest_files(config: PrepareConfig) -> list[str]:
-    """The manifests, patterns expanded.
+    """Returns the manifest files, with patterns expanded.
 
     Raises:
-        UserError: one does not exist.
+        UserError: a manifest does not exist.
     """
     paths = [path for manifest in config.manifests for path in expand(manifest)]
     for path in paths:
@@ -63,7 +64,7 @@ def manifest_files(config: PrepareConfig) -> list[str]:
 
 
 def audio_roots(config: PrepareConfig) -> list[str]:
-    """The distinct folders that relative audio paths start from."""
+    """Returns the distinct folders that relative audio paths start from."""
     return list(dict.fromkeys(_root_of(path, config) for path in manifest_files(config)))
 
 
@@ -74,10 +75,11 @@ def _root_of(path: str, config: PrepareConfig) -> str:
 
 
 def read_clips(config: PrepareConfig) -> Iterator[Clip]:
-    """Yields the clips of all manifests in their order; duplicate ids are yielded as they are.
+    """Yields the clips of all manifests in order, clips with duplicate ids included.
 
     Raises:
-        UserError: missing manifest, bad JSON, a row without a field or with one of a wrong type; names file and line.
+        UserError: a missing manifest, bad JSON, or a row with a missing, unknown or mistyped field; names the file and
+            the line or record.
     """
     roots = audio_roots(config)
     for path in manifest_files(config):
@@ -87,7 +89,7 @@ def read_clips(config: PrepareConfig) -> Iterator[Clip]:
             yield Clip(
                 clip_id=row.clip_id,
                 root=root,
-                audio=None if audio is None else _contained(audio, may_be_absolute=config.audio_root is None),
+                audio=None if audio is None else _normalised_path(audio, may_be_absolute=config.audio_root is None),
                 dataset=row.dataset,
                 domain=row.domain,
                 questions=[
@@ -100,16 +102,17 @@ def read_clips(config: PrepareConfig) -> Iterator[Clip]:
 def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow] | Iterator[TextRow]:
     if not config.encoders:
         return json_formats.read_text(path)
-    return READERS[_format_of(path, config)](path, config.table)
+    return READERS[_detect_format(path, config)](path, config.table)
 
 
 def audio_path(clip: Clip, roots: list[str]) -> str:
+    """Returns the path or URL of a clip's audio."""
     assert clip.audio is not None, "clips without a path never reach a partition"
     return clip.audio if is_remote(clip.audio) else posixpath.join(roots[clip.root], clip.audio)
 
 
 def manifest_sha256(config: PrepareConfig) -> str:
-    """Hash of the manifests' bytes (of the names, for a folder per class)."""
+    """Returns the hash of the manifests' bytes (of the file names, for a folder per class)."""
     digest = hashlib.sha256()
     for path in manifest_files(config):
         if Path(path).is_dir():
@@ -122,7 +125,7 @@ def manifest_sha256(config: PrepareConfig) -> str:
     return digest.hexdigest()
 
 
-def _format_of(path: str, config: PrepareConfig) -> str:
+def _detect_format(path: str, config: PrepareConfig) -> str:
     is_folder = Path(path).is_dir()
     if config.format != "auto":
         if is_folder != (config.format == "folder"):
@@ -133,8 +136,8 @@ def _format_of(path: str, config: PrepareConfig) -> str:
     return SUFFIXES.get(posixpath.splitext(path)[1].lower()) or json_formats.detect(path)
 
 
-def _contained(audio: str, may_be_absolute: bool) -> str | None:
-    """The normalised path of a clip's audio, or None when it leaves the root (links are not followed)."""
+def _normalised_path(audio: str, may_be_absolute: bool) -> str | None:
+    """Returns the normalised path of a clip's audio, or None when it leaves the root (links are not followed)."""
     if is_remote(audio):
         return audio if may_be_absolute else None
     audio = posixpath.normpath(audio)

@@ -1,4 +1,4 @@
-"""From an audio file to an encoder's inputs, segment by segment: decoded, resampled, cut into windows, prepared."""
+"""Turns audio into encoder inputs segment by segment: decodes, resamples, cuts into windows and prepares them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data_prep.encoders.base import Encoder
 
 @dataclass(frozen=True)
 class PreparedWindow:
-    """The input of one window; `samples` of audio, at the encoder's rate, are in it."""
+    """The model input of one window, and its number of audio samples at the encoder's rate."""
 
     prepared: Tensor
     samples: int
@@ -23,30 +23,30 @@ class PreparedWindow:
 
 @dataclass(frozen=True)
 class Segment:
-    """Encoder -> the windows that a segment of a clip completes; the whole clip lasts `duration_s`."""
+    """The windows that a segment of a clip completes, by encoder, and the duration of the whole clip."""
 
     windows: dict[str, list[PreparedWindow]]
     duration_s: float
 
 
-def decode(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None = None) -> Iterator[Segment]:
-    """Every window of a file, for each of the encoders, front to back.
+def preprocess_file(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None = None) -> Iterator[Segment]:
+    """Yields all windows of a file for each of the encoders, front to back.
 
     Raises:
-        Reject: the file cannot become features; see `AudioFile`.
+        Reject: the file cannot be encoded; see `AudioFile`.
     """
     with AudioFile(path, max_clip_s) as file:
-        for windows in cut_windows(file.segments(), file.sample_rate_hz, encoders):
+        for windows in preprocess_segments(file.segments(), file.sample_rate_hz, encoders):
             yield Segment(windows, file.duration_s)
 
 
-def cut_windows(
+def preprocess_segments(
     segments: Iterable[tuple[Samples, bool]], sample_rate_hz: int, encoders: Mapping[str, Encoder]
 ) -> Iterator[dict[str, list[PreparedWindow]]]:
-    """For each segment the windows that it completes, of each encoder.
+    """Yields, for each segment, the windows that it completes, by encoder.
 
     Args:
-        segments: mono audio at `sample_rate_hz`, and whether it is the last.
+        segments: mono audio at `sample_rate_hz`, each with whether it is the last.
     """
     rates_hz = {encoder.contract.sample_rate_hz for encoder in encoders.values()}
     resamplers = {rate_hz: Resampler(sample_rate_hz, rate_hz) for rate_hz in sorted(rates_hz)}

@@ -84,6 +84,20 @@ def test_the_cache_stays_within_its_limit(folder, tmp_path):
     read(reader(folder, cache))
 
 
+def test_a_shard_that_is_evicted_while_it_is_checked_is_copied_again(folder, tmp_path, monkeypatch):
+    utime, evicted = os.utime, []
+
+    def evict_once(path, *args, **kwargs):
+        if Path(path).suffix == ".mds" and not evicted:
+            evicted.append(path)
+            Path(path).unlink()
+        utime(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "utime", evict_once)
+    read(reader(folder, tmp_path / "cache"), [0])
+    assert evicted == copies(tmp_path / "cache")
+
+
 def test_a_url_needs_a_cache():
     with pytest.raises(UserError, match=r"set data\.cache"):
         FeatureSet("s3://bucket/set", ["log_mel"])

@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
         ([model, tmp_path / "gone.wav", "What?"], "gone.wav: is missing"),
         ([model, clip, "What <audio>?"], "contains <audio>"),
         ([model, clip, "--encoder=clap=folder", "What?"], "the model has no encoder 'clap'"),
-        ([other, clip, "What?"], "does not tell of the encoder 'log_mel'"),
+        ([other, clip, "What?"], "does not describe the encoder 'log_mel'"),
         ([tmp_path, clip, "What?"], "is not an exported model"),
     ):
         assert run_command(main, [str(argument) for argument in arguments]) == 2

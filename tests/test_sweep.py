@@ -1,4 +1,4 @@
-"""A sweep file becomes trials that differ in what it says alone; each is run once; mistakes cost one line."""
+"""A sweep file defines trials that differ only in the keys it names; each is run once; mistakes are reported first."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def planned(folder: Path, base: Path, **changes: Any) -> tuple[list[Any], list[d
     return plan_trials(load_config(SweepConfig, write_sweep(folder, base, **changes)))
 
 
-def test_every_combination_is_a_trial_with_its_seed(experiment: Path, tmp_path: Path) -> None:
+def test_every_combination_and_seed_is_a_trial(experiment: Path, tmp_path: Path) -> None:
     grid = {"model.integration": INTEGRATIONS, "train.learning_rate": [0.1, 0.01]}
     trials, rows = planned(tmp_path, experiment, grid=grid, seeds=[0, 7])
-    found = {(t.config.model.integration, t.config.train.learning_rate, t.config.train.seed) for t in trials}
-    assert len(trials) == len(rows) == len(found) == 8
+    settings = {(t.config.model.integration, t.config.train.learning_rate, t.config.train.seed) for t in trials}
+    assert len(trials) == len(rows) == len(settings) == 8
     assert len({trial.output for trial in trials}) == 8
     assert {trial.config.train.steps for trial in trials} == {2}
     assert {row["audio_layers"][0] == [] for row in rows} == {True, False}
 
 
-def test_budgets_are_equal_in_what_they_name(experiment: Path, tmp_path: Path) -> None:
+def test_a_budget_is_equal_for_all_trials(experiment: Path, tmp_path: Path) -> None:
     _, rows = planned(tmp_path, experiment, budget={"flops": 1e9})
-    assert rows[0]["steps"] < rows[1]["steps"]  # a step of PLITS costs more than one of LAL
+    assert rows[0]["steps"] < rows[1]["steps"]  # a PLITS step needs more operations than a LAL step
     assert [row["flops"] for row in rows] == pytest.approx([1e9, 1e9], rel=0.2)
     _, rows = planned(tmp_path, experiment, budget={"tokens": 10_000})
     assert rows[0]["steps"] == rows[1]["steps"] > 2
     _, rows = planned(tmp_path, experiment, budget=None)
-    assert {row["steps"] for row in rows} == {12}  # of the base
+    assert {row["steps"] for row in rows} == {12}  # as in the base config
 
 
 @pytest.mark.parametrize(
@@ -81,27 +81,27 @@ def test_budgets_are_equal_in_what_they_name(experiment: Path, tmp_path: Path) -
         ({"grid": None, "questions": [{"question": "?", "runs": [{}]}]}, "questions.0.runs"),
         ({"grid": None, "questions": [{"question": "?", "runs": [{}, {}]}]}, "questions.0.runs: repeats a value"),
         ({"budget": {"steps": 1, "tokens": 2}}, "exactly one of steps, tokens and flops"),
-        ({"grid": {"train.micro_batch_size": [3]}}, "do not divide"),
+        ({"grid": {"train.micro_batch_size": [3]}}, "are not divisible"),
         ({"grid": {"train.global_batch_size": [2**24], "train.micro_batch_size": [2**24]}}, "does not fit"),
         ({"experiment": "no_such_config"}, "no such config file"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(
+def test_mistakes_are_reported_before_anything_runs(
     experiment: Path, tmp_path: Path, changes: dict[str, Any], fault: str
 ) -> None:
-    with pytest.raises(UserError, match=fault) as told:
+    with pytest.raises(UserError, match=fault) as error:
         planned(tmp_path, experiment, **changes)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_the_shipped_sweeps_are_ones() -> None:
+def test_the_shipped_sweeps_are_valid() -> None:
     sweep = load_config(SweepConfig, "demo_sweep")
     assert len(sweep.combinations()) == 3 and sweep.budget is not None
-    asked = load_config(SweepConfig, "scaling").questions
-    assert asked is not None and len(asked) == 10
+    questions = load_config(SweepConfig, "scaling").questions
+    assert questions is not None and len(questions) == 10
 
 
-def test_a_dry_run_prints_the_trials_and_runs_none(
+def test_a_dry_run_prints_the_trials_and_runs_nothing(
     experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "results.json"
@@ -111,7 +111,7 @@ def test_a_dry_run_prints_the_trials_and_runs_none(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_failed_trial_is_marked_and_finished_ones_are_not_run_again(
+def test_a_failed_trial_is_marked_and_finished_trials_are_not_run_again(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -134,7 +134,7 @@ def test_a_failed_trial_is_marked_and_finished_ones_are_not_run_again(
 
     (done,) = tmp_path.glob(f"sweep/*/{RESULT}")
     written = done.stat().st_mtime_ns
-    shutil.rmtree(done.parent / "model")  # what a second training would need to make again
+    shutil.rmtree(done.parent / "model")  # a second training would create it again
     assert main([str(file), "--json", str(again)]) == 1
     assert json.loads(again.read_text())["runs"][1] == finished
     assert done.stat().st_mtime_ns == written and not (done.parent / "model").exists()
@@ -142,10 +142,10 @@ def test_a_failed_trial_is_marked_and_finished_ones_are_not_run_again(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_trials_on_a_cluster_survive_the_loss_of_a_node(
+def test_trials_survive_the_loss_of_a_cluster_node(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two nodes, one killed while it trains: all trials finish, none is trained twice."""
+    """One of two nodes is killed while it trains: all trials finish, and none is trained twice."""
     import threading
     import time
 

@@ -1,7 +1,7 @@
-"""The typed config tree of an experiment and its loader. Imports no torch."""
+"""The typed config tree of an experiment, and its loader. Does not import torch."""
 
 from pipeline.config.curriculum import choose_stages, resolve_stages
-from pipeline.config.loading import Strict, dump_config, load_config, read_yaml, validate_config
+from pipeline.config.loading import dump_config, load_config, read_yaml, validate_config
 from pipeline.config.model import ConnectorConfig, ModelConfig
 from pipeline.config.schema import (
     CheckpointConfig,
@@ -22,7 +22,6 @@ __all__ = [
     "LoraConfig",
     "MixtureConfig",
     "ModelConfig",
-    "Strict",
     "TrackingConfig",
     "TrainConfig",
     "choose_stages",

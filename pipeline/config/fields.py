@@ -1,4 +1,4 @@
-"""Types of single settings."""
+"""Types of single settings, with their limits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ def _parse_fraction(value: Any) -> Any:
         if numerator.strip().isdigit() and denominator.strip().isdigit() and int(denominator):
             value = Fraction(int(numerator), int(denominator))
     elif isinstance(value, float):
-        value = Fraction(value).limit_denominator(1000)  # 0.3333 means one third, as its writer meant it
+        value = Fraction(value).limit_denominator(1000)  # 0.3333 means one third
     if isinstance(value, Fraction) and not 0 < value <= 1:
-        raise ValueError("a fraction of the layers lies in (0, 1]")
+        raise ValueError("a fraction of the layers must be in (0, 1]")
     return value
 
 
 LayerCount = Annotated[PositiveInt | Annotated[Fraction, PlainSerializer(str)] | None, BeforeValidator(_parse_fraction)]
 
-
-# A path or a URL: as a Path, `s3://bucket` would lose a slash.
+# A path or a URL; a Path would drop one of the slashes in `s3://bucket`.
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]

@@ -1,4 +1,4 @@
-"""A config tree as flat `a.b.c` keys."""
+"""Flattens a config tree into `a.b.c` keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `a.b.c` keys; lists stay values."""
+    """Returns nested mappings as one mapping with `a.b.c` keys; lists remain values."""
     pairs: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,5 +1,4 @@
-"""Reads a typed, strict config: `base:` file < YAML < `key.sub=value` overrides. Owns every error a config file can
-have."""
+"""Reads a typed, strict config: `base:` file < YAML < `key.sub=value` overrides; reports every error in it."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from pipeline.core.records import Strict
 
 
 class InvalidConfig(ValueError):
-    """Carries a `UserError` out of a validator: pydantic forwards only ValueErrors."""
+    """Carries a `UserError` out of a validator, because pydantic forwards only ValueErrors."""
 
     def __init__(self, where: str, fault: str, remedy: str) -> None:
         super().__init__(fault)
@@ -29,15 +28,16 @@ ConfigT = TypeVar("ConfigT", bound=Strict)
 def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
     """Reads and validates one config file.
 
-    Args:
-        kind: the tree's root class.
-        path: a YAML file, or the bare name of a config shipped in `pipeline/configs/`.
-        overrides: `key.sub=value` strings; each value is read as YAML.
+    A file may contain `base: NAME`, which names another file beside it or a shipped config; its own settings then
+    override those of the base.
 
-    A file may begin with `base: NAME`, another file beside it or a shipped one: what it says is then laid over that.
+    Args:
+        kind: root class of the config tree.
+        path: a YAML file, or the bare name of a config shipped in `pipeline/configs/`.
+        overrides: `key.sub=value` strings; each value is parsed as YAML.
 
     Raises:
-        UserError: missing file, YAML syntax, unknown key, wrong type or value, malformed override.
+        UserError: missing file, YAML syntax error, unknown key, wrong type or value, malformed override.
     """
     path = shipped_config(path)
     values = _read_on_base(path, ())
@@ -47,55 +47,60 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
 
 
 def shipped_config(path: str | Path) -> Path:
-    """The file itself, or the shipped config of that name."""
-    given = Path(path)
-    if given.is_file():
-        return given
-    shipped = Path(__file__).parent.parent / "configs"
-    named = shipped / given.with_suffix(".yaml").name
-    if given.parent == Path() and named.is_file():
-        return named
-    names = sorted(p.stem for p in shipped.glob("*.yaml"))
+    """Returns the file itself, or the shipped config with that name.
+
+    Raises:
+        UserError: there is neither.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    folder = Path(__file__).parent.parent / "configs"
+    shipped = folder / file.with_suffix(".yaml").name
+    if file.parent == Path() and shipped.is_file():
+        return shipped
+    names = sorted(other.stem for other in folder.glob("*.yaml"))
     raise UserError(path, "no such config file", f"give a YAML file or a shipped config ({', '.join(names)})")
 
 
-def _read_on_base(path: Path, over: tuple[Path, ...]) -> dict[str, Any]:
-    if path in over:
+def _read_on_base(path: Path, derived: tuple[Path, ...]) -> dict[str, Any]:
+    """Returns the values of a file over those of its base; `derived` holds the files that lead to this one."""
+    if path in derived:
         raise UserError(path, "is its own base", "remove this `base:`")
     values = read_yaml(path)
     if "base" not in values:
         return values
     base = str(values.pop("base"))
     beside = path.parent / base
-    return merge(_read_on_base(beside if beside.is_file() else shipped_config(base), (*over, path)), values)
+    return merge(_read_on_base(beside if beside.is_file() else shipped_config(base), (*derived, path)), values)
 
 
-def merge(values: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid over `values`: mappings key by key, everything else replaced."""
+def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Returns `values` with `overrides` applied: mappings are merged key by key, everything else is replaced."""
     merged = dict(values)
-    for key, value in over.items():
-        before = merged.get(key)
-        merged[key] = merge(before, value) if isinstance(before, dict) and isinstance(value, dict) else value
+    for key, value in overrides.items():
+        previous = merged.get(key)
+        merged[key] = merge(previous, value) if isinstance(previous, dict) and isinstance(value, dict) else value
     return merged
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is written twice in one mapping, of which PyYAML silently keeps the last."""
+    """Rejects a repeated key in a mapping; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is here twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is repeated", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from a file.
+    """Reads a YAML mapping from a file.
 
     Raises:
-        UserError: unreadable, not YAML, not a mapping, or a key that is there twice.
+        UserError: the file is unreadable, is not YAML, is not a mapping, or repeats a key.
     """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
@@ -103,9 +108,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 YAML file") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or "cannot be parsed"
-        raise UserError(place, f"YAML syntax error ({problem})", "correct the file at this place") from error
+        raise UserError(where, f"YAML syntax error ({problem})", "correct the file there") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -114,7 +119,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validate_config(kind: type[ConfigT], values: dict[str, Any], source: str) -> ConfigT:
-    """Validates plain values into a tree; the first error becomes one `UserError` that names its key."""
+    """Validates plain values into a config tree.
+
+    Raises:
+        UserError: a value is invalid; the message names the key of the first error.
+    """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -122,7 +131,7 @@ def validate_config(kind: type[ConfigT], values: dict[str, Any], source: str) ->
 
 
 def dump_config(config: Strict) -> str:
-    """The resolved tree as YAML, keys in the order of their declaration."""
+    """Returns the resolved tree as YAML, with keys in the order of their declaration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -134,20 +143,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override '{override}'", "its value is not YAML", "quote the value") from error
+        raise UserError(f"override '{override}'", "the value is not YAML", "quote the value") from error
     node = values
     for part in parts[:-1]:
         child = node.setdefault(part, {})
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override '{override}'", f"'{part}' holds a value, not keys", "check the key")
+            raise UserError(f"override '{override}'", f"'{part}' is a value without keys of its own", "check the key")
         node = child
     node[parts[-1]] = value
 
 
 def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str) -> UserError:
-    # An unknown key explains the "missing key" that a misspelling also causes, so it is told first.
+    # A misspelled key causes both an unknown and a missing key; the unknown one explains the other.
     error = min(errors, key=lambda e: e["type"] != "extra_forbidden")
     written, _ = _at(kind, error["loc"])
     key = ".".join(written) or source
@@ -168,7 +177,10 @@ def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str)
 
 
 def _at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The keys that a user wrote on the way to an error, without pydantic's tags of unions; and those known there."""
+    """Returns the keys on the path to an error, as the user wrote them, and the keys known there.
+
+    pydantic's own path also contains tags of unions, which are no keys.
+    """
     written: list[str] = []
     annotation: Any = kind
     for part in loc:
@@ -190,11 +202,11 @@ def _at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], l
 
 
 def _bare(annotation: Any) -> Any:
-    """Without what `Annotated` adds, and without `| None`."""
+    """Returns the type without `Annotated` and without `| None`."""
     if get_origin(annotation) is Annotated:
         return _bare(get_args(annotation)[0])
-    others = [argument for argument in get_args(annotation) if argument is not type(None)]
-    return _bare(others[0]) if len(others) == 1 and len(get_args(annotation)) == 2 else annotation
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    return _bare(arguments[0]) if len(arguments) == 1 and len(get_args(annotation)) == 2 else annotation
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,4 +1,4 @@
-"""The `model` section of an experiment: a language model plus streams, and how settings become explicit streams."""
+"""The `model` section of an experiment: a language model plus streams. Resolves presets to explicit streams."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import LayerCount, NonNegativeInt, PositiveInt
-from pipeline.config.loading import InvalidConfig, Strict
+from pipeline.config.loading import InvalidConfig
 from pipeline.core.errors import UserError
+from pipeline.core.records import Strict
 from pipeline.core.streams import (
     Connector,
     ConnectorKind,
@@ -21,7 +22,7 @@ from pipeline.core.streams import (
 
 
 class ConnectorConfig(Strict):
-    """See `pipeline.core.streams.Connector`."""
+    """Settings of a connector; see `pipeline.core.streams.Connector`."""
 
     kind: ConnectorKind = "mlp"
     width: PositiveInt | None = None
@@ -49,16 +50,18 @@ class ModelConfig(Strict):
     """A language model plus streams.
 
     Attributes:
-        language_model: a Hugging Face folder or Hub name.
-        encoders: feature columns read, in the order the preset expects.
+        language_model: folder in the Hugging Face format, or name on the Hub.
+        encoders: encoders whose features the model reads, in the order that the preset expects.
         integration: a preset, or `custom` with explicit `streams`.
+        streams: the streams of a `custom` integration.
+        connector: connector of every stream of a preset.
         first_audio_layer, num_audio_layers, layer_stride: the rule for audio_layers; num_audio_layers may be a
             fraction of the layers ("1/3").
-        audio_layers: an explicit list instead of the rule.
-        summary_stride: frames merged into one summary token of `pal_v3`.
+        audio_layers: explicit list of layers, instead of the rule.
+        summary_stride: number of frames that `pal_v3` merges into one summary token.
         norm_audio_tokens: apply the layer's own input norm to the projected audio tokens.
-        system_text_sees_audio: lift the position rule for text before the audio.
-        audio_queries: ablation; audio tokens also query the audio of their clip.
+        system_text_sees_audio: let text before the audio attend to it, although it comes first.
+        audio_queries: ablation in which audio tokens also attend to the audio of their clip.
     """
 
     language_model: str
@@ -78,22 +81,24 @@ class ModelConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         if (self.integration == "custom") != (self.streams is not None):
-            raise InvalidConfig("model.streams", "goes with integration: custom, and only with it", "set both")
+            raise InvalidConfig(
+                "model.streams", "must be set if and only if integration is custom", "set both or neither"
+            )
         rule = (self.first_audio_layer, self.num_audio_layers, self.layer_stride)
         if self.audio_layers is not None and rule != (None, None, 1):
             raise InvalidConfig(
                 "model.audio_layers",
-                "is given beside first_audio_layer, num_audio_layers or layer_stride",
-                "give the list or the rule",
+                "excludes first_audio_layer, num_audio_layers and layer_stride",
+                "give either the list or the rule",
             )
         return self
 
     def resolve_streams(self, num_layers: int) -> tuple[Stream, ...]:
-        """The explicit streams for a language model of `num_layers` layers.
+        """Returns the explicit streams for a language model of `num_layers` layers.
 
         Raises:
-            UserError: a layer that the model does not have, encoders that do not suit the preset, or a setting that
-                these streams make nothing of.
+            UserError: a layer is beyond the model, the encoders do not suit the preset, or a setting has no effect on
+                these streams.
         """
         if self.integration == "custom":
             streams = tuple(

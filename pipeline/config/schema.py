@@ -1,5 +1,5 @@
-"""The config tree of one experiment. Each number has its one owner here and in `model.py`; no file is read and no
-torch imported."""
+"""The config tree of one experiment. Each setting is declared once, here or in `model.py`. Reads no file and does not
+import torch."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from pipeline.config.fields import Location, NonNegativeInt, PositiveInt, Probability
-from pipeline.config.loading import InvalidConfig, Strict
+from pipeline.config.loading import InvalidConfig
 from pipeline.config.model import ModelConfig
 from pipeline.core.errors import UserError
+from pipeline.core.records import Strict
 
 
-def _refuse_password(key: str, place: str | None) -> None:
-    if place is not None and re.search(r"://[^/@\s]*:[^/@\s]*@", place):
-        raise InvalidConfig(key, "holds a password, which would be logged", "give it by environment variables")
+def _refuse_password(key: str, location: str | None) -> None:
+    if location is not None and re.search(r"://[^/@\s]*:[^/@\s]*@", location):
+        raise InvalidConfig(key, "holds a password, which would be logged", "use environment variables for it")
 
 
 class MixtureConfig(Strict):
     """Further questions, mixed into those of `data.train` at a fixed share.
 
     Attributes:
-        path: their feature set, with the same features as `data.train` or, for questions about no clip, with none at
-            all; None means `data.train` itself, for another selection of its questions.
-        tasks, datasets: keep only questions of these; None keeps all.
-        share: of all sequences; these questions repeat, or wait for later epochs, as it demands.
+        path: feature set of the questions, with the same features as `data.train`, or with none if the questions refer
+            to no clip; None means `data.train` itself, for another selection of its questions.
+        tasks, datasets: tasks and datasets whose questions are used; None uses all.
+        share: share of all sequences; to reach it, these questions are repeated or left for later epochs.
     """
 
     path: Location | None = None
@@ -37,22 +38,23 @@ class MixtureConfig(Strict):
 
 
 class DataConfig(Strict):
-    """What is read and how a question becomes a conversation.
+    """The data of an experiment, and how a question becomes a conversation.
 
     Attributes:
-        train, validation: prepared feature sets: folders that hold a `features.json`, or URLs of an object store.
-        cache: folder on a local disk for copies of shards that lie far away (an object store, a network disk); shared
-            by the ranks of a node and by later jobs. None reads the sets in place.
-        cache_gib: the copies of each feature column take about this much at most; None means no limit. Best larger
-            than the features of shuffle_block_clips clips.
+        train, validation: prepared feature sets, which are folders with a `features.json` or URLs of an object store.
+        cache: folder on a local disk for copies of remote shards (an object store, a network disk), shared by the
+            ranks of a node and by later jobs; None reads the sets in place.
+        cache_gib: approximate limit for the copies of each feature column; None means no limit. It should exceed the
+            features of shuffle_block_clips clips.
         system_prompt: text before the audio; empty for none.
-        tasks, datasets: keep only questions of these; None keeps all. They also choose the validation questions.
-        mixture: what else is trained on. An epoch remains one time through the questions of `train`.
-        questions_per_sequence: questions of one clip packed into one sequence that shares its audio; 1 is the
-            common practice, one question with its own copy of the audio.
-        shuffle_block_clips: clips are shuffled inside blocks of this many, so that a remote shard is read once.
-        max_text_tokens: longer conversations are an error, never cut silently.
-        validation_questions: the validation loss is taken on this many questions, spread over the set.
+        tasks, datasets: tasks and datasets whose questions are used; None uses all. Also selects validation questions.
+        mixture: further questions to train on. An epoch remains one pass over the questions of `train`.
+        questions_per_sequence: number of questions about one clip that share its audio in one sequence; 1 is the common
+            practice, in which each question has its own copy of the audio.
+        shuffle_block_clips: clips are shuffled within blocks of this many, so that each remote shard is read once.
+        max_text_tokens: longest conversation; a longer one is an error and never truncated.
+        validation_questions: number of questions, spread over the set, for the validation loss.
+        workers: data loader processes of each rank; 0 loads in the rank itself.
     """
 
     train: Location
@@ -71,26 +73,27 @@ class DataConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
-        places = [("data.train", self.train), ("data.validation", self.validation)]
-        places += [(f"data.mixture.{number}.path", other.path) for number, other in enumerate(self.mixture)]
-        for key, place in places:
-            _refuse_password(key, place)
-            if place is not None and "://" in place and self.cache is None:
-                raise InvalidConfig(key, "is in an object store and there is no data.cache", "set it to a local folder")
+        locations = [("data.train", self.train), ("data.validation", self.validation)]
+        locations += [(f"data.mixture.{number}.path", part.path) for number, part in enumerate(self.mixture)]
+        for key, location in locations:
+            _refuse_password(key, location)
+            if location is not None and "://" in location and self.cache is None:
+                raise InvalidConfig(key, "is in an object store, but data.cache is not set", "set it to a local folder")
         if self.cache_gib is not None and self.cache is None:
-            raise InvalidConfig("data.cache_gib", "has no effect without data.cache", "set both or none")
-        if sum(other.share for other in self.mixture) >= 1:
-            raise InvalidConfig("data.mixture", "its shares leave nothing for data.train", "make them sum to below 1")
+            raise InvalidConfig("data.cache_gib", "has no effect without data.cache", "set both or neither")
+        if sum(part.share for part in self.mixture) >= 1:
+            raise InvalidConfig("data.mixture", "its shares leave nothing for data.train", "let them sum to below 1")
         return self
 
 
 class CheckpointConfig(Strict):
-    """When a checkpoint is written and how many stay.
+    """When checkpoints are written and how many are kept.
 
     Attributes:
-        keep: the newest ones. While one is written, the disk holds one more.
-        keep_best: further ones, those of the lowest validation loss.
-        background: write while training goes on; each rank then holds a second copy of its part in host memory.
+        every_steps: number of steps between two checkpoints.
+        keep: number of the newest checkpoints to keep. While one is written, the disk holds one more.
+        keep_best: number of further checkpoints to keep, those with the lowest validation loss.
+        background: write while training continues; each rank then holds a second copy of its part in host memory.
     """
 
     every_steps: PositiveInt = 500
@@ -100,7 +103,7 @@ class CheckpointConfig(Strict):
 
 
 class LoraConfig(Strict):
-    """Low-rank adapters on the language model instead of training its own weights (through `peft`)."""
+    """Low-rank adapters that are trained instead of the language model's own weights (through `peft`)."""
 
     rank: PositiveInt = 8
     alpha: PositiveInt = 16
@@ -108,30 +111,32 @@ class LoraConfig(Strict):
     target_modules: list[str] = ["q_proj", "v_proj"]
 
 
-LENGTHS = ("steps", "epochs", "tokens")  # the ways to say how long `train` goes on
+LENGTHS = ("steps", "epochs", "tokens")  # settings of `train` that limit its length
 
 
 class TrainConfig(Strict):
-    """The optimisation; owner of batch, rate and precision.
+    """The optimisation: batch sizes, learning rates, precision, length.
 
     Attributes:
-        trainable: `connector` (everything audio is trained, the language model is frozen), `all_but_ffn`, `all`.
-        steps, epochs, tokens: give one. An epoch sees every selected question once; tokens are those of text, over all
-            ranks, and the rate then follows the share of them that was seen.
+        trainable: `connector` (all audio parameters are trained, the language model is frozen), `all_but_ffn`, `all`.
+        lora: adapters of a frozen language model; None trains without adapters.
+        steps, epochs, tokens: length of the training, by exactly one of them. An epoch visits every selected question
+            once. Tokens are text tokens over all ranks; the learning rate then follows the share of them that was seen.
         global_batch_size: questions per optimizer step over all ranks.
         micro_batch_size: sequences per rank and forward pass.
-        micro_batch_tokens: positions per rank and forward pass, padding included: those of text and, as far as clips'
-            lengths tell, of audio in the sequence. micro_batch_size is then the most sequences, and long ones come in
-            fewer; how many passes a step takes varies.
-        warmup_fraction: share of the steps in which the rate rises linearly, before the cosine.
+        micro_batch_tokens: positions per rank and forward pass, including padding: text and, as far as the lengths of
+            clips determine it, audio in the sequence. micro_batch_size is then an upper bound, long sequences form
+            smaller micro-batches, and the number of passes per step varies.
+        warmup_fraction: share of the steps in which the learning rate rises linearly, before the cosine decay.
         compile: let torch compile the language model's feed-forward layers, which takes a minute at the start and saves
             passes over memory; not under ZeRO-3.
-        loss_on: `answer` tokens only, or also the `prompt` (all text).
-        zero: a file of `ds_configs/` by its name, or a path to one; it holds ZeRO policy only.
-        collective_timeout_s: a rank that waits longer for another one ends the job instead of hanging.
-        peak_tflops: of one device at this precision, for the model FLOP/s utilisation; None: as its name tells, and no
-            utilisation where that is not known.
-        max_skipped_steps: this many steps in a row whose gradient is not finite end the job; single ones are skipped.
+        loss_on: tokens that carry loss: those of answers (`answer`), or all text (`all_text`).
+        zero: name of a file in `ds_configs/`, or a path to one; it holds ZeRO policy only.
+        collective_timeout_s: how long a rank waits for another one before it ends the job.
+        peak_tflops: peak of one device at this precision, for the model FLOP/s utilisation; None looks it up by the
+            name of the device, and reports no utilisation for an unknown one.
+        max_skipped_steps: number of consecutive steps with a gradient that is not finite after which the job ends;
+            fewer of them are skipped.
     """
 
     trainable: Literal["connector", "all_but_ffn", "all"] = "all"
@@ -166,30 +171,32 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if sum(getattr(self, name) is not None for name in LENGTHS) > 1:
-            raise InvalidConfig("train.steps", f"is one of {', '.join(LENGTHS)}, which exclude each other", "give one")
+            raise InvalidConfig(
+                "train.steps", f"is one of {', '.join(LENGTHS)}, which exclude each other", "give exactly one"
+            )
         if self.lora is not None and self.trainable != "connector":
             raise InvalidConfig(
                 "train.lora",
-                f"adapts a frozen language model but trainable is '{self.trainable}'",
-                "use connector",
+                f"adapts a frozen language model, but trainable is '{self.trainable}'",
+                "set trainable to connector",
             )
         return self
 
 
 def default_tracking_uri(output: Path) -> str:
-    """An sqlite file beside the output folder."""
+    """Returns the URI of an sqlite file beside the output folder."""
     return f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
 
 
 class TrackingConfig(Strict):
-    """Where runs are recorded.
+    """Where MLflow records the run.
 
     Attributes:
-        uri: an MLflow tracking URI without a password, for which MLflow reads MLFLOW_TRACKING_USERNAME and
-            MLFLOW_TRACKING_PASSWORD (a database its own variables); None means `sqlite:///<output>/../mlflow.db`,
-            beside the output folder.
+        uri: MLflow tracking URI without a password. MLflow reads the password from MLFLOW_TRACKING_USERNAME and
+            MLFLOW_TRACKING_PASSWORD, a database from its own variables. None means an sqlite file beside the output
+            folder, `sqlite:///<output>/../mlflow.db`.
         experiment: name of the MLflow experiment.
-        run_name: None means the name of the output folder.
+        run_name: name of the run; None means the name of the output folder.
         tags: further tags of the run.
         log_checkpoints: upload each checkpoint as an artifact of the run.
     """
@@ -207,7 +214,7 @@ class TrackingConfig(Strict):
 
 
 class StageConfig(Strict):
-    """One stage of a curriculum: what it changes in `data` and in `train`, as parts of their trees."""
+    """One stage of a curriculum: the settings of `data` and `train` that it overrides."""
 
     data: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -217,10 +224,10 @@ class ExperimentConfig(Strict):
     """One training run, or the stages of a curriculum.
 
     Attributes:
-        output: receives checkpoints, metrics and the resolved config; of each stage in a folder of its own.
-        starts_from: output folder of a finished run whose trained weights this one begins with, beside those that it
-            began with itself.
-        stages: run one after the other, each from the trained weights of those before it; see `curriculum`.
+        output: folder for checkpoints, metrics and the resolved config; each stage has a folder of its own in it.
+        starts_from: output folder of a finished run. This run starts from the weights trained there and in the runs
+            that it started from itself.
+        stages: stages by name, run in order, each from the weights trained by those before it; see `curriculum`.
     """
 
     output: Path
@@ -234,33 +241,33 @@ class ExperimentConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> ExperimentConfig:
         if not self.stages and all(getattr(self.train, name) is None for name in LENGTHS):
-            raise InvalidConfig("train.steps", f"needs exactly one of {', '.join(LENGTHS)}", "give one")
+            raise InvalidConfig("train.steps", f"needs exactly one of {', '.join(LENGTHS)}", "give exactly one")
         if self.train.checkpoint.keep_best and self.data.validation is None:
             raise InvalidConfig("train.checkpoint.keep_best", "has no effect without data.validation", "set both")
         return self
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
-        """Micro-batches per rank and optimizer step; with a bound on their positions, the fewest there can be.
+        """Returns the number of micro-batches per rank and optimizer step; with `micro_batch_tokens`, the lowest one.
 
         Raises:
-            UserError: the global batch does not divide.
+            UserError: the global batch is not divisible.
         """
         per_pass = self.train.micro_batch_size * self.data.questions_per_sequence * world_size
-        steps, rest = divmod(self.train.global_batch_size, per_pass)
+        steps, remainder = divmod(self.train.global_batch_size, per_pass)
         if self.train.micro_batch_tokens is not None:
             unit = self.data.questions_per_sequence * world_size
             if self.train.global_batch_size % unit:
                 raise UserError(
                     "train.global_batch_size",
-                    f"{self.train.global_batch_size} questions do not divide into questions_per_sequence "
+                    f"{self.train.global_batch_size} questions are not divisible by questions_per_sequence "
                     f"{self.data.questions_per_sequence} x {world_size} ranks = {unit}",
                     f"use a multiple of {unit}",
                 )
-            return steps + (rest > 0)
-        if rest or not steps:
+            return steps + (remainder > 0)
+        if remainder or not steps:
             raise UserError(
                 "train.global_batch_size",
-                f"{self.train.global_batch_size} questions do not divide into micro_batch_size "
+                f"{self.train.global_batch_size} questions are not divisible by micro_batch_size "
                 f"{self.train.micro_batch_size} x questions_per_sequence {self.data.questions_per_sequence} x "
                 f"{world_size} ranks = {per_pass}",
                 f"use a multiple of {per_pass}",

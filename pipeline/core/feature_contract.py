@@ -1,13 +1,13 @@
-"""The contract of a prepared feature set: `features.json`, written last by preparation and checked by every reader.
+"""The contract of a prepared feature set: `features.json`, which preparation writes last and every reader checks.
 
 A feature set is a folder:
 
     features.json            this contract; a folder without it is not a feature set
     clips/                   MDS shards, one sample per clip: clip_id, duration_s, dataset, domain, questions
     <encoder>/               MDS shards, one sample per clip in the same order: clip_id, features (frames, width)
-    rejects.jsonl            clips left out: clip_id, reason
+    rejects.jsonl            clips that were left out: clip_id, reason
 
-Questions live apart from features so that they can be replaced, or selected by task, without touching a feature.
+Questions are stored apart from features, so that they can be replaced or selected by task without touching features.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Strict
 
 CONTRACT_FILE = "features.json"
-ENCODERS_FILE = "encoders.json"  # in a model's folder
+ENCODERS_FILE = "encoders.json"  # in the folder of a model
 CLIPS = "clips"
 
-# MDS column types (mosaicml-streaming). Arrays carry their own shape, since clips differ in length.
+# MDS column types (mosaicml-streaming). Arrays store their own shape, because clips differ in length.
 CLIP_COLUMNS = {
     "clip_id": "str",
     "duration_s": "float64",
@@ -48,19 +48,20 @@ class Question(Strict):
 
 
 class EncoderContract(Strict):
-    """How one column of features was made; two columns with the same fingerprint are interchangeable.
+    """How one column of features was computed; two columns with the same fingerprint are interchangeable.
 
     Attributes:
-        kind: which encoder class made it (`log_mel`, `whisper`, ...).
-        revision: of the code that computes the features; weights are told apart by their hash.
+        kind: encoder class that computed it (`log_mel`, `whisper`, ...).
+        revision: revision of the code that computes the features; weights are identified by their hash.
         weights_sha256: hash of the weights; None for an encoder without weights.
-        sample_rate_hz: of the audio given to the encoder.
-        frame_rate_hz: of the stored features.
-        width: of a stored frame.
+        sample_rate_hz: sample rate of the audio that the encoder reads.
+        frame_rate_hz: frame rate of the stored features.
+        width: number of values in a stored frame.
+        dtype: type of the stored values.
         grid: (time, frequency) cells per window for encoders with a two-dimensional output, else None.
-        window_s: longest audio that the encoder sees at once; None for no limit.
-        options: every other setting that changes the numbers.
-        software: versions that change the numbers in the last digits; not part of the fingerprint.
+        window_s: longest audio that the encoder processes at once; None for no limit.
+        options: every other setting that changes the features.
+        software: package versions that change the features in the last digits; not part of the fingerprint.
     """
 
     kind: str
@@ -77,13 +78,20 @@ class EncoderContract(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over everything that changes the features beyond rounding."""
+        """Hash (16 hex digits) of everything that changes the features beyond rounding."""
         canonical = json.dumps(self.model_dump(mode="json", exclude={"software"}), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 class FeatureContract(Strict):
-    """What a feature set holds."""
+    """The contents of a feature set.
+
+    Attributes:
+        encoders: encoder name -> how its features were computed.
+        clips, questions, rejected: numbers of clips and questions in the set, and of clips that were left out.
+        audio_hours: duration of all clips.
+        manifest_sha256: hash of the manifest that the set was prepared from.
+    """
 
     format_version: Literal[1] = 1
     encoders: dict[str, EncoderContract]
@@ -95,18 +103,18 @@ class FeatureContract(Strict):
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over all encoders; equal for train and held-out sets made by the same encoders."""
+        """Hash (16 hex digits) of all encoders; equal for training and held-out sets of the same encoders."""
         canonical = json.dumps({name: e.fingerprint for name, e in self.encoders.items()}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def dump(self) -> str:
-        """The text of `features.json`; `fingerprint` is written for readers, and checked on loading."""
+        """Returns the text of `features.json`, including the fingerprint, which `load_contract` checks."""
         values = {**self.model_dump(mode="json"), "fingerprint": self.fingerprint}
         return json.dumps(values, indent=2) + "\n"
 
 
 def write_encoders(folder: Path, contract: FeatureContract, encoders: list[str]) -> None:
-    """Puts the contracts of these encoders beside a model that was trained on their features."""
+    """Writes the contracts of these encoders to the folder of a model that was trained on their features."""
     contracts = {
         name: contract.encoders[name].model_dump(mode="json") for name in encoders if name in contract.encoders
     }
@@ -114,15 +122,15 @@ def write_encoders(folder: Path, contract: FeatureContract, encoders: list[str])
 
 
 def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str) -> dict[str, EncoderContract]:
-    """Encoder -> how the features were made that a model understands.
+    """Returns the contracts of the encoders that a model was trained with, by encoder name.
 
     Args:
-        folder: of the model.
-        fingerprints: encoder -> fingerprint that the model was trained on.
-        training_set: where to look for a model that was saved without.
+        folder: folder of the model.
+        fingerprints: encoder name -> fingerprint that the model was trained on.
+        training_set: feature set with the contracts of a model that was saved without them.
 
     Raises:
-        UserError: neither tells, or it is another encoder than the model's.
+        UserError: the contracts are in neither place, or an encoder differs from the model's.
     """
     file = folder / ENCODERS_FILE
     if file.is_file():
@@ -133,12 +141,12 @@ def read_encoders(folder: Path, fingerprints: dict[str, str], training_set: str)
             contracts = load_contract(training_set).encoders
         except UserError as error:
             fault = f"holds no {ENCODERS_FILE}, and the set it was trained on cannot be read ({error.where})"
-            raise UserError(folder, fault, "export the model again where its training set is") from error
+            raise UserError(folder, fault, "export the model again on a machine that has its training set") from error
     for name, fingerprint in fingerprints.items():
         if name not in contracts or contracts[name].fingerprint != fingerprint:
-            fault = f"does not tell of the encoder '{name}' ({fingerprint}) that {folder} was trained with"
+            fault = f"does not describe the encoder '{name}' ({fingerprint}) that {folder} was trained with"
             where = file if file.is_file() else training_set
-            raise UserError(where, fault, "export the model again where its training set is")
+            raise UserError(where, fault, "export the model again on a machine that has its training set")
     return {name: contracts[name] for name in fingerprints}
 
 
@@ -146,7 +154,7 @@ def load_contract(folder: str | Path) -> FeatureContract:
     """Reads `features.json` of a prepared set.
 
     Args:
-        folder: a local path, or a URL of an object store.
+        folder: local path of the set, or its URL in an object store.
 
     Raises:
         UserError: the folder is not a finished feature set, or its contract is damaged.
@@ -159,7 +167,7 @@ def load_contract(folder: str | Path) -> FeatureContract:
     except (ValueError, AttributeError, ValidationError) as error:
         raise UserError(path, f"is damaged ({str(error).splitlines()[0]})", "prepare the set again") from error
     if fingerprint != contract.fingerprint:
-        raise UserError(path, "does not agree with its own fingerprint", "prepare the set again")
+        raise UserError(path, "does not match its own fingerprint", "prepare the set again")
     return contract
 
 
@@ -169,8 +177,8 @@ def _read(path: str) -> str:
 
         try:
             text: str = fsspec.filesystem(path.partition("://")[0]).cat_file(path).decode()
-        except Exception as error:  # every kind of object store has exceptions of its own
-            remedy = "check that `pal prepare` has finished it, the credentials and the network"
+        except Exception as error:  # every kind of object store raises exceptions of its own
+            remedy = "check the credentials and the network, and that `pal prepare` has finished the set"
             raise UserError(path, f"cannot be read ({error})", remedy) from error
         return text
     folder = Path(path).parent
@@ -181,16 +189,16 @@ def _read(path: str) -> str:
 
 
 def require_encoders(contract: FeatureContract, encoders: list[str], folder: str | Path) -> None:
-    """Checks that the set holds the features a model reads.
+    """Checks that the set holds the features that a model reads.
 
     Raises:
-        UserError: an encoder is not in the set.
+        UserError: the set holds no features of an encoder.
     """
     for name in encoders:
         if name not in contract.encoders:
             raise UserError(
                 folder,
-                f"holds features of {', '.join(contract.encoders)}, not of '{name}' that model.encoders asks for",
+                f"holds features of {', '.join(contract.encoders)}, not of '{name}' in model.encoders",
                 "change model.encoders or prepare this set with that encoder",
             )
 
@@ -198,21 +206,22 @@ def require_encoders(contract: FeatureContract, encoders: list[str], folder: str
 def require_same_features(
     expected: dict[str, str], contract: FeatureContract, folder: str | Path, wanted_by: str
 ) -> None:
-    """Checks fingerprints, so that a model never reads features that another encoder made.
+    """Checks fingerprints, so that a model never reads features of another encoder.
 
     Args:
         expected: encoder name -> fingerprint that the model was trained on.
-        wanted_by: who expects it, for the message.
+        folder: location of the set, for the message.
+        wanted_by: what expects these features, for the message ("the model").
 
     Raises:
-        UserError: an encoder differs or is absent.
+        UserError: an encoder differs or is missing.
     """
     require_encoders(contract, list(expected), folder)
     for name, fingerprint in expected.items():
-        found = contract.encoders[name].fingerprint
-        if found != fingerprint:
+        actual = contract.encoders[name].fingerprint
+        if actual != fingerprint:
             raise UserError(
                 folder,
-                f"features of '{name}' have fingerprint {found}, {wanted_by} was made with {fingerprint}",
+                f"features of '{name}' have fingerprint {actual}, but {wanted_by} was made with {fingerprint}",
                 "prepare this set with the same encoder settings",
             )

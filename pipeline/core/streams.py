@@ -1,5 +1,5 @@
-"""What a model is made of: streams (features -> connector -> integration at layers) and the presets that name
-their combinations. Standard library only, so that the config tree and the model share one definition."""
+"""Streams, of which a model consists (features -> connector -> integration at layers), and presets, which name
+combinations of them. Uses only the standard library, so that the config tree and the model share one definition."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ class Connector:
     Attributes:
         kind: `linear` and `mlp` map frame by frame, `conv` merges `summary_stride` frames into one token,
             `qformer` compresses to `num_queries` tokens, `lfst` reads several encoders on one time-frequency grid.
-        width: width of the audio tokens; None means the language model's width for tokens in the sequence
-            (PLITS); beside it, where per-layer projections follow, the narrower of the encoder's and the model's.
-        num_layers, num_heads, hidden_size: of `qformer` and `lfst`; None means the kind's own default.
+        width: width of the audio tokens. None means the width of the language model for tokens in the sequence (PLITS),
+            and otherwise, where per-layer projections follow, the smaller of the encoder's and the model's width.
+        summary_stride: number of frames that `conv` merges into one token.
+        num_queries: number of queries of `qformer`, which is its number of tokens.
+        num_layers, num_heads, hidden_size: sizes of `qformer` and `lfst`; None means the default of the kind.
     """
 
     kind: ConnectorKind = "mlp"
@@ -45,12 +47,13 @@ class Stream:
     """One path from features into the language model.
 
     Attributes:
-        encoders: names of the feature columns it reads; more than one only with the `lfst` connector.
+        encoders: encoders whose features it reads; more than one only with the `lfst` connector.
+        connector: connector from features to audio tokens.
         integration: `plits` (tokens in the sequence), `lal` (keys and values in `audio_layers`) or `flamingo`
             (gated cross-attention before `audio_layers`).
-        audio_layers: explicit, sorted layer numbers; empty for `plits`, which passes every layer.
-        summary_of: index of the stream whose frames these tokens summarise; they then share its line of
-            positions, each summary right after the frames it covers.
+        audio_layers: sorted numbers of the layers; empty for `plits`, whose tokens pass through every layer.
+        summary_of: index of the stream whose frames these tokens summarise. They then share its positions: each
+            summary token comes directly after the frames it covers.
     """
 
     encoders: tuple[str, ...]
@@ -60,12 +63,12 @@ class Stream:
     summary_of: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, for a saved model config."""
+        """Returns plain JSON types, for a saved model config."""
         return {**asdict(self), "encoders": list(self.encoders), "audio_layers": list(self.audio_layers)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Stream:
-        """Inverse of `to_dict`."""
+        """Inverts `to_dict`."""
         return cls(
             encoders=tuple(values["encoders"]),
             integration=values["integration"],
@@ -82,17 +85,17 @@ def resolve_audio_layers(
     num_audio_layers: int | Fraction | None = None,
     layer_stride: int = 1,
 ) -> tuple[int, ...]:
-    """The layers that see audio: `first_audio_layer + i * layer_stride` for i < num_audio_layers.
+    """Returns the layers that receive audio: `first_audio_layer + i * layer_stride` for i < num_audio_layers.
 
     Args:
-        num_layers: layers of the language model.
-        first_audio_layer: number of the first one (the "injection depth" starts here).
-        num_audio_layers: how many; a Fraction means max(1, floor(fraction * num_layers)); None means as many
-            as fit.
-        layer_stride: distance between two of them (the "injection stride").
+        num_layers: number of layers of the language model.
+        first_audio_layer: first layer that receives audio (the start of the "injection depth").
+        num_audio_layers: number of layers that receive audio; a Fraction means max(1, floor(fraction * num_layers)),
+            None means as many as fit.
+        layer_stride: distance between two layers that receive audio (the "injection stride").
 
     Raises:
-        UserError: the rule asks for a layer that the model does not have.
+        UserError: the rule results in a layer that the model does not have.
     """
     if isinstance(num_audio_layers, Fraction):
         count = max(1, math.floor(num_audio_layers * num_layers))
@@ -104,7 +107,7 @@ def resolve_audio_layers(
     if count < 1 or first_audio_layer < 0 or layer_stride < 1 or last >= num_layers:
         raise UserError(
             "model.audio_layers",
-            f"first_audio_layer={first_audio_layer}, num_audio_layers={count}, layer_stride={layer_stride} ask for "
+            f"first_audio_layer={first_audio_layer}, num_audio_layers={count}, layer_stride={layer_stride} need "
             f"layer {last} of a language model whose layers are 0 to {num_layers - 1}",
             "lower first_audio_layer, num_audio_layers or layer_stride",
         )
@@ -112,17 +115,17 @@ def resolve_audio_layers(
 
 
 def check_audio_layers(audio_layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """An explicit list of layers, checked: not empty, rising, within the language model.
+    """Returns an explicit list of layers as a tuple.
 
     Raises:
-        UserError: otherwise.
+        UserError: the list is empty, not ascending, or goes beyond the language model.
     """
     layers = tuple(audio_layers)
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
         raise UserError(
             "model.audio_layers",
-            f"{list(layers)} is not a rising list of layers of a language model whose layers are 0 to {num_layers - 1}",
-            "list each layer once, in order, and none beyond the model",
+            f"{list(layers)} is not an ascending list of the layers of a language model, which are 0 to {num_layers - 1}",
+            "list layers of the model, each once and in order",
         )
     return layers
 
@@ -139,14 +142,17 @@ def preset_streams(
     layer_stride: int = 1,
     audio_layers: tuple[int, ...] | None = None,
 ) -> tuple[Stream, ...]:
-    """The streams of a named integration (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
+    """Returns the streams of a preset (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
 
     Args:
         encoders: `pal_v2` puts the first one into the sequence (Whisper) and the others (SSLAM, CLAP) into LAL;
-            `delayed`, `lal`, `plits` and `flamingo` take one stream per encoder, in the order listed (all of them
-            in one stream if the connector is `lfst`); `pal_v3` takes exactly one.
-        audio_layers: an explicit list of layers instead of the rule.
-        connector: of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
+            `delayed`, `lal`, `plits` and `flamingo` have one stream per encoder, in the order listed (one stream for
+            all of them if the connector is `lfst`); `pal_v3` has exactly one encoder.
+        num_layers: number of layers of the language model.
+        connector: connector of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
+        summary_stride: number of frames in one summary token of `pal_v3`.
+        first_audio_layer, num_audio_layers, layer_stride: see `resolve_audio_layers`.
+        audio_layers: explicit list of layers, instead of the rule.
 
     Raises:
         UserError: the encoders do not suit the preset, or the layers do not fit the model.
@@ -196,33 +202,39 @@ def preset_streams(
 
 
 def check_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, ...]:
-    """Streams that fit each other and a language model of `num_layers` layers.
+    """Returns the streams after checking them against each other and a language model of `num_layers` layers.
 
     Raises:
-        UserError: layers that do not exist, a summary of a stream that is not there, or several encoders in a
-            connector that reads one.
+        UserError: a layer does not exist, a summary refers to a stream that does not exist, or a connector that reads
+            one encoder has several.
     """
     for index, stream in enumerate(streams):
         where = f"model.streams.{index}"
         if stream.integration != "plits":
             check_audio_layers(stream.audio_layers, num_layers)
         elif stream.audio_layers:
-            raise UserError(f"{where}.audio_layers", "has no effect on plits", "remove it: plits passes every layer")
+            raise UserError(
+                f"{where}.audio_layers", "has no effect on plits", "remove it: plits tokens pass through every layer"
+            )
         if len(stream.encoders) > 1 and stream.connector.kind != "lfst":
             raise UserError(
-                f"{where}.encoders", f"'{stream.connector.kind}' reads one encoder", "use lfst, or name one"
+                f"{where}.encoders",
+                f"'{stream.connector.kind}' reads a single encoder",
+                "use lfst, or name one encoder",
             )
-        full = stream.summary_of
-        if full is None:
+        source = stream.summary_of
+        if source is None:
             continue
-        if full >= len(streams) or full == index or streams[full].encoders != stream.encoders:
+        if source >= len(streams) or source == index or streams[source].encoders != stream.encoders:
             raise UserError(
-                f"{where}.summary_of", f"stream {full} is not another stream of the same encoder", "name its index"
+                f"{where}.summary_of",
+                f"stream {source} is not another stream of the same encoder",
+                "give the index of the stream that is summarised",
             )
-        if streams[full].connector.kind == "qformer":
+        if streams[source].connector.kind == "qformer":
             raise UserError(
-                f"model.streams.{full}.connector",
-                "a query of 'qformer' covers no particular frames, so no summary can stand after its own frames",
-                "use linear, mlp or conv beside a summary stream",
+                f"model.streams.{source}.connector",
+                "a query of 'qformer' covers no particular frames, so a summary has no position after its frames",
+                "use linear, mlp or conv for a stream that is summarised",
             )
     return tuple(streams)

@@ -1,4 +1,4 @@
-"""The trials of a sweep: what a sweep file says, the experiments that it means, and how one is run, once."""
+"""The config of a sweep, the trials that it defines, and how one trial is run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,35 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config import ExperimentConfig, Strict, dump_config, load_config
+from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_write
+from pipeline.core.records import Strict
 from pipeline.launch.subprocesses import CommandFailed, LoggedCommand, run_logged
 
-PARENT = "mlflow.parentRunId"  # the tag by which MLflow shows runs under another
-RESULT = "trial.json"  # of a finished trial, in its output folder
+PARENT = "mlflow.parentRunId"  # tag by which MLflow shows a run under another run
+RESULT = "trial.json"  # file in the output folder of a finished trial
 SEED = "train.seed"
 STEPS = "train.steps"
-_KINDS = ("grid", "runs", "questions")  # the ways to say what trials differ in
+_KINDS = ("grid", "runs", "questions")  # the keys that may define the trials
 
 
 def _key(value: Any) -> str:
-    """Equal for equal values, also those that Python cannot hash."""
+    """Returns a hashable key that is the same for equal values."""
     return json.dumps(value, sort_keys=True, default=str)
 
 
 class BudgetConfig(Strict):
-    """What all trials get alike; give one. Tokens are those of text; operations are counted, not measured."""
+    """Length of training that is the same for all trials; exactly one key is given.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: text tokens.
+        flops: floating-point operations, counted, not measured.
+    """
 
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
@@ -48,11 +55,12 @@ class BudgetConfig(Strict):
 
 
 class QuestionConfig(Strict):
-    """What a sweep asks, and the trials that answer it.
+    """A question of a sweep, and the trials that answer it.
 
     Attributes:
-        question: in words; `note` says what the answer depends on.
-        runs: key -> value of each trial; the others are held against the first.
+        question: the question in words.
+        note: what the answer depends on, for the reader of `pal report --answers`.
+        runs: key -> value of each trial; the first is the reference of the others.
     """
 
     question: str
@@ -64,19 +72,20 @@ class SweepConfig(Strict):
     """One scaling experiment: trials that differ from one config in a few keys.
 
     Attributes:
-        name: of the MLflow experiment.
-        note: what its answers depend on, for the reader of `pal report --answers`.
-        experiment: the config's YAML file, or the name of a shipped one.
-        output: receives a folder for each trial.
-        overrides: keys of it that all trials change.
+        name: name of the MLflow experiment.
+        note: what the answers depend on, for the reader of `pal report --answers`.
+        experiment: YAML file of the config that the trials start from, or the name of a shipped config.
+        output: folder that receives a folder for each trial.
+        overrides: key -> value, applied to all trials.
         grid: key -> values; every combination is a trial.
-        runs: or a list of trials, each key -> value.
-        questions: or questions with their trials, for `pal report --answers`; what several ask for is run once.
-        seeds: each trial is run with each.
-        budget: None leaves the config's length of training.
-        evaluate: feature sets that each model answers.
+        runs: alternatively a list of trials, each key -> value.
+        questions: alternatively questions with their trials, for `pal report --answers`; a trial of several questions
+            is run once.
+        seeds: random seeds; each trial is run with every seed.
+        budget: length of training of all trials; None keeps that of the config.
+        evaluate: feature sets on which each trained model is evaluated.
         nproc: ranks of a trial.
-        cluster: what memory and time are predicted for; its number of GPUs is taken to be nproc.
+        cluster: cluster config for the prediction of memory and time, with nproc GPUs.
         uri: MLflow tracking URI; None means an sqlite file in the output folder.
     """
 
@@ -97,15 +106,15 @@ class SweepConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> SweepConfig:
-        given = [name for name in _KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
+        kinds = [name for name in _KINDS if getattr(self, name) is not None]
+        if len(kinds) != 1:
             raise InvalidConfig("grid", f"needs exactly one of {', '.join(_KINDS)}", "give one")
         lists: dict[str, Sequence[Any]] = {f"grid.{key}": values for key, values in (self.grid or {}).items()}
-        lists |= {given[0]: getattr(self, given[0]), "seeds": self.seeds}
-        lists |= {f"questions.{i}.runs": asked.runs for i, asked in enumerate(self.questions or [])}
+        lists |= {kinds[0]: getattr(self, kinds[0]), "seeds": self.seeds}
+        lists |= {f"questions.{i}.runs": question.runs for i, question in enumerate(self.questions or [])}
         for where, values in lists.items():
             if not values:
-                raise InvalidConfig(where, "is empty", "say what the trials differ in")
+                raise InvalidConfig(where, "is empty", "name what the trials differ in")
             if isinstance(values, list) and len({_key(value) for value in values}) < len(values):
                 raise InvalidConfig(where, f"repeats a value: {values}", "list each value once")
         for where, keys in (("overrides", self.overrides), *((w, k) for w, k in self._varied())):
@@ -116,29 +125,37 @@ class SweepConfig(Strict):
 
     def _varied(self) -> list[tuple[str, dict[str, Any]]]:
         lists = {"runs": self.runs or []}
-        lists |= {f"questions.{i}.runs": asked.runs for i, asked in enumerate(self.questions or [])}
+        lists |= {f"questions.{i}.runs": question.runs for i, question in enumerate(self.questions or [])}
         return [
             ("grid", self.grid or {}),
             *((f"{name}.{i}", run) for name in lists for i, run in enumerate(lists[name])),
         ]
 
     def combinations(self) -> list[dict[str, Any]]:
-        """What each trial changes, without its seed."""
+        """Returns what each trial changes, apart from the seed."""
         if self.runs is not None:
             return self.runs
         if self.questions is not None:
-            return list({_key(run): run for asked in self.questions for run in asked.runs}.values())
+            return list({_key(run): run for question in self.questions for run in question.runs}.values())
         grid = self.grid or {}
         return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
     @property
     def tracking_uri(self) -> str:
+        """The tracking URI of the trials."""
         return self.uri or f"sqlite:///{self.output.absolute() / 'mlflow.db'}"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a sweep; `params` are the keys that the sweep varies, the seed included."""
+    """One run of a sweep.
+
+    Attributes:
+        params: values of the keys that the sweep varies, including the seed.
+        base: YAML file of the config that the trial starts from.
+        overrides: overrides of that config, as command-line arguments.
+        config: the resulting config.
+    """
 
     name: str
     params: dict[str, Any]
@@ -148,18 +165,19 @@ class Trial:
 
     @property
     def output(self) -> Path:
+        """The output folder of the trial."""
         return self.config.output
 
 
 def make_trial(sweep: SweepConfig, params: dict[str, Any], steps: int | None) -> Trial:
-    """The experiment of one combination.
+    """Returns the trial of one combination.
 
     Args:
-        params: what the sweep varies, `SEED` included.
-        steps: that it trains; None leaves what the config says.
+        params: values of the keys that the sweep varies, including `SEED`.
+        steps: length of training; None keeps that of the config.
 
     Raises:
-        UserError: a key that no experiment has, or a value that it does not take.
+        UserError: an unknown key, or an invalid value.
     """
     name = trial_name(params)
     values = {
@@ -177,33 +195,33 @@ def make_trial(sweep: SweepConfig, params: dict[str, Any], steps: int | None) ->
 
 
 def trial_name(params: dict[str, Any]) -> str:
-    """Keys without their path, and values, as the name of a folder."""
+    """Returns the last parts of the keys with their values, as the name of a folder."""
     parts = (f"{key.rpartition('.')[2]}={short_value(value)}" for key, value in params.items())
     return re.sub(r"[^\w.=,-]+", "-", ",".join(parts))
 
 
 def label_of(settings: Mapping[str, Any]) -> str:
-    """The same, in words; empty for none."""
+    """Returns the same for people, such as `num_audio_layers 4`; empty without settings."""
     pairs = [(key.rpartition(".")[2], short_value(value)) for key, value in settings.items()]
     return ", ".join(value if value.startswith(name) else f"{name} {value}" for name, value in pairs)
 
 
 def is_finished(trial: Trial) -> bool:
-    """Whether it was run before.
+    """Returns whether the trial was run before.
 
     Raises:
-        UserError: its folder holds a trial with other settings.
+        UserError: the folder holds a trial with other settings.
     """
     path = trial.output / RESULT
     if not path.is_file():
         return False
     if json.loads(path.read_text(encoding="utf-8"))["config"] != dump_config(trial.config):
-        raise UserError(trial.output, "holds a trial with other settings", "give the sweep another output")
+        raise UserError(trial.output, "holds a trial with other settings", "give the sweep another output folder")
     return True
 
 
 def result_of(trial: Trial) -> dict[str, Any]:
-    """What a finished trial left: `params`, `status`, `run_id` and `metrics`."""
+    """Reads the result of a finished trial: `params`, `status`, `run_id` and `metrics`."""
     result: dict[str, Any] = json.loads((trial.output / RESULT).read_text(encoding="utf-8"))
     return {key: result[key] for key in ("params", "status", "run_id", "metrics")}
 
@@ -211,14 +229,16 @@ def result_of(trial: Trial) -> dict[str, Any]:
 def run_trial(
     trial: Trial, parent: str | None, evaluate: Sequence[Path], nproc: int, *, ends_with_parent: bool = False
 ) -> dict[str, Any]:
-    """Trains and evaluates; one that was killed goes on from its newest checkpoint.
+    """Trains and evaluates a trial; a killed trial resumes from its newest checkpoint.
 
     Args:
-        parent: MLflow run that this one belongs to.
-        ends_with_parent: see `run_logged`.
+        parent: id of the MLflow run under which the trial is shown.
+        evaluate: feature sets.
+        nproc: ranks.
+        ends_with_parent: as for `run_logged`.
 
     Returns:
-        see `result_of`; `status` is FINISHED, or FAILED with `error`.
+        the result as `result_of`; `status` is FINISHED, or FAILED with an `error`.
     """
     if is_finished(trial):
         return result_of(trial)
@@ -231,9 +251,9 @@ def run_trial(
         figures, _ = run(LoggedCommand("training", command, out / "train.log", out / "train.figures.json"))
         result |= {"run_id": figures["run_id"], "metrics": {k: v for k, v in figures.items() if isinstance(v, float)}}
         if evaluate:
-            asked = ("pipeline.evaluate", str(out / "model"), *map(str, evaluate))
+            evaluation = ("pipeline.evaluate", str(out / "model"), *map(str, evaluate))
             scores, _ = run(
-                LoggedCommand("evaluation", asked, out / "evaluate.log", out / "evaluate.figures.json")
+                LoggedCommand("evaluation", evaluation, out / "evaluate.log", out / "evaluate.figures.json")
             )
             for benchmark, score in scores.items():
                 result["metrics"] |= {f"eval/{benchmark}/{key}": score[key] for key in ("accuracy", "ci95")}
@@ -245,6 +265,6 @@ def run_trial(
 
 
 def short_value(value: object) -> str:
-    """A setting's value as a label: of a path its last part, a fraction as it is."""
+    """Returns a setting's value as a label: the last part of a path, a fraction unchanged."""
     text = str(value)
     return text if re.fullmatch(r"\d+/\d+", text) else text.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Stages of a curriculum: plain experiments that build on each other, and every mistake in them named."""
+"""Stages of a curriculum are plain experiments that build on each other; an error in a stage names the stage."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def stages_of(path: Path, *overrides: str) -> dict[str, ExperimentConfig]:
     return resolve_stages(load_config(ExperimentConfig, path, overrides))
 
 
-def test_each_stage_is_the_experiment_with_its_own_part_laid_over(file: Path) -> None:
-    whole = load_config(ExperimentConfig, file)
+def test_each_stage_is_the_experiment_with_its_own_overrides(file: Path) -> None:
+    experiment = load_config(ExperimentConfig, file)
     connector, joint = stages_of(file).values()
     assert [connector.output, joint.output] == [Path("runs/x/01-connector"), Path("runs/x/02-joint")]
     assert connector.starts_from is None and joint.starts_from == connector.output
-    assert connector.model == joint.model == whole.model
-    assert connector.data == whole.data.model_copy(update={"tasks": ["what"]}) and joint.data == whole.data
+    assert connector.model == joint.model == experiment.model
+    assert connector.data == experiment.data.model_copy(update={"tasks": ["what"]}) and joint.data == experiment.data
     assert (connector.train.trainable, connector.train.steps, connector.train.epochs) == ("connector", None, 2)
     assert (joint.train.trainable, joint.train.steps, joint.train.learning_rate) == ("all", 100, 1e-5)
     assert (joint.train.checkpoint.every_steps, joint.train.checkpoint.keep) == (7, 1)
@@ -55,7 +55,7 @@ def test_a_resolved_stage_reads_back_as_a_plain_experiment(file: Path, tmp_path:
         assert read == stage and resolve_stages(read) == {"": stage}
 
 
-def test_a_stage_is_changed_and_chosen_by_its_name(file: Path) -> None:
+def test_a_stage_is_overridden_and_selected_by_its_name(file: Path) -> None:
     assert stages_of(file, "stages.joint.train.tokens=500")["joint"].train.tokens == 500
     assert stages_of(file, "starts_from=runs/before")["connector"].starts_from == Path("runs/before")
     (chosen,) = choose_stages(load_config(ExperimentConfig, file), "joint").values()
@@ -73,30 +73,30 @@ def test_a_stage_is_changed_and_chosen_by_its_name(file: Path) -> None:
         ("stages={a/b: {}}", "stages.a/b"),
     ],
 )
-def test_a_mistake_in_a_stage_names_the_stage(file: Path, override: str, expected: str) -> None:
+def test_an_error_in_a_stage_names_the_stage(file: Path, override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         stages_of(file, override)
     assert expected in str(caught.value)
 
 
-def test_stages_that_do_not_exist_or_exist_twice(file: Path) -> None:
+def test_unknown_and_repeated_stages_are_reported(file: Path) -> None:
     with pytest.raises(UserError, match="there is no stage 'jont'; did you mean 'joint'"):
         choose_stages(load_config(ExperimentConfig, file), "jont")
     with pytest.raises(UserError, match="has no stages"):
         choose_stages(load_config(ExperimentConfig, file, ["stages={}"]), "joint")
     file.write_text(file.read_text() + "  joint: {}\n")
-    with pytest.raises(UserError, match=r"curriculum.yaml:\d+:3: YAML syntax error \('joint' is here twice\)"):
+    with pytest.raises(UserError, match=r"curriculum.yaml:\d+:3: YAML syntax error \(key 'joint' is repeated\)"):
         load_config(ExperimentConfig, file)
 
 
-def test_a_run_says_how_long_it_takes(file: Path) -> None:
+def test_a_run_needs_exactly_one_length(file: Path) -> None:
     with pytest.raises(UserError, match=r"train\.steps: needs exactly one of steps, epochs, tokens"):
         load_config(ExperimentConfig, file, ["stages={}", "train.steps=null"])
     with pytest.raises(UserError, match=r"stages\.joint: train\.steps: needs exactly one"):
         stages_of(file, "train.steps=null")
 
 
-def test_a_file_is_laid_over_its_base(file: Path, tmp_path: Path) -> None:
+def test_a_file_overrides_its_base(file: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.yaml"
     small.write_text("base: curriculum.yaml\noutput: runs/y\nstages: {joint: {train: {steps: 3}}}\n")
     config = load_config(ExperimentConfig, small, ["train.seed=4"])

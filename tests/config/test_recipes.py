@@ -1,4 +1,4 @@
-"""The shipped recipes: curricula that could start, for every integration, and do start on a small model."""
+"""The shipped recipes are valid curricula for every integration, and train a small model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.model.random_lm import RandomLanguageModel, save_random_language_m
 from pipeline.tracking.writer import read_metrics
 from pipeline.training import run_dir
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_rows
-from tests.helpers.jobs import train_here
+from tests.helpers.jobs import train_in_process
 from tests.helpers.ranks import run_on_ranks
 
 INTEGRATIONS = {
@@ -26,8 +26,8 @@ INTEGRATIONS = {
     "pal_v2": ["model.integration=pal_v2", "model.encoders=[whisper, sslam, clap]", "model.connector.kind=lfst"],
     "pal_v3": ["model.integration=pal_v3"],
 }
-# The published models: width, feed-forward width, layers, heads, key heads, head width, vocabulary, tied embeddings;
-# and how many parameters they are said to have, in billions.
+# The published models: width, feed-forward width, layers, heads, key heads, head width, vocabulary, tied embeddings,
+# and the published number of parameters in billions.
 LANGUAGE_MODELS: dict[str, tuple[int, int, int, int, int, int, int, bool, float]] = {
     "llama_3_2_1b": (2048, 8192, 16, 32, 8, 64, 128256, True, 1.236),
     "llama_3_2_3b": (3072, 8192, 28, 24, 8, 128, 128256, True, 3.213),
@@ -40,7 +40,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set as `openaqa_prepare` makes it, but small: three encoders, three tasks, of which a clip has two."""
+    """Writes a small set like that of `openaqa_prepare`: three encoders, three tasks, two of them for each clip."""
     folder = tmp_path_factory.mktemp("features")
     questions = [
         {"question_id": f"{c}/{task}", "question": f"What is {c}?", "answer": f"clip {c}", "task": task}
@@ -66,27 +66,27 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     contract = json.loads((folder / CONTRACT_FILE).read_text())
     contract.pop("fingerprint")
     for name, grid in grids.items():
-        old = contract["encoders"][name]
-        contract["encoders"][name] = EncoderContract.model_validate({**old, "grid": grid}).model_dump(mode="json")
+        previous = contract["encoders"][name]
+        contract["encoders"][name] = EncoderContract.model_validate({**previous, "grid": grid}).model_dump(mode="json")
     (folder / CONTRACT_FILE).write_text(FeatureContract.model_validate(contract).dump())
     return folder
 
 
 @pytest.fixture(scope="module")
 def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with the configs of the published models, without their weights, and a small tokenizer."""
+    """Writes folders with the configs of the published models and a small tokenizer, without weights."""
     folder = tmp_path_factory.mktemp("language_models")
     for name, (width, ffn, layers, heads, key_heads, head_dim, vocabulary, tied, _) in LANGUAGE_MODELS.items():
         sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers}
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary}
-        kind, own = (Qwen2Config, {}) if name.startswith("qwen") else (LlamaConfig, {"head_dim": head_dim})
-        kind(**sizes, **own, tie_word_embeddings=tied).save_pretrained(folder / name)
+        kind, extra = (Qwen2Config, {}) if name.startswith("qwen") else (LlamaConfig, {"head_dim": head_dim})
+        kind(**sizes, **extra, tie_word_embeddings=tied).save_pretrained(folder / name)
         byte_tokenizer().save_pretrained(folder / name)
     return folder
 
 
 @pytest.mark.parametrize("recipe", LANGUAGE_MODELS)
-def test_every_recipe_could_start_with_every_integration(
+def test_every_recipe_passes_its_checks_with_every_integration(
     recipe: str,
     features: Path,
     language_models: Path,
@@ -140,4 +140,4 @@ def _train_each(features: Path, folder: Path) -> None:
             for length in (f"steps={STEPS}", "epochs=null")
         ]
         config = load_config(ExperimentConfig, "llama_3_2_1b", [*paths, *settings, *short])
-        train_here(resolve_stages(config).values())
+        train_in_process(resolve_stages(config).values())

@@ -1,4 +1,4 @@
-"""The contract of a feature set: survives its file, and refuses what does not match."""
+"""The contract of a feature set survives its file, and features that do not match it are refused."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def contract(**changes: object) -> FeatureContract:
     )
 
 
-def test_survives_its_file(tmp_path: Path) -> None:
+def test_the_contract_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / CONTRACT_FILE).write_text(contract().dump())
     assert load_contract(tmp_path) == contract()
 
@@ -34,15 +34,15 @@ def test_survives_its_file(tmp_path: Path) -> None:
     "changes",
     [{"width": 128}, {"revision": "2"}, {"options": {"hop_ms": 20}}, {"weights_sha256": "ab"}, {"window_s": 1.0}],
 )
-def test_whatever_changes_the_numbers_changes_the_fingerprint(changes: dict[str, object]) -> None:
+def test_every_setting_that_changes_features_changes_the_fingerprint(changes: dict[str, object]) -> None:
     assert contract(**changes).fingerprint != contract().fingerprint
 
 
-def test_software_versions_are_told_but_do_not_separate_sets() -> None:
+def test_software_versions_do_not_change_the_fingerprint() -> None:
     assert contract(software={"torch": "2.12"}).fingerprint == contract().fingerprint
 
 
-def test_damage_is_named(tmp_path: Path) -> None:
+def test_missing_and_damaged_contracts_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_contract(tmp_path / "nowhere")
     with pytest.raises(UserError, match="is not a finished feature set"):
@@ -54,7 +54,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     values = json.loads(contract().dump())
     values["encoders"]["log_mel"]["width"] = 512
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="does not agree with its own fingerprint"):
+    with pytest.raises(UserError, match="does not match its own fingerprint"):
         load_contract(tmp_path)
 
 

@@ -180,7 +180,7 @@ def test_the_command_writes_the_contract(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("changes", "gpus", "fault"),
     [
-        ({"train__global_batch_size": 12}, 8, "do not divide"),
+        ({"train__global_batch_size": 12}, 8, "are not divisible"),
         ({"model__encoders": ["beats"]}, 8, "'beats' is not in the workload"),
         ({"model__language_model": "/no/such/model"}, 8, "cannot be read"),
     ],

@@ -130,7 +130,7 @@ def test_unusable_audio_and_encoders_are_refused(
         assert run_command(main, [str(model), f"mmau={place}", "--max-new-tokens=3"]) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
-    assert "does not tell of the encoder 'log_mel'" in last_line(other)
+    assert "does not describe the encoder 'log_mel'" in last_line(other)
     whole = (place / "clip.wav").read_bytes()
     (place / "clip.wav").write_bytes(whole[:44])
     assert "clip.wav: is empty" in last_line(model)

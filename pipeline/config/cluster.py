@@ -1,4 +1,4 @@
-"""What a plan is made from besides the experiment: the machines, and the size of the data. Types only."""
+"""Configs that `pal plan` reads besides the experiment: the machines, and the size of the data. Types only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pipeline.config.fields import NonNegativeInt, PositiveInt
-from pipeline.config.loading import Strict
+from pipeline.core.records import Strict
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -17,9 +17,10 @@ class GpuConfig(Strict):
     """One accelerator, by its data sheet.
 
     Attributes:
-        device: where the run computes; on `cpu` a "GPU" is one rank's share of a machine.
-        peak_tflops: of dense matrix products, by precision.
-        memory_gb_s: that the memory is read and written at, together.
+        device: kind of device that the run computes on; on `cpu` a "GPU" is one rank's share of a machine.
+        memory_gib: memory of the device.
+        memory_gb_s: bandwidth of that memory, reads and writes together.
+        peak_tflops: peak rate of dense matrix products, by precision.
     """
 
     name: str
@@ -30,19 +31,23 @@ class GpuConfig(Strict):
 
 
 class ClusterConfig(Strict):
-    """Machines, and how much of their data sheets a run gets.
+    """Machines, and the share of their data sheets that a run reaches.
 
     Attributes:
-        within_node_gb_s, between_nodes_gb_s: one direction; of one GPU to its neighbour, of a whole node to the next.
-        host_link_gb_s, host_memory_gb_s, host_memory_gib: what offloading goes through and into; of a GPU, of a node.
-        disk_gb_s: at which a node reads features.
+        within_node_gb_s: bandwidth in one direction from one GPU to its neighbour in the node.
+        between_nodes_gb_s: bandwidth in one direction from a whole node to the next.
+        host_link_gb_s: bandwidth between one GPU and its host, which offloading goes through.
+        host_memory_gib: memory of a node's host.
+        host_memory_gb_s: bandwidth of that memory.
+        disk_gb_s: rate at which a node reads features.
+        price_per_gpu_hour: price in any currency; costs are reported in the same.
         efficiency: share of the peak that the passes reach.
         bandwidth_efficiency: share of the bandwidths that collectives reach.
-        overlap: share of the communication that hides behind the passes.
-        collective_latency_s: that a collective takes however little it moves.
-        layer_launch_s: that the host needs to start the operations of one layer, forward and backward.
-        usable_memory: share of the memory that tensors may take; the rest is the context and fragments.
-        audio_s_per_core_s: seconds of audio that a core decodes and turns into spectra in a second.
+        overlap: share of the communication that overlaps with the passes.
+        usable_memory: share of the memory that tensors may take; the remainder is the device's context and fragments.
+        collective_latency_s: duration of a collective that moves nothing.
+        layer_launch_s: time that the host needs to launch the operations of one layer, forward and backward.
+        audio_s_per_core_s: seconds of audio that a core decodes and turns into spectra in one second.
     """
 
     gpu: GpuConfig
@@ -70,7 +75,13 @@ class ClusterConfig(Strict):
 
 
 class EncoderCost(Strict):
-    """An encoder's features, and the operations that make those of one second of audio."""
+    """The features of an encoder, and what computing them costs.
+
+    Attributes:
+        frame_rate_hz, width: frames per second, and values of one frame.
+        grid: (time, frequency) cells per window for encoders with a two-dimensional output, else None.
+        gflop_per_audio_s: billions of floating-point operations per second of audio.
+    """
 
     frame_rate_hz: PositiveFloat
     width: PositiveInt
@@ -79,11 +90,14 @@ class EncoderCost(Strict):
 
 
 class WorkloadConfig(Strict):
-    """How much there is to train on; token counts are means.
+    """Size of the training data; durations and token counts are means.
 
     Attributes:
-        system_tokens: text before the clip.
-        question_tokens: of a question with its answer; of these, answer_tokens carry loss.
+        clip_s: duration of a clip.
+        encoders: features by encoder.
+        system_tokens: text tokens before the clip.
+        question_tokens: text tokens of a question with its answer.
+        answer_tokens: how many of the question tokens carry loss.
     """
 
     clips: PositiveInt

@@ -77,20 +77,20 @@ class LfstLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.ffn = Mlp(hidden, hidden, bias=False)
 
-    def forward(self, x_RH: Tensor, mean_RH: Tensor, windows: Sequence[Tensor], present_RK: Tensor) -> Tensor:
+    def forward(self, x_GD: Tensor, mean_GD: Tensor, windows: Sequence[Tensor], present_GK: Tensor) -> Tensor:
         """Returns the next state of the cells.
 
         Args:
-            x_RH, mean_RH: state of each cell, and the mean of its clip.
+            x_GD, mean_GD: state of each cell, and the mean of its clip.
             windows: for each encoder (cells, window, hidden).
-            present_RK: which frames of all windows exist.
+            present_GK: which frames of all windows exist.
         """
-        q_RH = self.query_in(torch.cat([x_RH, self.context_in(mean_RH)], dim=-1))
-        keys_RKH = torch.cat([norm(window) for norm, window in zip(self.key_norms, windows, strict=True)], dim=1)
-        values_RKH = torch.cat([norm(window) for norm, window in zip(self.value_norms, windows, strict=True)], dim=1)
-        keys_values = self.attention.keys_values(keys_RKH, values_RKH)
-        out_RH = self.attention.attend(self.query_norm(q_RH)[:, None], keys_values, present_RK[:, None])[:, 0]
-        return x_RH + self.ffn(self.norm(q_RH + out_RH))
+        q_GD = self.query_in(torch.cat([x_GD, self.context_in(mean_GD)], dim=-1))
+        keys_GKD = torch.cat([norm(window) for norm, window in zip(self.key_norms, windows, strict=True)], dim=1)
+        values_GKD = torch.cat([norm(window) for norm, window in zip(self.value_norms, windows, strict=True)], dim=1)
+        keys_values = self.attention.keys_values(keys_GKD, values_GKD)
+        out_GD = self.attention.attend(self.query_norm(q_GD)[:, None], keys_values, present_GK[:, None])[:, 0]
+        return x_GD + self.ffn(self.norm(q_GD + out_GD))
 
 
 class LfstConnector(AudioConnector):
@@ -158,24 +158,24 @@ class LfstConnector(AudioConnector):
         step_in_clip = torch.arange(len(clip_of_step)) - (steps_C.cumsum(0) - steps_C)[clip_of_step]
         windows, present = [], []
         for e, (x_NW, n) in enumerate(zip(features, lengths, strict=True)):
-            h_NH = self.encoders_in[e](x_NW)
+            h_ND = self.encoders_in[e](x_NW)
             if e == 0:
                 clip_of_frame = to_device(torch.repeat_interleave(torch.arange(len(n)), n), device)
-                sums = torch.zeros(len(n), h_NH.shape[1], dtype=h_NH.dtype, device=device)
-                mean_CH = sums.index_add(0, clip_of_frame, h_NH) / to_device(n, device)[:, None]
-            window_RKH, present_RK = self._windows(e, h_NH, n, clip_of_step, step_in_clip)
-            windows.append(window_RKH)
-            present.append(present_RK)
-        mean_RH = mean_CH[to_device(clip_of_step, device)].repeat_interleave(bands, dim=0)
-        x_RH = self.latent.expand(len(mean_RH), -1)
+                sums = torch.zeros(len(n), h_ND.shape[1], dtype=h_ND.dtype, device=device)
+                mean_CD = sums.index_add(0, clip_of_frame, h_ND) / to_device(n, device)[:, None]
+            window_GKD, present_GK = self._windows(e, h_ND, n, clip_of_step, step_in_clip)
+            windows.append(window_GKD)
+            present.append(present_GK)
+        mean_GD = mean_CD[to_device(clip_of_step, device)].repeat_interleave(bands, dim=0)
+        x_GD = self.latent.expand(len(mean_GD), -1)
         for layer in self.layers:
-            x_RH = layer(x_RH, mean_RH, windows, to_device(torch.cat(present, dim=1), device))
-        tokens_SBW = self.project(x_RH).unflatten(0, (-1, bands))
-        newline_S1W = self.newline.expand(len(tokens_SBW), 1, -1)
-        return torch.cat([tokens_SBW, newline_S1W], dim=1).flatten(0, 1)
+            x_GD = layer(x_GD, mean_GD, windows, to_device(torch.cat(present, dim=1), device))
+        tokens = self.project(x_GD).unflatten(0, (-1, bands))  # (steps, bands, W)
+        newlines = self.newline.expand(len(tokens), 1, -1)
+        return torch.cat([tokens, newlines], dim=1).flatten(0, 1)
 
     def _windows(
-        self, encoder: int, h_NH: Tensor, lengths: Tensor, clip_of_step: Tensor, step_in_clip: Tensor
+        self, encoder: int, h_ND: Tensor, lengths: Tensor, clip_of_step: Tensor, step_in_clip: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Returns the (cells, window, hidden) frames of one encoder that each cell reads, and which of them exist."""
         (w_t, w_f), (_, bands) = self.grids.windows[encoder], self.grids.encoders[encoder]
@@ -184,9 +184,9 @@ class LfstConnector(AudioConnector):
         present = time < (lengths // bands)[clip_of_step][:, None]
         frame = (begin[clip_of_step][:, None] + time * bands)[:, :, None] + torch.arange(bands)  # (steps, w_t, bands)
         frame = torch.where(present[:, :, None], frame, 0)
-        cells_RK = frame.unflatten(2, (self.grids.bands, w_f)).transpose(1, 2).reshape(-1, w_t * w_f)
-        present_RK = present[:, None, :, None].expand(-1, self.grids.bands, -1, w_f).reshape(-1, w_t * w_f)
-        window_RKH = h_NH[to_device(cells_RK, h_NH.device)]
+        cells_GK = frame.unflatten(2, (self.grids.bands, w_f)).transpose(1, 2).reshape(-1, w_t * w_f)
+        present_GK = present[:, None, :, None].expand(-1, self.grids.bands, -1, w_f).reshape(-1, w_t * w_f)
+        window_GKD = h_ND[to_device(cells_GK, h_ND.device)]
         if str(encoder) in self.window_positions:
-            window_RKH = window_RKH + self.window_positions[str(encoder)]
-        return window_RKH, present_RK
+            window_GKD = window_GKD + self.window_positions[str(encoder)]
+        return window_GKD, present_GK

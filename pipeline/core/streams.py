@@ -124,7 +124,7 @@ def check_audio_layers(audio_layers: Sequence[int], num_layers: int) -> tuple[in
     if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= num_layers:
         raise UserError(
             "model.audio_layers",
-            f"{list(layers)} is not an ascending list of the layers of a language model, which are 0 to {num_layers - 1}",
+            f"{list(layers)} is not an ascending list of layers, and the model's layers are 0 to {num_layers - 1}",
             "list layers of the model, each once and in order",
         )
     return layers

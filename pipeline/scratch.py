@@ -1,5 +1,5 @@
-"""`pal scratch CONFIG OUT MANIFEST...`: a small language model with random weights, its tokenizer trained on the
-questions of manifests. What demo and scaling experiments put where a pretrained language model goes."""
+"""`pal scratch CONFIG OUT MANIFEST...`: writes a small language model with random weights and a tokenizer trained on the
+questions of manifests. The demo and the scaling experiments use it in place of a pretrained language model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
-from pipeline.config import DataConfig, Strict, load_config
+from pipeline.config import DataConfig, load_config
+from pipeline.config.fields import PositiveInt
+from pipeline.core.arguments import add_json, write_figures
 from pipeline.core.errors import UserError, run_command
-
-PositiveInt = Annotated[int, Field(ge=1)]
+from pipeline.core.records import Strict
 
 
 class ScratchConfig(Strict):
-    """Arguments of `pipeline.model.random_lm.RandomLanguageModel`."""
+    """Size and seed of the model; see `pipeline.model.random_lm.RandomLanguageModel`."""
 
     model_type: str = "llama"
     hidden_size: PositiveInt
@@ -33,12 +31,20 @@ class ScratchConfig(Strict):
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="pal scratch", description="A small language model with random weights.")
-    parser.add_argument("config", help="YAML file, or a shipped one by its name (demo_language_model)")
+    parser = argparse.ArgumentParser(
+        prog="pal scratch", description="Write a small language model with random weights."
+    )
+    parser.add_argument("config", help="a YAML file, or the name of a shipped config (demo_language_model)")
     parser.add_argument("out", type=Path, help="folder to write, in the Hugging Face format")
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="JSON lines with questions")
+    parser.add_argument(
+        "manifests",
+        nargs="+",
+        type=Path,
+        metavar="MANIFEST",
+        help="JSON lines with the questions to train the tokenizer on",
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes to the config")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    add_json(parser)
     arguments = parser.parse_args(argv)
     config = load_config(ScratchConfig, arguments.config, arguments.set)
     texts = [DataConfig.model_fields["system_prompt"].default]
@@ -49,8 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     save_random_language_model(arguments.out, texts, RandomLanguageModel(**config.model_dump()))
     parameters = _count_parameters(arguments.out / "model.safetensors")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"parameters": parameters}) + "\n", encoding="utf-8")
+    write_figures({"parameters": parameters}, arguments.json)
     print(f"{arguments.out} holds a {config.model_type} with {parameters / 1e6:.2f} million parameters")
     return 0
 
@@ -63,14 +68,20 @@ def _count_parameters(file: Path) -> int:
 
 
 def _texts(manifest: Path) -> Iterator[str]:
-    """Questions and answers of a manifest, for the tokenizer."""
+    """Yields the questions and answers of a manifest, on which the tokenizer is trained.
+
+    Raises:
+        UserError: the manifest cannot be read, or is not one.
+    """
     try:
         for line in manifest.read_text(encoding="utf-8").splitlines():
             for question in json.loads(line)["questions"]:
                 yield question["question"]
                 yield question["answer"]
     except OSError as error:
-        raise UserError(manifest, f"cannot be read ({error})", "give a manifest, for example of `pal synth`") from error
+        raise UserError(
+            manifest, f"cannot be read ({error})", "give a manifest, for example one of `pal synth`"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(manifest, f"is not a manifest ({error!r})", "give JSON lines with questions") from error
 

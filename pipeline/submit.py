@@ -1,5 +1,6 @@
-"""`pal submit CONFIG -- COMMAND`: runs a command as a job of a Ray cluster, shows its log, ends with its exit code.
-A door to Ray: the Jobs SDK alone, over HTTP."""
+"""`pal submit CONFIG -- COMMAND`: runs a command as a job of a Ray cluster, shows its log and returns its exit code.
+
+Uses only Ray's Jobs SDK, over HTTP."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import asyncio
 import json
 import os
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from pipeline.config import load_config
-from pipeline.config.loading import Strict
 from pipeline.core import redact
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
+from pipeline.core.records import Strict
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -30,16 +32,17 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class SubmitConfig(Strict):
-    """A Ray cluster, and what a job takes there.
+    """A Ray cluster, and the resources and environment of a job on it.
 
     Attributes:
-        address: of the cluster's job server. A cluster that asks for a token gets that of RAY_AUTH_TOKEN or of the
-            file that RAY_AUTH_TOKEN_PATH names.
-        working_dir: sent to the cluster; the command runs in its copy, which ends with the job.
-        exclude: of `working_dir` what is not sent, besides what git ignores there; patterns of .gitignore.
-        environment: names of variables that the job gets with the values that they have here.
-        num_cpus, num_gpus: of the node on which the command itself runs, 0 for the head node.
-        stop_wait_s: that a stopped command has to save, before it is killed.
+        address: address of the cluster's job server. A cluster that requires a token receives that of RAY_AUTH_TOKEN or
+            of the file named by RAY_AUTH_TOKEN_PATH.
+        working_dir: folder that is sent to the cluster; the command runs in the copy, which is removed after the job.
+        exclude: patterns in the syntax of .gitignore for files of `working_dir` that are not sent, in addition to those
+            that git ignores.
+        environment: names of variables that are passed to the job with their values on this machine.
+        num_cpus, num_gpus: resources reserved for the command itself; with 0 of both, it runs on the head node.
+        stop_wait_s: how long a stopped command may take to save before it is killed.
     """
 
     address: str = "http://127.0.0.1:8265"
@@ -57,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     runtime_env = make_runtime_env(config, os.environ)
     entrypoint = shlex.join(command)
     if arguments.dry_run:
-        shown = {**runtime_env, "env_vars": sorted(runtime_env["env_vars"])}
-        print(json.dumps({"address": config.address, "entrypoint": entrypoint, "runtime_env": shown}, indent=2))
+        printable = {**runtime_env, "env_vars": sorted(runtime_env["env_vars"])}
+        print(json.dumps({"address": config.address, "entrypoint": entrypoint, "runtime_env": printable}, indent=2))
         return 0
     client = _connect(config.address)
     job_id = client.submit_job(
@@ -67,14 +70,12 @@ def main(argv: Sequence[str]) -> int:
         entrypoint_num_cpus=config.num_cpus,
         entrypoint_num_gpus=config.num_gpus,
     )
-    print(f"pal: job {job_id} on {config.address}", file=sys.stderr, flush=True)
+    logger.info("job %s on %s", job_id, config.address)
     if arguments.no_wait:
         status, code = str(client.get_job_status(job_id)), 0
     else:
         status, code = follow(client, job_id, stop_on_interrupt=arguments.stop_on_interrupt)
-    if arguments.json:
-        figures = {"job_id": job_id, "status": status}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures({"job_id": job_id, "status": status}, arguments.json)
     return code
 
 
@@ -82,38 +83,37 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="pal submit",
         usage="pal submit CONFIG [key.sub=value ...] [options] -- COMMAND ...",
-        description="Run a command as a job of a Ray cluster and show its log. Exits with the code of the command, "
-        f"with {EXIT_STOPPED} when the job was stopped.",
+        description="Run a command as a job of a Ray cluster and show its log. CONFIG describes the cluster (shipped: "
+        f"ray_job). Exits with the code of the command, or with {EXIT_STOPPED} if the job was stopped.",
     )
-    parser.add_argument("config", help="a YAML file that names the cluster, or a shipped one (ray_job)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
-    parser.add_argument("--no-wait", action="store_true", help="return when the job is submitted")
-    parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job (default: it goes on)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted; of variables the names")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the job's id and status here as well")
-    at = [*argv, "--"].index("--")
-    arguments, command = parser.parse_intermixed_args(argv[:at]), [*argv[at + 1 :]]
+    add_config(parser)
+    parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
+    parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job (default: it continues)")
+    add_dry_run(parser, "print what would be submitted, with the names of variables but not their values")
+    add_json(parser, "the id and status of the job")
+    separator = [*argv, "--"].index("--")
+    arguments, command = parser.parse_intermixed_args(argv[:separator]), [*argv[separator + 1 :]]
     if not command:
-        raise UserError("COMMAND", "is missing", "write it behind ` -- `")
+        raise UserError("COMMAND", "is missing", "write it after ` -- `")
     return arguments, command
 
 
 def make_runtime_env(config: SubmitConfig, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What Ray sets up for the job.
+    """Returns the runtime environment of the job, as Ray expects it.
 
     Raises:
-        UserError: a variable is missing here or holds a secret; Ray writes what it sets up into logs and job records.
+        UserError: a variable is not set or holds a secret, which Ray would write to logs and job records.
     """
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": f"{config.stop_wait_s:g}", "PYTHONUNBUFFERED": "1"}
     for name in config.environment:
         if name not in environment:
-            raise UserError("environment", f"{name} is not set here", "set it, or take it off the list")
+            raise UserError("environment", f"{name} is not set on this machine", "set it, or remove it from the list")
         if redact.holds_secret(name, environment[name]):
-            remedy = "set it on the nodes instead, see cluster/README.md"
-            raise UserError("environment", f"{name} is a secret, which Ray would write into its logs", remedy)
+            remedy = "set it on the nodes instead; see cluster/README.md"
+            raise UserError("environment", f"{name} holds a secret, which Ray would write to its logs", remedy)
         variables[name] = environment[name]
     if not config.working_dir.is_dir():
-        raise UserError("working_dir", f"{config.working_dir} is not a folder", "give one")
+        raise UserError("working_dir", f"{config.working_dir} is not a folder", "give an existing folder")
     return {"working_dir": str(config.working_dir.resolve()), "excludes": config.exclude, "env_vars": variables}
 
 
@@ -125,18 +125,18 @@ def _connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except ConnectionError as error:
-        remedy = "start the cluster, or open a way to it (`ray dashboard`, `kubectl port-forward`)"
+        remedy = "start the cluster, or forward its port (`ray dashboard`, `kubectl port-forward`)"
         raise UserError("address", f"no job server answers at {address}", remedy) from error
     except AuthenticationError as error:
         remedy = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        raise UserError("address", f"{address} does not accept our token", remedy) from error
+        raise UserError("address", f"{address} rejects our token", remedy) from error
 
 
 def follow(client: JobSubmissionClient, job_id: str, *, stop_on_interrupt: bool) -> tuple[str, int]:
-    """Shows the log until the job ends, or until Ctrl-C.
+    """Shows the log until the job ends or the user presses Ctrl-C.
 
     Returns:
-        the job's status and our exit code.
+        the status of the job and the exit code of this command.
     """
     log = _Log(client, job_id)
     try:
@@ -144,16 +144,16 @@ def follow(client: JobSubmissionClient, job_id: str, *, stop_on_interrupt: bool)
         return _wait(client, job_id)
     except KeyboardInterrupt:
         if not stop_on_interrupt:
-            print(f"pal: job {job_id} goes on; `ray job logs --follow {job_id}` shows it again", file=sys.stderr)
+            logger.info("job %s continues; `ray job logs --follow %s` shows its log", job_id, job_id)
             raise
-        print(f"pal: stopping job {job_id} (again: leave it)", file=sys.stderr, flush=True)
+        logger.info("stopping job %s (press Ctrl-C again to stop waiting for it)", job_id)
         client.stop_job(job_id)
-        log.show()  # where it saves, and why it ends
+        log.show()  # it says where the job saves and why it ends
         return _wait(client, job_id)
 
 
 class _Log:
-    """A job's log, of which every line is shown once though the server sends it from the beginning each time."""
+    """The log of a job. Shows every line once, although the server sends the log from the beginning each time."""
 
     def __init__(self, client: JobSubmissionClient, job_id: str) -> None:
         self._client, self._job_id = client, job_id
@@ -161,18 +161,18 @@ class _Log:
         self._shown = 0
 
     def show(self) -> None:
-        """Shows what is not shown yet, until the job ends."""
+        """Shows the part that has not been shown yet, until the job ends."""
         try:
             asyncio.run(self._show())
         except RuntimeError as error:
-            print(f"pal: the log is cut off ({error}); waiting for the job's end", file=sys.stderr)
+            logger.warning("the log is interrupted (%s); waiting for the end of the job", error)
 
     async def _show(self) -> None:
         sent = 0
         async for text in self._client.tail_job_logs(self._job_id):
-            new = text[max(0, self._shown - sent) :]
+            unseen = text[max(0, self._shown - sent) :]
             sent += len(text)
-            print(redact.redact(new, self._secrets), end="", flush=True)
+            print(redact.redact(unseen, self._secrets), end="", flush=True)
             self._shown = max(self._shown, sent)
 
 
@@ -184,8 +184,8 @@ def _wait(client: JobSubmissionClient, job_id: str) -> tuple[str, int]:
         return status, 0
     if status == "STOPPED":
         return status, EXIT_STOPPED
-    if not job.driver_exit_code:  # it never began, or its node is gone
-        print(f"pal: {job.message}", file=sys.stderr)
+    if not job.driver_exit_code:  # it never started, or its node is gone
+        logger.error(job.message)
     return status, job.driver_exit_code or EXIT_FAILURE
 
 

@@ -1,4 +1,4 @@
-"""`pal scratch`: a folder that transformers loads, the same from the same config, one line for a mistake."""
+"""`pal scratch` writes a folder that transformers loads and that is the same for the same config."""
 
 import json
 from pathlib import Path
@@ -27,14 +27,14 @@ def inputs(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "small.yaml"), str(tmp_path / "model"), str(tmp_path / "train.jsonl")]
 
 
-def test_it_is_a_language_model_that_knows_the_words(inputs: list[str], tmp_path: Path) -> None:
+def test_the_model_loads_and_its_tokenizer_knows_the_manifest(inputs: list[str], tmp_path: Path) -> None:
     assert main([*inputs, "--json", str(tmp_path / "figures.json")]) == 0
     model = AutoModelForCausalLM.from_pretrained(inputs[1])
     tokenizer = AutoTokenizer.from_pretrained(inputs[1])
     assert json.loads((tmp_path / "figures.json").read_text())["parameters"] == model.num_parameters()
     ids = tokenizer("a whistle")["input_ids"]
     assert tokenizer.decode(ids) == "a whistle"
-    assert len(ids) < len("a whistle"), "its tokenizer has seen the manifest"
+    assert len(ids) < len("a whistle"), "the tokenizer merges the words of the manifest"
     weights = (Path(inputs[1]) / "model.safetensors").read_bytes()
     assert main(inputs) == 0
     assert (Path(inputs[1]) / "model.safetensors").read_bytes() == weights
@@ -43,7 +43,7 @@ def test_it_is_a_language_model_that_knows_the_words(inputs: list[str], tmp_path
 @pytest.mark.parametrize(
     ("text", "fault"), [(None, "cannot be read"), ("{", "not a manifest"), ("[]", "not a manifest")]
 )
-def test_a_bad_manifest_is_one_line(inputs: list[str], text: str | None, fault: str) -> None:
+def test_a_bad_manifest_is_a_user_error(inputs: list[str], text: str | None, fault: str) -> None:
     manifest = Path(inputs[2])
     manifest.unlink()
     if text is not None:

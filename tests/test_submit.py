@@ -1,4 +1,4 @@
-"""Commands as jobs of a real Ray head on this machine, which asks for a token; secrets stay where they are."""
+"""`pal submit` to a real Ray head on this machine that requires a token; secrets are neither sent nor shown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.submit import SubmitConfig
 from tests.helpers.ray_clusters import LIMIT_S, TOKEN, RayCluster, pal_submit, start_submit
 
 SECRET = "planted-secret-of-this-machine-2718"
-HERE = {"MY_SECRET": SECRET, "PLACE": "here"}
+VARIABLES = {"MY_SECRET": SECRET, "PLACE": "here"}
 
 
 def make_folder(folder: Path) -> Path:
@@ -40,7 +40,7 @@ def test_a_password_in_a_url_is_not_sent() -> None:
         submit.make_runtime_env(SubmitConfig(environment=["MLFLOW_TRACKING_URI"]), {"MLFLOW_TRACKING_URI": uri})
 
 
-def test_variables_are_taken_by_name(tmp_path: Path) -> None:
+def test_variables_are_selected_by_name(tmp_path: Path) -> None:
     config = SubmitConfig(environment=["HF_HOME"], working_dir=tmp_path)
     sent = submit.make_runtime_env(config, {"HF_HOME": "/models", "OTHER": "stays", "MY_TOKEN": SECRET})
     assert sent["env_vars"]["HF_HOME"] == "/models"
@@ -49,16 +49,16 @@ def test_variables_are_taken_by_name(tmp_path: Path) -> None:
         submit.make_runtime_env(config, {})
 
 
-def test_a_command_is_needed_and_a_dry_run_tells_no_values(
+def test_a_command_is_required_and_a_dry_run_shows_no_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match="COMMAND"):
         submit.main(["ray_job"])
     monkeypatch.setenv("PLACE", "a value")
     assert submit.main(["ray_job", "environment=[PLACE]", "--dry-run", "--", "pal", "train", "a b"]) == 0
-    shown = capsys.readouterr().out
-    assert json.loads(shown)["entrypoint"] == "pal train 'a b'"
-    assert "PLACE" in shown and "a value" not in shown
+    output = capsys.readouterr().out
+    assert json.loads(output)["entrypoint"] == "pal train 'a b'"
+    assert "PLACE" in output and "a value" not in output
 
 
 def test_the_shipped_cluster_is_on_this_machine() -> None:
@@ -85,7 +85,16 @@ def test_the_log_and_the_exit_code_come_back_and_no_secret_does(cluster: str, tm
     folder, figures = make_folder(tmp_path / "sent"), tmp_path / "figures.json"
     script = f"cat hello.txt; ls; echo $PLACE; echo said {SECRET}; echo secret ${{MY_SECRET:-none}}; exit 3"
     done = pal_submit(
-        cluster, f"working_dir={folder}", "environment=[PLACE]", "--json", figures, "--", "sh", "-c", script, **HERE
+        cluster,
+        f"working_dir={folder}",
+        "environment=[PLACE]",
+        "--json",
+        figures,
+        "--",
+        "sh",
+        "-c",
+        script,
+        **VARIABLES,
     )
     assert done.returncode == 3, done.stderr
     assert json.loads(figures.read_text())["status"] == "FAILED"
@@ -98,7 +107,7 @@ def test_the_log_and_the_exit_code_come_back_and_no_secret_does(cluster: str, tm
 @pytest.mark.slow
 def test_ctrl_c_stops_a_job_and_lets_it_save(cluster: str, tmp_path: Path) -> None:
     folder, saved = make_folder(tmp_path / "sent"), tmp_path / "saved"
-    # Ray's own patience is 3 s.
+    # By default, Ray would kill the command after 3 s.
     script = f"trap 'sleep 6; touch {saved}; echo saved; exit 75' TERM; echo started; while true; do sleep 0.2; done"
     job = start_submit(cluster, f"working_dir={folder}", "--stop-on-interrupt", "--", "sh", "-c", script)
     assert job.stdout is not None
@@ -108,11 +117,11 @@ def test_ctrl_c_stops_a_job_and_lets_it_save(cluster: str, tmp_path: Path) -> No
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == EXIT_STOPPED, err
-    assert saved.exists() and "saved\n" in out and "started\n" not in out, "each line once, to the last"
+    assert saved.exists() and "saved\n" in out and "started\n" not in out, "every line is shown once, up to the last"
 
 
 @pytest.mark.slow
 def test_a_wrong_token_is_one_line(cluster: str) -> None:
     done = pal_submit(cluster, "--", "true", RAY_AUTH_TOKEN="another-token-altogether")
     assert done.returncode == EXIT_USER_ERROR
-    assert "does not accept our token" in done.stderr.splitlines()[-1]
+    assert "rejects our token" in done.stderr.splitlines()[-1]

@@ -47,8 +47,8 @@ def clips_of(given: Batch, indices: list[int]) -> Batch:
 def test_cached_decoding_equals_the_full_forward(preset: str, family: str) -> None:
     model = build(preset, family, audio_queries=family == "Qwen3")
     given = batch(ROWS, FRAMES)
-    found = answers(model, given).tolist()
-    for row, clips, tokens in zip(ROWS, [[0], [1, 2], []], found, strict=True):
+    generated = answers(model, given).tolist()
+    for row, clips, tokens in zip(ROWS, [[0], [1, 2], []], generated, strict=True):
         assert tokens == full_forward(model, row, clips_of(given, clips))
 
 
@@ -62,13 +62,13 @@ def test_questions_about_encoded_clips_equal_fresh_ones(preset: str) -> None:
     fresh = [answers(model, batch([q], [9]), **settings).tolist()[0] for q in questions]
     for rows in ([0, 1], [0, 1, 2]):  # the first two rows place the clip alike, the third does not
         given = batch([questions[i] for i in rows], [])
-        found = model.generate_from_audio_kv(given.input_ids, given.attention_mask, shared, **settings)
-        assert found.tolist() == [fresh[i] for i in rows]
+        generated = model.generate_from_audio_kv(given.input_ids, given.attention_mask, shared, **settings)
+        assert generated.tolist() == [fresh[i] for i in rows]
     two = batch(ROWS[:1], [4, 6])
     encoded = model.encode_audio(two.audio_features, two.audio_lengths)
     for clip in (0, 1):
-        found = model.generate_from_audio_kv(two.input_ids, None, encoded, torch.tensor([clip]), **settings)
-        assert torch.equal(found, answers(model, clips_of(two, [clip]), **settings))
+        generated = model.generate_from_audio_kv(two.input_ids, None, encoded, torch.tensor([clip]), **settings)
+        assert torch.equal(generated, answers(model, clips_of(two, [clip]), **settings))
 
 
 @pytest.mark.parametrize("preset", ["plits", "lal", "pal_v3", "flamingo"])
@@ -143,7 +143,7 @@ def test_questions_behind_a_prefix_equal_whole_prompts(preset: str, family: str)
     prefix = model.prefill(clips.input_ids, clips.attention_mask, clips.audio_features, clips.audio_lengths)
     settings: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     for beam_settings in ({}, {"num_beams": 3}):
-        found = model.generate_from_prefix(
+        generated = model.generate_from_prefix(
             prefix,
             torch.tensor(rows),
             questions.input_ids,
@@ -151,7 +151,7 @@ def test_questions_behind_a_prefix_equal_whole_prompts(preset: str, family: str)
             **settings,
             **beam_settings,
         )
-        for suffix, row, tokens in zip(suffixes, rows, found, strict=True):
+        for suffix, row, tokens in zip(suffixes, rows, generated, strict=True):
             one = clips_of(clips, [row])
             whole = batch([prefixes[row] + suffix], [])
             expected = answers(model, Batch(**{**one.__dict__, **_tokens_of(whole)}), **beam_settings)

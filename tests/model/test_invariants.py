@@ -78,9 +78,9 @@ def test_without_audio_it_is_the_plain_language_model(preset: str, family: str) 
     plain = stock(model)
     with torch.no_grad():
         expected = plain(input_ids=given.input_ids, attention_mask=given.attention_mask).logits
-    found = logits(model, given)
-    torch.testing.assert_close(found[0], expected[0], **CLOSE)
-    torch.testing.assert_close(found[1, :3], expected[1, :3], **CLOSE)
+    actual = logits(model, given)
+    torch.testing.assert_close(actual[0], expected[0], **CLOSE)
+    torch.testing.assert_close(actual[1, :3], expected[1, :3], **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,11 +123,11 @@ def test_checkpointing_changes_nothing(preset: str, audio_queries: bool) -> None
     given = batch(ROWS, FRAMES)
     loss, expected = gradients(model, given)
     model.gradient_checkpointing_enable()
-    loss_again, found = gradients(model, given)
+    loss_again, grads = gradients(model, given)
     assert torch.equal(loss, loss_again)
-    assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert grads.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -142,20 +142,20 @@ def test_packed_questions_equal_separate_rows(preset: str) -> None:
         separate.audio_features[name] = features.repeat(3, 1)
     separate.labels = torch.where(separate.attention_mask.bool(), separate.input_ids, -100)
     separate.labels[:, :3] = -100
-    loss, found = gradients(model, packed)
+    loss, grads = gradients(model, packed)
     loss_separate, expected = gradients(model, separate)
     torch.testing.assert_close(loss, loss_separate, rtol=1e-6, atol=1e-6)
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+    for name in grads:
+        torch.testing.assert_close(grads[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_text_only_batches_give_every_parameter_a_gradient(preset: str) -> None:
     model = build(preset).train()
-    _, found = gradients(model, batch([ROWS[2]], []))
-    assert found.keys() == dict(model.named_parameters()).keys()
+    _, grads = gradients(model, batch([ROWS[2]], []))
+    assert grads.keys() == dict(model.named_parameters()).keys()
     nonzero = [
-        n for n, g in found.items() if n.startswith("streams.") and "layer_blocks" not in n and g.abs().max() > 0
+        n for n, g in grads.items() if n.startswith("streams.") and "layer_blocks" not in n and g.abs().max() > 0
     ]
     assert nonzero == []
 
@@ -166,9 +166,9 @@ def test_frozen_parameters_get_no_gradient_and_do_not_move(trainable: str) -> No
     set_trainable(model, trainable)  # type: ignore[arg-type]
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
-    _, found = gradients(model, batch(ROWS, FRAMES))
+    _, grads = gradients(model, batch(ROWS, FRAMES))
     optimizer.step()
-    frozen = {name for name in initial if name not in found}
+    frozen = {name for name in initial if name not in grads}
     assert {name for name, p in model.named_parameters() if torch.equal(p, initial[name])} == frozen
     language_model = {name for name in initial if name.startswith("language_model.")}
     ffn = {name for name in language_model if ".mlp." in name}
@@ -195,9 +195,9 @@ def test_every_connector_with_clips_of_unequal_length(kind: str, preset: str) ->
     both = logits(model, together)
     first = batch([[3, A, 4, 5, 6]], [6])
     torch.testing.assert_close(logits(model, first)[0], both[0], **CLOSE)
-    loss, found = gradients(model, together)
+    loss, grads = gradients(model, together)
     assert torch.isfinite(loss)
-    assert found.keys() == dict(model.named_parameters()).keys()
+    assert grads.keys() == dict(model.named_parameters()).keys()
     changed = batch([[3, A, 4, 5, 6], [A, 7, 8, 9]], [6, 10], seed=3)
     assert not torch.allclose(logits(model, changed)[0, 1:], both[0, 1:], atol=1e-5)
 

@@ -35,19 +35,19 @@ def plain_logits(model: PalForCausalLM, text: list[int], positions: list[int]) -
     config = copy.deepcopy(model.language_model.config)
     plain = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(torch.float64).eval()
     plain.load_state_dict(model.language_model.state_dict())
-    where = torch.tensor(positions)
-    back = where[:, None] - where[None, :]
+    position = torch.tensor(positions)
+    distance = position[:, None] - position[None, :]
 
-    def additive(seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[None, None]
+    def additive(allowed: Tensor) -> Tensor:
+        return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, -torch.inf)[None, None]
 
     window = getattr(config, "sliding_window", None) or 10**6
-    full, sliding = additive(back >= 0), additive((back >= 0) & (back < window))
+    full, sliding = additive(distance >= 0), additive((distance >= 0) & (distance < window))
     mask: Any = sliding if config.model_type == "mistral" else full
     if config.model_type.startswith("gemma"):
         mask = {"full_attention": full, "sliding_attention": sliding}
     with torch.no_grad():
-        return plain(input_ids=torch.tensor([text]), position_ids=where[None], attention_mask=mask).logits[0]
+        return plain(input_ids=torch.tensor([text]), position_ids=position[None], attention_mask=mask).logits[0]
 
 
 @pytest.mark.parametrize("preset", ["lal", "delayed"])

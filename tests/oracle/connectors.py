@@ -14,10 +14,10 @@ from tests.oracle.language_model import Weights, linear
 
 @dataclass(frozen=True)
 class Connector:
-    """As `pipeline.core.streams.Connector`.
+    """The oracle's version of `pipeline.core.streams.Connector`.
 
     Attributes:
-        grids: for `lfst`, the (time, frequency) cells per window of each encoder.
+        grids: (time, frequency) cells per window of each encoder, for `lfst`.
     """
 
     kind: str
@@ -30,7 +30,7 @@ class Connector:
 def audio_tokens(
     connector: Connector, weights: Weights, clip: Mapping[str, Tensor], encoders: tuple[str, ...]
 ) -> list[Tensor]:
-    """The audio tokens of a clip."""
+    """Returns the audio tokens of a clip."""
     frames = list(clip[encoders[0]])
     if connector.kind == "linear":
         return [linear(weights, "project", frame) for frame in frames]
@@ -44,7 +44,7 @@ def audio_tokens(
 
 
 def conv(stride: int, weights: Weights, frames: list[Tensor]) -> list[Tensor]:
-    """Every `stride` frames are merged by their own matrices, zeros standing for frames after the end; then an MLP."""
+    """Merges every `stride` frames, one matrix for each offset, with zeros after the end; then applies an MLP."""
     tokens = []
     for start in range(0, len(frames), stride):
         merged = weights["conv.bias"]
@@ -56,18 +56,18 @@ def conv(stride: int, weights: Weights, frames: list[Tensor]) -> list[Tensor]:
 
 
 def frames_covered(connector: Connector, token: int, frames: int) -> int:
-    """How many frames of the clip lie before the end of this token (linear, mlp, conv)."""
+    """Returns how many frames of the clip precede the end of this token (linear, mlp, conv)."""
     return min((token + 1) * connector.summary_stride, frames)
 
 
 def qformer(connector: Connector, weights: Weights, frames: list[Tensor]) -> list[Tensor]:
-    """Queries attend to each other, in every second block to the frames, then an FFN; each norm comes after its sum."""
+    """Lets queries attend to each other, in every second block to the frames, then an FFN; norms follow each sum."""
     keys = [layer_norm(weights, "frames_norm", linear(weights, "frames_in", frame)) for frame in frames]
     xs = list(weights["queries"])
 
     def attend(name: str, norm: str, keys: Sequence[Tensor]) -> list[Tensor]:
-        found = [cross_attention(weights, name, connector.num_heads, x, keys, keys) for x in xs]
-        return [layer_norm(weights, norm, x + y) for x, y in zip(xs, found, strict=True)]
+        attended = [cross_attention(weights, name, connector.num_heads, x, keys, keys) for x in xs]
+        return [layer_norm(weights, norm, x + y) for x, y in zip(xs, attended, strict=True)]
 
     for block in range(connector.num_layers):
         prefix = f"blocks.{block}"
@@ -79,7 +79,7 @@ def qformer(connector: Connector, weights: Weights, frames: list[Tensor]) -> lis
 
 
 def lfst(connector: Connector, weights: Weights, features: list[list[Tensor]]) -> list[Tensor]:
-    """A latent in every cell of the query grid reads its window of each encoder's grid; a newline ends each time step.
+    """Lets a latent in each cell of the query grid attend to its window of every grid; a newline ends each time step.
 
     The query grid has the fewest times and the fewest frequencies of the encoders' grids. Time-major features.
     """
@@ -97,31 +97,31 @@ def lfst(connector: Connector, weights: Weights, features: list[list[Tensor]]) -
     tokens = []
     for step in range(steps):
         for band in range(bands):
-            seen: list[tuple[int, Tensor]] = []  # (encoder, what it shows in this cell)
+            window: list[tuple[int, Tensor]] = []  # (encoder, frame in the window of this cell)
             for i, (_, frequencies) in enumerate(connector.grids):
-                for place in range(window_times[i] * window_bands[i]):
-                    time = step * window_times[i] + place // window_bands[i]
-                    frame = time * frequencies + band * window_bands[i] + place % window_bands[i]
+                for cell in range(window_times[i] * window_bands[i]):
+                    time = step * window_times[i] + cell // window_bands[i]
+                    frame = time * frequencies + band * window_bands[i] + cell % window_bands[i]
                     if frame < len(projected[i]):
-                        shown = projected[i][frame]
+                        x = projected[i][frame]
                         if f"window_positions.{i}" in weights:
-                            shown = shown + weights[f"window_positions.{i}"][place]
-                        seen.append((i, shown))
+                            x = x + weights[f"window_positions.{i}"][cell]
+                        window.append((i, x))
             x = weights["latent"]
             for layer in range(connector.num_layers):
-                x = lfst_layer(connector, weights, f"layers.{layer}", x, context, seen)
+                x = lfst_layer(connector, weights, f"layers.{layer}", x, context, window)
             tokens.append(mlp(weights, "project", x))
         tokens.append(weights["newline"])
     return tokens
 
 
 def lfst_layer(
-    connector: Connector, weights: Weights, name: str, x: Tensor, context: Tensor, seen: list[tuple[int, Tensor]]
+    connector: Connector, weights: Weights, name: str, x: Tensor, context: Tensor, window: list[tuple[int, Tensor]]
 ) -> Tensor:
     """q = W [x ; W context]; x + MLP(norm(q + Attention(norm q, norm K, norm V))), the norms of K and V per encoder."""
     q = linear(weights, f"{name}.query_in", torch.cat([x, linear(weights, f"{name}.context_in", context)]))
-    keys = [layer_norm(weights, f"{name}.key_norms.{i}", shown) for i, shown in seen]
-    values = [layer_norm(weights, f"{name}.value_norms.{i}", shown) for i, shown in seen]
+    keys = [layer_norm(weights, f"{name}.key_norms.{i}", frame) for i, frame in window]
+    values = [layer_norm(weights, f"{name}.value_norms.{i}", frame) for i, frame in window]
     normed = layer_norm(weights, f"{name}.query_norm", q)
     q = q + cross_attention(weights, f"{name}.attention", connector.num_heads, normed, keys, values)
     return x + mlp(weights, f"{name}.ffn", layer_norm(weights, f"{name}.norm", q))

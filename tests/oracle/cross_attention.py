@@ -24,7 +24,7 @@ def mlp(weights: Weights, name: str, x: Tensor) -> Tensor:
 def cross_attention(
     weights: Weights, name: str, num_heads: int, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> Tensor:
-    """Multi-head attention of one query over all the keys."""
+    """Computes multi-head attention of one query over all keys."""
     query = linear(weights, f"{name}.query", x)
     projected_keys = [linear(weights, f"{name}.key", key) for key in keys]
     projected_values = [linear(weights, f"{name}.value", value) for value in values]
@@ -39,7 +39,7 @@ def cross_attention(
 
 
 def flamingo_block(weights: Weights, num_heads: int, x: Tensor, audio: Sequence[Tensor]) -> Tensor:
-    """Gated cross-attention to the audio tokens that a token sees, if any, then a gated FFN."""
+    """Applies gated cross-attention to the audio tokens that a token attends to, if any, then a gated FFN."""
     if audio:
         h = layer_norm(weights, "attention_norm", x)
         x = x + torch.tanh(weights["attention_gate"]) * cross_attention(

@@ -1,4 +1,4 @@
-"""The oracle's arithmetic of one decoder layer: norms, projections, rotary positions, attention, FFN, per family."""
+"""The arithmetic of one decoder layer in the oracle: norms, projections, RoPE, attention and FFN of each family."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LanguageModel:
     """Everything about a language model that is not a weight.
 
     Attributes:
-        windows: per layer, how many positions back a query sees, itself included; None for all.
-        rope_theta: per layer, the base of the rotary frequencies.
+        windows: for each layer the positions that a query attends back to, itself included; None for all.
+        rope_theta: for each layer the base of the rotary frequencies.
         llama3_rope: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings; None for plain.
-        score_scale: what query-key products are multiplied by.
+        score_scale: factor of the query-key products.
     """
 
     family: str
@@ -81,7 +81,7 @@ def rms_norm(lm: LanguageModel, weights: Weights, name: str, x: Tensor) -> Tenso
 
 
 def input_norm(lm: LanguageModel, weights: Weights, layer: int, x: Tensor) -> Tensor:
-    """n_l: the norm in front of the attention of layer l; OLMo 2 has none."""
+    """Applies n_l, the norm before the attention of layer l; OLMo 2 has none."""
     return x if lm.family in POST_NORM else rms_norm(lm, weights, f"model.layers.{layer}.input_layernorm", x)
 
 
@@ -104,7 +104,7 @@ def rotary_frequencies(lm: LanguageModel, layer: int) -> list[float]:
 
 
 def rotate(lm: LanguageModel, layer: int, x: Tensor, position: int) -> Tensor:
-    """Turns each pair (x_i, x_{i + half}) of one head by position * frequency_i."""
+    """Rotates each pair (x_i, x_{i + half}) of one head by position * frequency_i."""
     half = lm.head_dim // 2
     angles = [position * frequency for frequency in rotary_frequencies(lm, layer)]
     cos = torch.tensor([math.cos(angle) for angle in angles], dtype=torch.float64)
@@ -113,7 +113,7 @@ def rotate(lm: LanguageModel, layer: int, x: Tensor, position: int) -> Tensor:
 
 
 def heads(lm: LanguageModel, weights: Weights, layer: int, kind: str, x: Tensor) -> list[Tensor]:
-    """The heads of one token after W_Q, W_K or W_V (`kind` is q, k or v) and the family's norm; not rotated."""
+    """Returns the heads of one token after W_Q, W_K or W_V (`kind` is q, k or v) and the family's norm; not rotated."""
     prefix = f"model.layers.{layer}.self_attn"
     y = linear(weights, f"{prefix}.{kind}_proj", x)
     if kind != "v" and lm.family == "olmo2":
@@ -133,7 +133,7 @@ def attention_output(
     keys: list[list[Tensor]],
     values: list[list[Tensor]],
 ) -> Tensor:
-    """W_O of one query's attention over the keys that it sees (rotated, `[key][head]`); zero if it sees none."""
+    """Returns W_O of one query's attention over the keys that it attends to (rotated, `[key][head]`)."""
     group = lm.num_heads // lm.num_key_value_heads
     outputs = []
     for head in range(lm.num_heads):
@@ -145,14 +145,14 @@ def attention_output(
 
 
 def add_attention(lm: LanguageModel, weights: Weights, layer: int, x: Tensor, output: Tensor) -> Tensor:
-    """text' = text + W_O O, with the norm that some families put behind it."""
+    """Returns text' = text + W_O O, with the norm that some families put behind it."""
     if lm.family in POST_NORM + SANDWICH_NORM:
         output = rms_norm(lm, weights, f"model.layers.{layer}.post_attention_layernorm", output)
     return x + output
 
 
 def add_ffn(lm: LanguageModel, weights: Weights, layer: int, x: Tensor) -> Tensor:
-    """text'' = text' + FFN(n2(text'))."""
+    """Returns text'' = text' + FFN(n2(text'))."""
     prefix = f"model.layers.{layer}"
     h = x
     if lm.family in SANDWICH_NORM:

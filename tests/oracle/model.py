@@ -1,4 +1,4 @@
-"""The oracle's method: one conversation through a language model and its streams, in the words of the formulas."""
+"""The oracle: one conversation through a language model and its streams, in the terms of the formulas."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Method:
     """A language model plus streams, and the switches.
 
     Attributes:
-        position_gap: text after the audio resumes behind it; False is a mistake, for the tests' own test.
-        audio_delay: positions by which audio comes late; anything but 0 is a mistake, likewise.
+        position_gap: text after a clip continues after the clip's positions; False is a mistake, planted by a test.
+        audio_delay: positions by which audio comes late; anything but 0 is a planted mistake.
     """
 
     language_model: LanguageModel
@@ -45,7 +45,7 @@ class Method:
 
 @dataclass
 class Member:
-    """Something that passes every layer: a text token, or an audio token by PLITS."""
+    """An entry of the sequence, which passes every layer: a text token, or an audio token by PLITS."""
 
     x: Tensor
     position: int
@@ -54,7 +54,7 @@ class Member:
 
 @dataclass
 class AudioToken:
-    """A token of a stream that is not in the sequence; `carried` is what its own queries found (audio_queries)."""
+    """A token beside the sequence; `carried` is the attention output of its own queries (audio_queries)."""
 
     a: Tensor
     position: int
@@ -72,23 +72,23 @@ class Key:
 
 
 @dataclass
-class Line:
-    """A conversation laid out on its line of positions. `text` maps an item of the conversation to its member."""
+class LaidOutConversation:
+    """A conversation with positions. `text` maps an item of the conversation to its member."""
 
     members: list[Member] = field(default_factory=list)
     audio: list[AudioToken] = field(default_factory=list)
     text: dict[int, int] = field(default_factory=dict)
 
 
-def lay_out(method: Method, weights: Weights, items: Sequence[int | Clip]) -> Line:
-    """Positions of a conversation, whose items are token ids and clips."""
-    line = Line()
+def lay_out(method: Method, weights: Weights, items: Sequence[int | Clip]) -> LaidOutConversation:
+    """Assigns positions to a conversation, whose items are token ids and clips."""
+    conversation = LaidOutConversation()
     position = 0
     clip_number = 0
     for number, item in enumerate(items):
         if isinstance(item, int):
-            line.text[number] = len(line.members)
-            line.members.append(
+            conversation.text[number] = len(conversation.members)
+            conversation.members.append(
                 Member(llm.embed(method.language_model, under(weights, "language_model"), item), position)
             )
             position += 1
@@ -97,25 +97,25 @@ def lay_out(method: Method, weights: Weights, items: Sequence[int | Clip]) -> Li
             audio_tokens(stream.connector, under(weights, f"streams.{index}.connector"), item, stream.encoders)
             for index, stream in enumerate(method.streams)
         ]
-        order = clip_order(method.streams, item, [len(found) for found in tokens])
+        order = clip_order(method.streams, item, [len(stream_tokens) for stream_tokens in tokens])
         for offset, (index, token) in enumerate(order):
-            where = position + offset + method.audio_delay
+            at = position + offset + method.audio_delay
             if method.streams[index].integration == "plits":
-                line.members.append(Member(tokens[index][token], where, is_audio=True))
+                conversation.members.append(Member(tokens[index][token], at, is_audio=True))
             else:
-                line.audio.append(AudioToken(tokens[index][token], where, index, clip_number))
+                conversation.audio.append(AudioToken(tokens[index][token], at, index, clip_number))
         for index, stream in enumerate(method.streams):
-            if stream.integration == "flamingo":  # takes no positions: all its tokens are where the clip is
-                where = position + method.audio_delay
-                line.audio.extend(AudioToken(a, where, index, clip_number) for a in tokens[index])
+            if stream.integration == "flamingo":  # takes no positions: all its tokens are at the position of the clip
+                at = position + method.audio_delay
+                conversation.audio.extend(AudioToken(a, at, index, clip_number) for a in tokens[index])
         if method.position_gap:
             position += len(order)
         clip_number += 1
-    return line
+    return conversation
 
 
 def clip_order(streams: Sequence[Stream], clip: Clip, counts: Sequence[int]) -> list[tuple[int, int]]:
-    """(stream, token) along the line of one clip: streams one after the other, a summary inside its full stream."""
+    """Returns (stream, token) in order of position: streams one after the other, a summary inside its full stream."""
     order: list[tuple[int, int]] = []
     for index, stream in enumerate(streams):
         if stream.summary_of is not None or stream.integration == "flamingo":
@@ -126,9 +126,9 @@ def clip_order(streams: Sequence[Stream], clip: Clip, counts: Sequence[int]) -> 
         ]
         for token in range(counts[index]):
             order.append((index, token))
-            behind = frames_covered(stream.connector, token, frames)
+            covered = frames_covered(stream.connector, token, frames)
             for summary in list(waiting):
-                if frames_covered(streams[summary[0]].connector, summary[1], frames) <= behind:
+                if frames_covered(streams[summary[0]].connector, summary[1], frames) <= covered:
                     order.append(summary)
                     waiting.remove(summary)
     return order
@@ -139,56 +139,56 @@ def under(weights: Weights, prefix: str) -> Weights:
 
 
 def not_after(method: Method, query_position: int, query_is_audio: bool, key_position: int, key_is_audio: bool) -> bool:
-    """A key's position is not after the query's, unless a switch lets text see audio anyway."""
+    """Returns whether a key is not after the query, or a switch lets text attend to audio anyway."""
     lifted = method.system_text_sees_audio and key_is_audio and not query_is_audio
     return lifted or key_position <= query_position
 
 
-def sees(method: Method, layer: int, query_position: int, query_is_audio: bool, key: Key) -> bool:
-    """The one visibility rule, for a query and a key of the same conversation."""
+def attends(method: Method, layer: int, query_position: int, query_is_audio: bool, key: Key) -> bool:
+    """Applies the mask rule to a query and a key of the same conversation."""
     window = method.language_model.windows[layer]
     near = window is None or query_position - key.position < window
     return near and not_after(method, query_position, query_is_audio, key.position, key.is_audio)
 
 
-def run(method: Method, weights: Weights, items: Sequence[int | Clip]) -> tuple[Line, list[Tensor]]:
-    """The logits of every member of the sequence, in order."""
+def run(method: Method, weights: Weights, items: Sequence[int | Clip]) -> tuple[LaidOutConversation, list[Tensor]]:
+    """Returns the laid out conversation and the logits of every member, in order."""
     lm = method.language_model
     lm_weights = under(weights, "language_model")
-    line = lay_out(method, weights, items)
+    conversation = lay_out(method, weights, items)
     for layer in range(lm.num_layers):
-        audio = [token for token in line.audio if layer in method.streams[token.stream].audio_layers]
+        audio = [token for token in conversation.audio if layer in method.streams[token.stream].audio_layers]
         for index, stream in enumerate(method.streams):
             if stream.integration == "flamingo" and layer in stream.audio_layers:
                 block = under(weights, f"streams.{index}.layer_blocks.{layer}")
-                for member in line.members:
-                    seen = [
+                for member in conversation.members:
+                    visible = [
                         token.a
                         for token in audio
                         if token.stream == index
                         and not_after(method, member.position, member.is_audio, token.position, True)
                     ]
-                    member.x = flamingo_block(block, lm.num_heads, member.x, seen)
+                    member.x = flamingo_block(block, lm.num_heads, member.x, visible)
         lal = [token for token in audio if method.streams[token.stream].integration == "lal"]
         lal_keys = lal_attention_keys(method, weights, layer, lal)
-        decoder_layer(method, lm_weights, layer, line.members, [key for _, _, key in lal_keys])
+        decoder_layer(method, lm_weights, layer, conversation.members, [key for _, _, key in lal_keys])
         if method.audio_queries:
             query_audio(method, lm_weights, layer, lal_keys)
-    return line, [llm.logits(lm, lm_weights, member.x) for member in line.members]
+    return conversation, [llm.logits(lm, lm_weights, member.x) for member in conversation.members]
 
 
 def lal_attention_keys(
     method: Method, weights: Weights, layer: int, tokens: list[AudioToken]
 ) -> list[tuple[AudioToken, Tensor, Key]]:
-    """n_l(A_l) and K, V of LAL tokens: A_l = P_l(A), plus what their queries found so far."""
+    """Returns n_l(A_l) and K, V of LAL tokens: A_l = P_l(A), plus the attention output of their earlier queries."""
     lm, lm_weights = method.language_model, under(weights, "language_model")
-    found = []
+    keys = []
     for token in tokens:
         h = mlp(weights, f"streams.{token.stream}.layer_projections.{layer}", token.a) + token.carried
         if method.norm_audio_tokens:
             h = llm.input_norm(lm, lm_weights, layer, h)
-        found.append((token, h, make_key(lm, lm_weights, layer, h, token.position, is_audio=True)))
-    return found
+        keys.append((token, h, make_key(lm, lm_weights, layer, h, token.position, is_audio=True)))
+    return keys
 
 
 def make_key(lm: LanguageModel, lm_weights: Weights, layer: int, h: Tensor, position: int, is_audio: bool) -> Key:
@@ -201,7 +201,7 @@ def make_query(lm: LanguageModel, lm_weights: Weights, layer: int, h: Tensor, po
 
 
 def decoder_layer(method: Method, lm_weights: Weights, layer: int, members: list[Member], audio_kv: list[Key]) -> None:
-    """One layer of the language model over the sequence, with the LAL keys beside its own."""
+    """Runs one layer of the language model over the sequence, with the LAL keys beside the sequence's keys."""
     lm = method.language_model
     normed = [llm.input_norm(lm, lm_weights, layer, member.x) for member in members]
     keys = [
@@ -210,8 +210,10 @@ def decoder_layer(method: Method, lm_weights: Weights, layer: int, members: list
     ]
     for member, h in zip(members, normed, strict=True):
         query = make_query(lm, lm_weights, layer, h, member.position)
-        seen = [key for key in keys + audio_kv if sees(method, layer, member.position, member.is_audio, key)]
-        output = llm.attention_output(lm, lm_weights, layer, query, [key.k for key in seen], [key.v for key in seen])
+        visible = [key for key in keys + audio_kv if attends(method, layer, member.position, member.is_audio, key)]
+        output = llm.attention_output(
+            lm, lm_weights, layer, query, [key.k for key in visible], [key.v for key in visible]
+        )
         member.x = llm.add_attention(lm, lm_weights, layer, member.x, output)
         member.x = llm.add_ffn(lm, lm_weights, layer, member.x)
 
@@ -219,28 +221,30 @@ def decoder_layer(method: Method, lm_weights: Weights, layer: int, members: list
 def query_audio(
     method: Method, lm_weights: Weights, layer: int, lal_keys: list[tuple[AudioToken, Tensor, Key]]
 ) -> None:
-    """D_l = W_O Attention(n(A_l)) over the LAL keys of the token's own clip; carried to later audio layers."""
+    """Carries D_l = W_O Attention(n(A_l)), over the LAL keys of the token's own clip, to later audio layers."""
     lm = method.language_model
     for token, h, _ in lal_keys:
         query = make_query(lm, lm_weights, layer, h, token.position)
-        seen = [
+        visible = [
             key
             for other, _, key in lal_keys
-            if other.clip == token.clip and sees(method, layer, token.position, True, key)
+            if other.clip == token.clip and attends(method, layer, token.position, True, key)
         ]
-        output = llm.attention_output(lm, lm_weights, layer, query, [key.k for key in seen], [key.v for key in seen])
+        output = llm.attention_output(
+            lm, lm_weights, layer, query, [key.k for key in visible], [key.v for key in visible]
+        )
         token.carried = token.carried + output
 
 
-def loss_sum(line: Line, scores: Sequence[Tensor], labels: Sequence[int]) -> Tensor:
-    """Summed cross-entropy of a conversation's labels; each is predicted by the member before its own.
+def loss_sum(conversation: LaidOutConversation, scores: Sequence[Tensor], labels: Sequence[int]) -> Tensor:
+    """Returns the summed cross-entropy of a conversation's labels; each is predicted by the member before it.
 
     Args:
-        line, scores: of `run`.
-        labels: one per item; -100 where there is no loss, and always for a clip.
+        conversation, scores: results of `run`.
+        labels: one for each item; -100 where there is no loss, and always for a clip.
     """
     total = torch.zeros((), dtype=torch.float64)
     for item, label in enumerate(labels):
         if label != -100:
-            total = total - torch.log(llm.softmax(scores[line.text[item] - 1])[label])
+            total = total - torch.log(llm.softmax(scores[conversation.text[item] - 1])[label])
     return total

@@ -123,9 +123,9 @@ def of_oracle(model: PalForCausalLM, method: oracle.Method, rows: Sequence[Row],
     total, count, text_logits = torch.zeros((), dtype=torch.float64), 0, []
     for row in rows:
         for items, labels in zip(row.alone(), labels_of(row, loss_on), strict=True):
-            line, scores = oracle.run(method, weights, items)
-            text_logits.append(torch.stack([scores[member] for member in line.text.values()]).detach())
-            total = total + oracle.loss_sum(line, scores, labels)
+            conversation, scores = oracle.run(method, weights, items)
+            text_logits.append(torch.stack([scores[member] for member in conversation.text.values()]).detach())
+            total = total + oracle.loss_sum(conversation, scores, labels)
             count += len(labels) - labels.count(IGNORE_INDEX)
     loss = total / count
     loss.backward()

@@ -25,10 +25,10 @@ def test_oracle_equals_the_stock_model(family: str) -> None:
         for name, parameter in model.named_parameters()
     }
     method = oracle.Method(oracle_language_model(family), streams=())
-    line, expected = oracle.run(method, weights, IDS)
+    conversation, expected = oracle.run(method, weights, IDS)
     assert (logits - torch.stack(expected)).abs().max() < 1e-10
 
-    oracle.loss_sum(line, expected, [-100, *IDS[1:]]).backward()
+    oracle.loss_sum(conversation, expected, [-100, *IDS[1:]]).backward()
     for name, parameter in model.named_parameters():
         expected_gradient = weights[f"language_model.{name}"].grad
         assert expected_gradient is not None, name

@@ -1,17 +1,16 @@
-"""`pal sweep SWEEP`: a scaling experiment from one file. Plans every trial, runs those that are not finished, and goes
-on when one fails."""
+"""`pal sweep SWEEP`: runs a scaling experiment from one file.
+
+Plans every trial, runs those that are not finished, and continues with the others when one fails."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.console import format_table
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.console import Progress, format_table, logger, progress
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
@@ -22,7 +21,7 @@ Row = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     from pipeline.config import load_config
     from pipeline.experiments.trials import SweepConfig
 
@@ -34,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
                    for trial, row in zip(trials, rows, strict=True)]  # fmt: skip
     else:
         results = run(sweep, trials, arguments.ray)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"runs": results}, indent=2) + "\n", encoding="utf-8")
+    write_figures({"runs": results}, arguments.json)
     failed = [result for result in results if result["status"] == "FAILED"]
     return EXIT_FAILURE if failed else 0
 
@@ -43,21 +41,20 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal sweep",
-        description="Run the trials of a scaling experiment. Started again, it runs those that are not finished.",
+        description="Run the trials of a scaling experiment. The same command again runs those that are not finished.",
     )
-    parser.add_argument("sweep", help="the sweep's YAML file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the sweep")
-    parser.add_argument("--ray", metavar="ADDRESS", help="place trials on this Ray cluster, as many at once as fit")
-    parser.add_argument("--dry-run", action="store_true", help="print the table of trials, run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    add_config(parser, "sweep")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run the trials on this Ray cluster, as many at once as fit")
+    add_dry_run(parser, "print the table of trials and run nothing")
+    add_json(parser)
     return parser
 
 
 def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
-    """Every trial with the budget made good, and what the planner says of it.
+    """Returns every trial with the steps that its budget allows, and a row of predictions for each.
 
     Raises:
-        UserError: a key that does not exist, trials that are the same, or one that cannot fit.
+        UserError: an unknown key, two identical trials, or a trial that does not fit into memory.
     """
     from pipeline.config import load_config
     from pipeline.config.cluster import ClusterConfig
@@ -72,12 +69,12 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
         params = {**combination, SEED: seed}
         trial = make_trial(sweep, params, 1 if sweep.budget else None)
         if trial.config.stages:
-            raise UserError("experiment", "has stages; a trial is one run", "give a config without them")
+            raise UserError("experiment", "has stages, but a trial is a single run", "give a config without stages")
         model = trial.config.model
-        reads = repr((trial.config.data, model.encoders, model.language_model))
-        if reads not in workloads:
-            workloads[reads] = measure_workload(trial.config)
-        workload = workloads[reads]
+        workload_key = repr((trial.config.data, model.encoders, model.language_model))
+        if workload_key not in workloads:
+            workloads[workload_key] = measure_workload(trial.config)
+        workload = workloads[workload_key]
         if sweep.budget:
             trial = make_trial(sweep, params, _steps(sweep.budget, trial, workload))
         prediction = predict(trial.config, cluster, workload)
@@ -100,12 +97,18 @@ def plan_trials(sweep: SweepConfig) -> tuple[list[Trial], list[Row]]:
     names = [trial.name for trial in trials]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"trial {name}", "is there twice", "let trials differ in a key's last part or in values")
+            raise UserError(
+                f"trial {name}", "exists twice", "let the trials differ in the last part of a key or in a value"
+            )
     return trials, rows
 
 
 def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
-    """Steps that spend the budget on a trial, which has one; at least one."""
+    """Returns the steps that use up the budget of a trial, at least one.
+
+    Args:
+        trial: the trial with a single step.
+    """
     from pipeline.cost.workload import run_flops, step_tokens
 
     if budget.steps is not None:
@@ -116,54 +119,63 @@ def _steps(budget: BudgetConfig, trial: Trial, workload: WorkloadConfig) -> int:
 
 
 def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) -> list[Row]:
-    """Results of all trials in their order; what is finished is not run again."""
+    """Runs the trials that are not finished; returns the results of all trials in their order."""
     from pipeline.config import TrackingConfig, dump_config
     from pipeline.core import provenance
     from pipeline.experiments.trials import run_trial
     from pipeline.tracking import writer
 
     sweep.output.mkdir(parents=True, exist_ok=True)
-    recorded = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
+    tracking = TrackingConfig(uri=sweep.tracking_uri, experiment=sweep.name, run_name="sweep")
     try:
-        where = provenance.machine() if ray_address is None else f"the Ray cluster at {ray_address}"
-        parent = writer.open_parent(recorded, sweep.output, dump_config(sweep), where)
-    except Exception as error:  # of many libraries; trials then stand alone, and upload what they can
-        print(f"pal: MLflow does not answer ({type(error).__name__}): no run above the trials", file=sys.stderr)
+        machine = provenance.machine() if ray_address is None else f"the Ray cluster at {ray_address}"
+        parent = writer.open_parent(tracking, sweep.output, dump_config(sweep), machine)
+    except Exception as error:  # MLflow raises errors of many libraries; the trials run without a parent
+        logger.warning(f"MLflow does not answer ({type(error).__name__}); the trials are recorded without a parent run")
         parent = None
-    say = _progress(len(trials))
-    if ray_address is not None:
-        from pipeline.experiments.ray_trials import run_on_cluster
+    with progress(len(trials), "trials") as bar:
+        report = _result_reporter(bar)
+        if ray_address is not None:
+            from pipeline.experiments.ray_trials import run_on_cluster
 
-        results = run_on_cluster(ray_address, trials, parent, sweep.evaluate, sweep.nproc, say)
-    else:
-        results = []
-        for trial in trials:
-            results.append(run_trial(trial, parent, sweep.evaluate, sweep.nproc))
-            say(trial.name, results[-1])
+            results = run_on_cluster(ray_address, trials, parent, sweep.evaluate, sweep.nproc, report)
+        else:
+            results = []
+            for trial in trials:
+                results.append(run_trial(trial, parent, sweep.evaluate, sweep.nproc))
+                report(trial.name, results[-1])
     if parent is not None:
         failed = any(result["status"] == "FAILED" for result in results)
-        writer.close_parent(recorded, sweep.output, parent, "FAILED" if failed else "FINISHED")
+        writer.close_parent(tracking, sweep.output, parent, "FAILED" if failed else "FINISHED")
     return results
 
 
-def _progress(total: int) -> Callable[[str, Row], None]:
-    done = 0
+def _result_reporter(bar: Progress) -> Callable[[str, Row], None]:
+    """Returns a function that shows the result of a trial when it ends."""
+    finished = 0
 
-    def say(name: str, result: Row) -> None:
-        nonlocal done
-        done += 1
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in result["metrics"].items()
-                            if key == "final_loss" or key.endswith("/accuracy"))  # fmt: skip
-        told = result["error"] if result["status"] == "FAILED" else figures
-        print(f"[{done}/{total}] {name}: {result['status']} {told}", file=sys.stderr, flush=True)
+    def report(name: str, result: Row) -> None:
+        nonlocal finished
+        finished += 1
+        if result["status"] == "FAILED":
+            logger.error(f"{name}: {result['error']}")
+        figures = [
+            f"{key} {value:.4g}"
+            for key, value in result["metrics"].items()
+            if key == "final_loss" or key.endswith("/accuracy")
+        ]
+        bar.update(finished, f"{name}: {', '.join([result['status'], *figures])}", force=True)
 
-    return say
+    return report
 
 
 def _table(rows: Sequence[Row]) -> str:
+    """Returns the table of planned trials."""
     lines = [["trial", "audio layers", "parameters", "steps", "FLOPs", "GiB", "hours"]]
     for row in rows:
-        layers = " ".join("all" if not own else f"{own[0]}-{own[-1]} ({len(own)})" for own in row["audio_layers"])
+        layers = " ".join(
+            "all" if not stream else f"{stream[0]}-{stream[-1]} ({len(stream)})" for stream in row["audio_layers"]
+        )
         lines.append([row["trial"], layers, f"{row['parameters']:,}", f"{row['steps']:,}", f"{row['flops']:.3g}",
                       f"{row['memory_gib']:.3g}", f"{row['hours']:.3g}"])  # fmt: skip
     return format_table(lines)

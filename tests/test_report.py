@@ -1,4 +1,4 @@
-"""A report is what MLflow holds: every run in every file, values unchanged, logged back, made twice the same."""
+"""A report holds every run of the experiment in every file with unchanged values, and is logged back to MLflow."""
 
 import csv
 import itertools
@@ -60,7 +60,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def log_scaling(client: MlflowClient, experiment: str, folder: Path) -> None:
-    """Three sizes at two depths with three seeds, as a sweep leaves them; loss = 40 parameters ** -0.2, to 0.1 %."""
+    """Logs the trials of a sweep: three sizes, two depths, three seeds; loss = 40 parameters ** -0.2 within 0.1 %."""
     client.create_run(experiment, run_name="sweep", tags={"pal.kind": "sweep"})
     for number, (size, depth, seed) in enumerate(itertools.product((1, 2, 4), ("1/4", "1/2"), (0, 1, 2))):
         run_id = client.create_run(experiment, run_name=f"run-{number}").info.run_id
@@ -99,7 +99,7 @@ def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: 
     assert (row["swapped_audio_accuracy"], row["majority_baseline_accuracy"]) == (0.3, 0.35)
     assert (row["peak_memory_gib"], row["samples_per_s"], row["final_loss"]) == (0.8, 30.0, 0.1)
     assert row["model.integration"] == "lal"
-    assert "train.seed" not in row, "a parameter that all runs share tells nothing"
+    assert "train.seed" not in row, "a parameter that is the same in all runs is left out"
     assert "output" not in row
 
     names = {Path(file).name for file in results["files"]}
@@ -123,18 +123,18 @@ def test_report_holds_every_run_in_every_file(uri: str, tmp_path: Path, capsys: 
     assert "92.0 (89.0 to 94.0)" in printed
 
 
-def test_report_is_logged_back_once_and_not_reported(uri: str, tmp_path: Path) -> None:
+def test_a_report_is_logged_back_once_and_is_no_run_of_the_next_report(uri: str, tmp_path: Path) -> None:
     for _ in range(2):
         assert main(["demo", "--uri", uri, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
     assert len(json.loads((tmp_path / "r.json").read_text())["table"]) == len(VARIANTS)
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("demo")
-    kept = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "report"]
-    assert len(kept) == 1
-    assert {Path(file.path).name for file in client.list_artifacts(kept[0].info.run_id, "report")} >= {"report.md"}
+    reports = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "report"]
+    assert len(reports) == 1
+    assert {Path(file.path).name for file in client.list_artifacts(reports[0].info.run_id, "report")} >= {"report.md"}
 
 
-def test_unevaluated_and_namesake_runs_are_shown(uri: str, tmp_path: Path) -> None:
+def test_runs_without_evaluation_or_with_the_same_name_are_shown(uri: str, tmp_path: Path) -> None:
     assert main(["mixed", "--uri", uri, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
     done, failed = json.loads((tmp_path / "r.json").read_text())["table"]
     assert done["run"] != failed["run"]
@@ -143,20 +143,20 @@ def test_unevaluated_and_namesake_runs_are_shown(uri: str, tmp_path: Path) -> No
     assert done["accuracy"] == 0.5
 
 
-def test_a_scaling_experiment_is_pooled_drawn_and_fitted(uri: str, tmp_path: Path) -> None:
+def test_a_scaling_experiment_is_pooled_plotted_and_fitted(uri: str, tmp_path: Path) -> None:
     out, results_file = tmp_path / "report", tmp_path / "report.json"
     assert main(["scaling", "--uri", uri, "--out", str(out), "--json", str(results_file)]) == 0
     results = json.loads(results_file.read_text())
-    assert len(results["table"]) == 18, "the run of the sweep itself is none of its trials"
+    assert len(results["table"]) == 18, "the run of the sweep is not one of its trials"
     names = {Path(file).name for file in results["files"]}
     assert names >= {"pooled.csv", "trend_audio_layers_held-out.png", "trend_parameters_held-out.png"}
     assert "trend_layer_stride_held-out.png" not in names, "it did not vary"
     with (out / "pooled.csv").open() as stream:
         pooled = list(csv.DictReader(stream))
     assert len(pooled) == 6 and {row["seeds"] for row in pooled} == {"3"}
-    deep = {row["settings"]: row["front_peak_memory_gib"] for row in pooled}
-    assert deep["language_model size-1, num_audio_layers 1/2"] == "True"
-    assert deep["language_model size-1, num_audio_layers 1/4"] == "False"
+    on_front = {row["settings"]: row["front_peak_memory_gib"] for row in pooled}
+    assert on_front["language_model size-1, num_audio_layers 1/2"] == "True"
+    assert on_front["language_model size-1, num_audio_layers 1/4"] == "False"
     fit = results["fits"]["lal"]
     value, low, high = fit["exponents"]["parameters"]
     assert low < -0.2 < high and value == pytest.approx(-0.2, abs=0.01)
@@ -175,7 +175,7 @@ def test_a_scaling_experiment_is_pooled_drawn_and_fitted(uri: str, tmp_path: Pat
     ("experiment", "fault"),
     [("empty", "has no runs"), ("demmo", "did you mean 'demo'")],
 )
-def test_no_runs_is_the_users_mistake(uri: str, tmp_path: Path, experiment: str, fault: str) -> None:
+def test_an_experiment_without_runs_is_refused(uri: str, tmp_path: Path, experiment: str, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         main([experiment, "--uri", uri, "--out", str(tmp_path)])
 
@@ -185,7 +185,7 @@ def test_answers_need_a_sweep(uri: str, tmp_path: Path) -> None:
         main(["demo", "--uri", uri, "--out", str(tmp_path), "--answers", str(tmp_path / "answers.md")])
 
 
-def test_missing_database_is_not_created(tmp_path: Path) -> None:
+def test_a_missing_database_is_not_created(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
     with pytest.raises(UserError, match="no such MLflow database"):
         main(["demo", "--uri", f"sqlite:///{database}", "--out", str(tmp_path)])

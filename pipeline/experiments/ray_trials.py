@@ -1,5 +1,6 @@
-"""Places the trials of a sweep on a Ray cluster: a placement group for each, which starts a
-DeepSpeed job of its own. Needs a file system that all nodes share."""
+"""Runs the trials of a sweep on a Ray cluster: each in a placement group, as a DeepSpeed job of its own.
+
+Needs a file system that all nodes share."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.experiments.trials import Trial, run_trial
 from pipeline.launch.ray_launcher import joined
 
-MAX_RETRIES = 5  # of a trial whose node is lost; it goes on from its newest checkpoint
+MAX_RETRIES = 5  # for a trial whose node is lost; it resumes from its newest checkpoint
 
 
 def run_on_cluster(
@@ -25,18 +26,22 @@ def run_on_cluster(
     parent: str | None,
     evaluate: Sequence[Path],
     nproc: int,
-    say: Callable[[str, dict[str, Any]], None],
+    on_result: Callable[[str, dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Results of `run_trial` in the order of trials; as many run at once as the cluster has room for.
+    """Runs as many trials at once as fit on the cluster, and returns their results in the order of `trials`.
+
+    Args:
+        parent, evaluate, nproc: as for `run_trial`.
+        on_result: receives name and result of each trial when it ends.
 
     Raises:
-        UserError: no cluster at this address, or no node has room for a trial.
+        UserError: no cluster at this address, or no node that is large enough for a trial.
     """
     with joined(address):
         kinds = ("GPU", "CPU") if ray.cluster_resources().get("GPU") else ("CPU",)
         bundle = dict.fromkeys(kinds, float(nproc))
         if not any(all(node["Resources"].get(k, 0) >= nproc for k in kinds) for node in ray.nodes() if node["Alive"]):
-            raise UserError("nproc", f"no node of the cluster has {nproc} {kinds[0]}s", "lower it")
+            raise UserError("nproc", f"no node of the cluster has {nproc} {kinds[0]}s", "lower nproc")
         remote = ray.remote(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), max_retries=MAX_RETRIES)(_run)
         groups = [placement_group([bundle]) for _ in trials]
         waiting = {
@@ -51,12 +56,12 @@ def run_on_cluster(
             number = waiting.pop(done)
             results[number] = _result(done, trials[number])
             remove_placement_group(groups[number])
-            say(trials[number].name, results[number])
+            on_result(trials[number].name, results[number])
     return [results[number] for number in range(len(trials))]
 
 
 def _run(folder: str, trial: Trial, parent: str | None, evaluate: list[Path], nproc: int) -> dict[str, Any]:
-    os.chdir(folder)  # relative paths of configs mean what they mean where the sweep was started
+    os.chdir(folder)  # relative paths in configs start from the folder where the sweep was started
     return run_trial(trial, parent, evaluate, nproc, ends_with_parent=True)
 
 

@@ -1,4 +1,4 @@
-"""What a scaling experiment says: runs pooled over seeds, accuracy against what varied, Pareto fronts, fitted laws."""
+"""The trends of a scaling experiment: runs pooled over seeds, accuracy against settings, Pareto fronts, fitted laws."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front, pool
+from pipeline.evaluation.intervals import Estimate, pool_seeds
+from pipeline.experiments.scaling import fit_power_law, held_out_prediction, pareto_front
 from pipeline.experiments.trials import SEED, label_of
 from pipeline.tracking.reader import TrainedRun
 
 if TYPE_CHECKING:  # takes seconds to import
     from matplotlib.figure import Figure
 
-NOT_VARIED = ("output", "tracking.", "resolved.", SEED)  # what differs without being a question
+NOT_VARIED = ("output", "tracking.", "resolved.", SEED)  # parameters that differ without being settings
 COSTS = {"peak_memory_gib": True, "samples_per_s": False}  # metric -> whether less is better
-MOST_NAMED = 3  # settings in a label
+MAX_LABEL_SETTINGS = 3  # with more, a label names only the settings that are unusual
 LOSSES = ("validation/loss", "final_loss")  # the first that all runs have is fitted
 LAW_FACTORS = ("parameters", "text_tokens", "audio_layers")
-SMALLEST_RANGE = 1.1  # largest over smallest: what varies by less, as tokens do with the seed, tells no exponent
+MIN_RANGE = 1.1  # largest over smallest value of a factor; tokens vary by less with the seed alone
 
 
 def audio_layers_of(run: TrainedRun) -> list[int]:
-    """The layers that any stream of a run enters beside the sequence."""
-    return sorted({layer for own in json.loads(run.params.get("resolved.audio_layers", "[]")) for layer in own})
+    """Returns the audio layers of a run, over all its streams; empty if audio is in the sequence alone."""
+    return sorted({layer for stream in json.loads(run.params.get("resolved.audio_layers", "[]")) for layer in stream})
 
 
 def _parameter(key: str) -> Callable[[TrainedRun], float | None]:
@@ -38,10 +39,15 @@ def _parameter(key: str) -> Callable[[TrainedRun], float | None]:
 
 @dataclass(frozen=True)
 class Factor:
-    """Something that accuracy is drawn against: its value in a run, None where there is none, the keys that set it."""
+    """A quantity against which accuracy is drawn.
+
+    Attributes:
+        value: returns its value in a run; None if the run has none.
+        keys: config keys that set it.
+    """
 
     label: str
-    of: Callable[[TrainedRun], float | None]
+    value: Callable[[TrainedRun], float | None]
     keys: tuple[str, ...]
 
 
@@ -63,8 +69,12 @@ FACTORS = {
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone; `settings` are the keys in which groups differ, `usual` their commonest
-    values where there are too many keys to name all."""
+    """Runs that differ only in their seed.
+
+    Attributes:
+        settings: values of the keys in which groups differ.
+        usual: most frequent values of these keys, if they are too many to be named in a label.
+    """
 
     settings: Mapping[str, str]
     runs: Sequence[TrainedRun]
@@ -72,23 +82,25 @@ class Group:
 
     @property
     def label(self) -> str:
-        told = {key: value for key, value in self.settings.items() if value != self.usual.get(key)}
-        if self.settings and not told:
+        """Names the settings, or those that are unusual."""
+        named = {key: value for key, value in self.settings.items() if value != self.usual.get(key)}
+        if self.settings and not named:
             return "usual settings"
-        return label_of(told) or self.runs[0].params.get("model.integration", self.runs[0].label)
+        return label_of(named) or self.runs[0].params.get("model.integration", self.runs[0].label)
 
-    def accuracy(self, benchmark: str) -> tuple[float, float, float] | None:
-        """Pooled; None if no run was asked."""
+    def accuracy(self, benchmark: str) -> Estimate | None:
+        """Returns the accuracy over all seeds; None if no run was evaluated on the benchmark."""
         scores = [run.evaluations[benchmark] for run in self.runs if benchmark in run.evaluations]
-        return pool([(s["accuracy"], *s["ci95"]) for s in scores]) if scores else None
+        return pool_seeds([(s["accuracy"], *s["ci95"]) for s in scores]) if scores else None
 
     def mean(self, metric: str) -> float | None:
+        """Returns the mean of a metric over the runs that have it."""
         values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
         return statistics.fmean(values) if values else None
 
 
 def group_runs(runs: Sequence[TrainedRun]) -> list[Group]:
-    """Finished runs by their settings, in order of appearance."""
+    """Groups finished runs by their settings, in order of appearance."""
     finished = [run for run in runs if run.status == "FINISHED"]
     keys = sorted({key for run in finished for key in run.params if not key.startswith(NOT_VARIED)})
     varied = [key for key in keys if len({run.params.get(key) for run in finished}) > 1]
@@ -96,23 +108,25 @@ def group_runs(runs: Sequence[TrainedRun]) -> list[Group]:
     for run in finished:
         members.setdefault(tuple(run.params.get(key, "-") for key in varied), []).append(run)
     usual = {}
-    if len(varied) > MOST_NAMED:
+    if len(varied) > MAX_LABEL_SETTINGS:
         usual = {key: statistics.mode(values) for key, values in zip(varied, zip(*members, strict=True), strict=True)}
-    return [Group(dict(zip(varied, values, strict=True)), own, usual) for values, own in members.items()]
+    return [Group(dict(zip(varied, values, strict=True)), group, usual) for values, group in members.items()]
 
 
 def pooled_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """One row for each group and benchmark, plain JSON; `front_*` tells whether it lies on that Pareto front."""
+    """Returns one row per group and benchmark as plain JSON; `front_*` is whether it is on that Pareto front."""
     rows = []
     for benchmark in sorted({name for group in groups for run in group.runs for name in run.evaluations}):
-        own = [(group, pooled) for group in groups if (pooled := group.accuracy(benchmark)) is not None]
+        evaluated = [(group, pooled) for group in groups if (pooled := group.accuracy(benchmark)) is not None]
         fronts = {}
         for cost, less_is_better in COSTS.items():
-            costs = [group.mean(cost) for group, _ in own]
+            costs = [group.mean(cost) for group, _ in evaluated]
             known = [c for c in costs if c is not None]
             if len(known) == len(costs):
-                fronts[cost] = pareto_front(known, [pooled[0] for _, pooled in own], less_is_better=less_is_better)
-        for index, (group, (mean, low, high)) in enumerate(own):
+                fronts[cost] = pareto_front(
+                    known, [pooled.value for _, pooled in evaluated], less_is_better=less_is_better
+                )
+        for index, (group, (mean, low, high)) in enumerate(evaluated):
             rows.append(
                 {
                     "settings": group.label,
@@ -130,7 +144,7 @@ def pooled_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def trend_figures(experiment: str, groups: Sequence[Group]) -> dict[str, Figure]:
-    """For each benchmark and factor with at least two values: accuracy against it, a line for each other setting."""
+    """Draws accuracy against each factor with at least two values, for each benchmark; one line per other setting."""
     from pipeline.plots import Line, plot_accuracy_by
 
     figures = {}
@@ -138,7 +152,7 @@ def trend_figures(experiment: str, groups: Sequence[Group]) -> dict[str, Figure]
         for name, factor in FACTORS.items():
             lines: dict[tuple[tuple[str, str], ...], list[tuple[float, float, float, float]]] = {}
             for group in groups:
-                x, pooled = factor.of(group.runs[0]), group.accuracy(benchmark)
+                x, pooled = factor.value(group.runs[0]), group.accuracy(benchmark)
                 if x is not None and pooled is not None:
                     others = tuple((k, v) for k, v in group.settings.items() if k not in factor.keys)
                     lines.setdefault(others, []).append((x, *pooled))
@@ -154,54 +168,56 @@ def trend_figures(experiment: str, groups: Sequence[Group]) -> dict[str, Figure]
 
 
 def fit_laws(groups: Sequence[Group]) -> dict[str, Any]:
-    """For each integration: loss as a power law of what varied, and its prediction for the largest size, left out."""
+    """Fits loss as a power law of the varied factors, by integration; predicts the largest size from the others."""
     fits: dict[str, Any] = {}
     runs = [run for group in groups for run in group.runs]
     for integration in sorted({run.params.get("model.integration", "-") for run in runs}):
-        own = [run for run in runs if run.params.get("model.integration", "-") == integration]
-        loss = next((name for name in LOSSES if all(name in run.metrics for run in own)), None)
-        found = {name: [float(FACTORS[name].of(run) or 0) for run in own] for name in LAW_FACTORS}
-        known = [name for name, each in found.items() if min(each) > 0 and max(each) >= SMALLEST_RANGE * min(each)]
-        if loss is None or not known:
+        members = [run for run in runs if run.params.get("model.integration", "-") == integration]
+        loss = next((name for name in LOSSES if all(name in run.metrics for run in members)), None)
+        factors = {name: [float(FACTORS[name].value(run) or 0) for run in members] for name in LAW_FACTORS}
+        varied = [name for name, each in factors.items() if min(each) > 0 and max(each) >= MIN_RANGE * min(each)]
+        if loss is None or not varied:
             continue
-        values = [dict(zip(known, each, strict=True)) for each in zip(*(found[name] for name in known), strict=True)]
-        losses = [run.metrics[loss] for run in own]
+        values = [
+            dict(zip(varied, each, strict=True)) for each in zip(*(factors[name] for name in varied), strict=True)
+        ]
+        losses = [run.metrics[loss] for run in members]
         law = fit_power_law(values, losses)
         if law is None:
             continue
         fits[integration] = {
             "loss": loss,
-            "runs": len(own),
+            "runs": len(members),
             "constant": law.constant,
             "exponents": {name: list(exponent) for name, exponent in law.exponents.items()},
-            "residuals": dict(zip([run.label for run in own], law.residuals, strict=True)),
+            "residuals": dict(zip([run.label for run in members], law.residuals, strict=True)),
         }
-        if "parameters" in known:
-            tested = held_out_prediction(values, losses, "parameters")
+        if "parameters" in varied:
+            predictions = held_out_prediction(values, losses, "parameters")
             fits[integration]["held_out"] = [
                 {"measured": measured, "predicted": predicted, "interval": list(interval),
                  "inside": interval[0] <= measured <= interval[1]}
-                for measured, predicted, interval in tested
+                for measured, predicted, interval in predictions
             ]  # fmt: skip
     return fits
 
 
 def describe_fits(fits: Mapping[str, Any]) -> list[str]:
-    """The laws in words, for the report."""
+    """Describes the laws in words, for the report."""
     lines = []
     for integration, fit in fits.items():
         terms = " x ".join(f"{name}^{value:.3f} ({low:.3f} to {high:.3f})"
                            for name, (value, low, high) in fit["exponents"].items())  # fmt: skip
         worst = max(abs(residual) for residual in fit["residuals"].values())
         lines.append(f"`{integration}`: {fit['loss']} ~ {terms}, {fit['runs']} runs, largest residual {worst:.1%}.")
-        tested = fit.get("held_out", [])
-        if tested:
-            inside = sum(each["inside"] for each in tested)
-            low, high = tested[0]["interval"]
-            measured = ", ".join(f"{each['measured']:.4f}" for each in tested)
+        held_out = fit.get("held_out", [])
+        if held_out:
+            inside = sum(each["inside"] for each in held_out)
+            low, high = held_out[0]["interval"]
+            measured = ", ".join(f"{each['measured']:.4f}" for each in held_out)
             lines.append(
-                f"Fitted without the largest size it predicts {tested[0]['predicted']:.4f} ({low:.4f} to {high:.4f}) "
-                f"for that; measured {measured}: {inside} of {len(tested)} inside, so the law "
-                f"{'holds' if inside == len(tested) else 'does not hold for every run'} there."
+                f"Fitted without the largest size, the law predicts {held_out[0]['predicted']:.4f} "
+                f"({low:.4f} to {high:.4f}) for it; measured {measured}: {inside} of {len(held_out)} inside the "
+                f"interval, so the law {'holds' if inside == len(held_out) else 'does not hold for every run'} there."
             )
     return lines

@@ -64,7 +64,7 @@ def plot_differences(rows: Sequence[Difference], reference: str, title: str) -> 
     """Draws one row per variant: the mean difference with its 95 % interval, and small dots for the seeds."""
     figure = Figure(figsize=(7.5, 1.6 + 0.5 * len(rows)), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(f"{title}\nagainst {reference}", fontsize=10)
+    axes.set_title(f"{title}\ncompared with {reference}", fontsize=10)
     figure.supxlabel("difference in accuracy, percentage points (95 % interval; small dots: seeds)", fontsize=10)
     axes.axvline(0, color="black", linewidth=1)
     for position, row in enumerate(rows):

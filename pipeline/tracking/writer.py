@@ -1,8 +1,8 @@
 """Writes runs to MLflow. Training never waits for MLflow and never fails because of it.
 
 Every record is appended to `<output>/metrics.jsonl` first. A thread sends that file to MLflow and stores its progress
-in `<output>/tracking.json`. The file is the queue: records that a dead server did not accept are sent at the next start.
-`pipeline.tracking.reader` reads runs; no other package imports mlflow."""
+in `<output>/tracking.json`. The file is the queue: records that a dead server did not accept are sent at the
+next start. `pipeline.tracking.reader` reads runs; no other package imports mlflow."""
 
 from __future__ import annotations
 

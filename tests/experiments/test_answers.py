@@ -1,4 +1,4 @@
-"""A sweep's questions are answered by the stated rule, from whatever of its trials is finished, on one page."""
+"""A sweep's questions are answered by the stated rule, from the finished trials, on one page."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import validate_config
-from pipeline.evaluation.scoring import bootstrap_ci95
-from pipeline.experiments.answers import Answer, answer
-from pipeline.experiments.page import write_page
+from pipeline.evaluation.intervals import bootstrap_ci95
+from pipeline.experiments.answers import Answer, answer_questions
+from pipeline.experiments.page import SweepResults, write_page
 from pipeline.experiments.trials import SEED, SweepConfig, label_of, trial_name
 from pipeline.tracking.reader import TrainedRun
 
@@ -21,25 +21,25 @@ DEPTH, SIZE = "model.num_audio_layers", "model.language_model"
 
 
 def sweep_of(*questions: Sequence[dict[str, Any]]) -> SweepConfig:
-    asked = [{"question": f"Question {number}?", "runs": list(runs)} for number, runs in enumerate(questions)]
-    values = {"name": "small", "experiment": "demo", "output": "unused", "questions": asked}
+    configs = [{"question": f"Question {number}?", "runs": list(runs)} for number, runs in enumerate(questions)]
+    values = {"name": "small", "experiment": "demo", "output": "unused", "questions": configs}
     return validate_config(SweepConfig, {**values, "seeds": list(SEEDS), "evaluate": ["sets/test"]}, "a sweep")
 
 
 class Store:
-    """Runs of trials, and which of the clips' questions each answered right."""
+    """Runs of trials, and which questions each of them answered correctly."""
 
     def __init__(self) -> None:
         self.runs: list[TrainedRun] = []
-        self.verdicts: dict[str, dict[str, Any]] = {}
+        self.correctness: dict[str, dict[str, Any]] = {}
 
-    def add(self, settings: dict[str, Any], right: dict[int, int], loss: float = 1.0, size: int = 1000) -> None:
-        """`right`: seed -> how many of the first clips are answered right."""
-        for seed, count in right.items():
+    def add(self, settings: dict[str, Any], correct_clips: dict[int, int], loss: float = 1.0, size: int = 1000) -> None:
+        """Adds runs; `correct_clips` is seed -> number of clips, the first ones, that are answered correctly."""
+        for seed, count in correct_clips.items():
             name = trial_name({**settings, SEED: seed})
             correct = [clip < count for clip in range(CLIPS)]
             clips = [f"clip{clip}" for clip in range(CLIPS)]
-            self.verdicts[name] = {"question_id": clips, "clip_id": clips, "correct": correct}
+            self.correctness[name] = {"question_id": clips, "clip_id": clips, "correct": correct}
             low, high = bootstrap_ci95(np.array(correct, dtype=float), clips)
             scores = {"accuracy": count / CLIPS, "ci95": [low, high], "by_domain": {}, "by_task": {}}
             self.runs.append(
@@ -64,7 +64,7 @@ class Store:
             )
 
     def answer(self, sweep: SweepConfig) -> list[Answer]:
-        return answer(sweep, self.runs, "test", lambda run: self.verdicts[run.name])
+        return answer_questions(sweep, self.runs, "test", lambda run, _: self.correctness[run.name])
 
 
 @pytest.fixture
@@ -74,45 +74,45 @@ def store() -> Store:
     return store
 
 
-def verdicts(answers: Sequence[Answer]) -> list[list[str]]:
-    return [[variant.verdict for variant in each.variants] for each in answers]
+def conclusions(answers: Sequence[Answer]) -> list[list[str]]:
+    return [[variant.conclusion for variant in each.variants] for each in answers]
 
 
-def test_verdicts_follow_the_interval_of_the_difference(store: Store) -> None:
+def test_conclusions_follow_the_interval_of_the_difference(store: Store) -> None:
     store.add({DEPTH: 1}, {0: 60, 1: 62, 2: 58}, loss=2.0)
     store.add({DEPTH: 2}, {0: 140, 1: 142, 2: 139}, loss=0.5)
     store.add({DEPTH: 3}, {0: 101, 1: 101, 2: 98}, loss=0.9)
-    (found,) = store.answer(sweep_of([{}, {DEPTH: 1}, {DEPTH: 2}, {DEPTH: 3}]))
-    assert verdicts([found]) == [["", "worse", "better", "no difference seen"]]
-    for variant, expected in zip(found.variants[1:], (-0.2, 0.2 + 1 / 600, 0.0), strict=True):
+    (answer,) = store.answer(sweep_of([{}, {DEPTH: 1}, {DEPTH: 2}, {DEPTH: 3}]))
+    assert conclusions([answer]) == [["", "worse", "better", "no difference seen"]]
+    for variant, expected in zip(answer.variants[1:], (-0.2, 0.2 + 1 / 600, 0.0), strict=True):
         assert variant.difference is not None
         mean, low, high = variant.difference
         assert mean == pytest.approx(expected) and low < mean < high
-    assert "worse: num_audio_layers 1" in found.verdict
+    assert "worse: num_audio_layers 1" in answer.conclusion
 
 
-def test_more_noise_between_seeds_makes_a_verdict_harder(store: Store) -> None:
+def test_more_noise_between_seeds_widens_the_intervals(store: Store) -> None:
     store.add({DEPTH: 1}, {0: 60, 1: 62, 2: 58})
     store.add({DEPTH: 2}, {0: 10, 1: 190, 2: 100})
     quiet, noisy = store.answer(sweep_of([{}, {DEPTH: 1}])), store.answer(sweep_of([{}, {DEPTH: 1}, {DEPTH: 2}]))
-    assert verdicts(quiet) == [["", "worse"]]
-    assert verdicts(noisy) == [["", "no difference seen", "no difference seen"]]
+    assert conclusions(quiet) == [["", "worse"]]
+    assert conclusions(noisy) == [["", "no difference seen", "no difference seen"]]
 
 
-def test_a_repetition_is_the_same_and_a_twin_in_accuracy_is_not(store: Store) -> None:
+def test_a_repetition_is_the_same_and_equal_accuracy_alone_is_not(store: Store) -> None:
     store.add({"data.workers": 0}, {0: 100, 1: 102, 2: 98})
     store.add({DEPTH: 1}, {0: 100, 1: 102, 2: 98}, loss=1.5)
-    asked = sweep_of([{}, {"data.workers": 0}, {DEPTH: 1}])
-    assert verdicts(store.answer(asked)) == [["", "the same", "no difference seen"]]
+    sweep = sweep_of([{}, {"data.workers": 0}, {DEPTH: 1}])
+    assert conclusions(store.answer(sweep)) == [["", "the same", "no difference seen"]]
 
 
-def test_what_was_not_run_is_said(store: Store, tmp_path: Path) -> None:
+def test_missing_trials_are_reported(store: Store, tmp_path: Path) -> None:
     store.add({DEPTH: 1}, {1: 62})
     sweep = sweep_of([{}, {DEPTH: 1}, {DEPTH: 2}], [{DEPTH: 2}, {DEPTH: 3}])
     answers = store.answer(sweep)
-    assert verdicts(answers)[1] == ["not run", "not run"]
+    assert conclusions(answers)[1] == ["not run", "not run"]
     assert [len(v.runs) for v in answers[0].variants] == [3, 1, 0]
-    assert answers[0].variants[2].verdict == "not run"
+    assert answers[0].variants[2].conclusion == "not run"
     page = write(store, sweep, tmp_path)
     assert "4 finished of 12" in page and "not run: num_audio_layers 2" in page
 
@@ -129,7 +129,7 @@ def test_labels_are_short() -> None:
 
 @pytest.mark.parametrize("jump", [1.0, 3.0])
 def test_the_page_says_whether_the_largest_size_was_predicted(store: Store, tmp_path: Path, jump: float) -> None:
-    """Loss = size ** -0.1 for all sizes, or three times that for the largest."""
+    """The loss is size ** -0.1 for all sizes, or three times that for the largest."""
     store = Store()
     for name, size, factor in (("a", 1000, 1.0), ("b", 4000, 1.0), ("c", 16000, jump)):
         store.add({SIZE: name}, {0: 100, 1: 101, 2: 99}, loss=factor * size**-0.1, size=size)
@@ -140,13 +140,12 @@ def test_the_page_says_whether_the_largest_size_was_predicted(store: Store, tmp_
 
 def write(store: Store, sweep: SweepConfig, folder: Path) -> str:
     appendix = folder / "appendix.md"
-    appendix.write_text("## Further\n")
+    appendix.write_text("## Appendix\n")
     page = folder / "page.md"
-    files = write_page(
-        page, sweep, {}, store.runs, lambda run, _: store.verdicts[run.name], command="a command", appended=[appendix]
-    )
+    results = SweepResults(sweep, {}, store.runs, lambda run, _: store.correctness[run.name])
+    files = write_page(page, results, command="a command", appended=[appendix])
     assert all(file.is_file() for file in files)
     text = page.read_text()
     assert all(f"page/{file.name})" in text for file in files if file.suffix == ".png")
-    assert "`a command`" in text and text.endswith("## Further\n")
+    assert "`a command`" in text and text.endswith("## Appendix\n")
     return text

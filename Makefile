@@ -61,7 +61,7 @@ scaling: $(DEV) $(patsubst %,$(SCALING)/features/%/features.json,train test)
 scaling: $(patsubst %,$(SCALING)/language_model_%/config.json,32 64 96)
 scaling: ## the scaling experiments, from scratch to pipeline/results/scaling.md (about 50 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pal sweep scaling
-	OMP_NUM_THREADS=1 $(BIN)/python tests/cost/test_predictions_measured.py $(SCALING)/plan.md
+	OMP_NUM_THREADS=1 $(BIN)/pal bench plan $(SCALING)/plan.md
 	$(BIN)/pal report scaling --uri sqlite:///$(SCALING)/trials/mlflow.db --out $(SCALING)/report \
 		--answers pipeline/results/scaling.md --append $(SCALING)/plan.md --command "make scaling"
 

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("pipeline.report", "tables and plots of an experiment, from MLflow"),
     "bench integration": ("pipeline.bench.integration", "speed and memory of the integrations, measured and predicted"),
     "bench train": ("pipeline.bench.train", "compare the training loop with the bare DeepSpeed engine"),
+    "bench plan": ("pipeline.bench.plan", "what pal plan predicts, beside what small runs hold and take"),
     "bench prepare": ("data_prep.bench", "compare preparation with a bare loop over the encoder"),
     "drill": ("pipeline.drill", "inject faults into a real run and report how it recovers"),
     "demo": ("pipeline.demo", "from audio files to trained, compared models on this machine"),

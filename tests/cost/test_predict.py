@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.bench.plan import PlannedRun
+from pipeline.bench.planned_runs import WORKLOAD, make_batch, write_config
 from pipeline.config import ExperimentConfig, TrainConfig, load_config, validate_config
 from pipeline.config.cluster import ClusterConfig, WorkloadConfig
 from pipeline.core.errors import UserError
@@ -20,7 +22,6 @@ from pipeline.cost.workload import model_size, row_shape, run_flops, total_steps
 from pipeline.engine import build_ds_config
 from pipeline.model import PalForCausalLM, set_trainable
 from pipeline.plan import main
-from tests.helpers.planned_jobs import WORKLOAD, make_batch, write_job
 
 GROUPS = [[2048 * 8192] * 30, [2048] * 60]  # about half a billion trained
 TRAINED = sum(map(sum, GROUPS))
@@ -76,17 +77,8 @@ def test_states_agree_with_deepspeeds_own_estimators(gpus: int) -> None:
 def test_counted_activations_are_those_that_the_model_keeps(
     integration: str, trainable: Any, questions: int, tmp_path: Path
 ) -> None:
-    config = write_job(
-        tmp_path,
-        "wide",
-        integration,
-        0,
-        1,
-        1,
-        questions_per_sequence=questions,
-        trainable=trainable,
-        micro_batch_size=2,
-    )
+    run = PlannedRun("wide", integration, zero_stage=0)
+    config = write_config(tmp_path, run, questions=questions, trainable=trainable, micro_batch_size=2)
     size = model_size(config, WORKLOAD)
     model = PalForCausalLM(size.config)
     set_trainable(model, trainable)

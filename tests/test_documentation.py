@@ -1,0 +1,76 @@
+"""The documentation agrees with the tree: links, paths, the layers and sentences of the import rule, the maps."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pipeline import cli
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("pipeline", "data_prep", "ds_configs", "cluster")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "pipeline" / "README.md").read_text()
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+OLD_PATHS = "CHANGELOG.md"  # names paths of earlier versions
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    files = [link.partition("#")[0] for link in links if not link.startswith("#")]
+    assert not [file for file in files if not (page.parent / file).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_paths_of_modules_exist(page: Path) -> None:
+    paths = re.findall(r"`((?:pipeline|data_prep|tests)/[\w/]+\.py)`", page.read_text())
+    assert page.name == OLD_PATHS or not [path for path in paths if not (ROOT / path).is_file()]
+
+
+def test_the_architecture_draws_the_layers_of_the_contracts() -> None:
+    drawn = [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", ARCHITECTURE, re.DOTALL)]
+    layers = [contract["layers"] for contract in CONTRACTS if contract["type"] == "layers"]
+    assert layers and [block for block in drawn if block in layers] == layers
+
+
+@pytest.mark.parametrize("name", [contract["name"] for contract in CONTRACTS])
+def test_the_architecture_states_a_contract(name: str) -> None:
+    assert name.lower() in " ".join(ARCHITECTURE.lower().split())
+
+
+def test_the_map_of_the_architecture_names_every_package_and_only_modules_that_exist() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", ARCHITECTURE, re.MULTILINE)
+    packages = {name: cell for name, cell in rows if (ROOT / "pipeline" / name).is_dir()}
+    without_code = {"configs", "results"}
+    assert packages.keys() | without_code == {p.name for p in (ROOT / "pipeline").iterdir() if holds_sources(p)}
+    named = [(package, name) for package, cell in packages.items() for name in re.findall(r"`([\w/]+)`", cell)]
+    missing = [f"{package}/{name}" for package, name in named if not exists(ROOT / "pipeline" / package / name)]
+    assert len(named) > 50 and not missing
+
+
+def test_the_map_of_the_readme_names_every_folder() -> None:
+    folders = set(re.findall(r"^\| `([\w/]+)/` \|", README, re.MULTILINE))
+    assert not [folder for folder in folders if not (ROOT / folder).is_dir()]
+    assert {f"pipeline/{p.name}" for p in (ROOT / "pipeline").iterdir() if holds_sources(p)} <= folders
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_the_table_of_commands_names_a_command(command: str) -> None:
+    assert f"`pal {command}" in ARCHITECTURE
+
+
+def holds_sources(folder: Path) -> bool:
+    return folder.is_dir() and any(file.suffix in (".py", ".yaml", ".md") for file in folder.iterdir())
+
+
+def exists(path: Path) -> bool:
+    return path.is_dir() or path.with_suffix(".py").is_file()

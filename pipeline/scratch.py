@@ -1,5 +1,5 @@
-"""`pal scratch CONFIG OUT MANIFEST...`: writes a small language model with random weights and a tokenizer trained on the
-questions of manifests. The demo and the scaling experiments use it in place of a pretrained language model."""
+"""`pal scratch CONFIG OUT MANIFEST...`: writes a small language model with random weights, and trains its tokenizer on
+the questions of manifests. The demo and the scaling experiments use it in place of a pretrained language model."""
 
 from __future__ import annotations
 

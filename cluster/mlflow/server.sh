@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# An MLflow server for a team, with names and passwords. Needs the extra `server`: pip install "pal-pipeline[server]".
+# Starts an MLflow server for a team, with passwords. Needs the extra `server`: pip install "pal-pipeline[server]".
 #   MLFLOW_AUTH_ADMIN_PASSWORD=... MLFLOW_FLASK_SERVER_SECRET_KEY=... cluster/mlflow/server.sh FOLDER
-# STORE=postgresql://host/mlflow (password in ~/.pgpass) instead of sqlite, ARTIFACTS=s3://bucket/mlflow instead of FOLDER.
-# HOST=127.0.0.1 unless told otherwise: put it behind a proxy with TLS before others reach it, passwords travel in clear.
+# STORE=postgresql://host/mlflow (password in ~/.pgpass) replaces sqlite; ARTIFACTS=s3://bucket/mlflow replaces FOLDER.
+# It listens on HOST, by default 127.0.0.1. Passwords are sent in clear text: put it behind a proxy with TLS before others
+# use it.
 set -euo pipefail
 folder=$(realpath -m "${1:?give the folder of the server}")
 mkdir -p "$folder"

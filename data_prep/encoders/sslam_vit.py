@@ -49,7 +49,7 @@ class SslamViT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, hidden, num_heads) for _ in range(depth))
 
     def forward(self, mel_BFM: Tensor, layer: int | None = None) -> Tensor:
-        """Returns features.
+        """Computes the output of a block without the CLS token.
 
         Args:
             layer: number of blocks to run; None means all.

@@ -21,6 +21,8 @@ AUDIO_TOWER = "audio_tower."  # prefix of the encoder's tensors inside the whole
 
 
 class _WhisperMel(Encoder):
+    """What Whisper and AF-Whisper share: the feature extractor."""
+
     def __init__(self, config: WhisperConfig | AfWhisperConfig, contract: EncoderContract, path: Path) -> None:
         self.contract = contract
         self.pool = config.pool

@@ -46,6 +46,8 @@ class MdsWriter:
 
 
 class _Writer(MDSWriter):
+    """MDSWriter without empty shards."""
+
     def flush_shard(self) -> None:
         if self.new_samples:  # a first sample above the size limit would leave an empty shard before it
             super().flush_shard()

@@ -43,6 +43,8 @@ class _OpenAqa(_Foreign):
 
 
 class _SlamLlm(_Foreign):
+    """A line of SLAM-LLM: a path (`source`) and its transcript or answer (`target`)."""
+
     key: str
     source: str
     target: str
@@ -50,16 +52,22 @@ class _SlamLlm(_Foreign):
 
 
 class _Message(_Foreign):
+    """A turn of a chat."""
+
     role: str
     content: str
 
 
 class _Chat(_Foreign):
+    """A conversation of ms-swift or LLaMA-Factory."""
+
     messages: list[_Message]
     audios: list[str]
 
 
 class _AudioFlamingo(_Foreign):
+    """A conversation of Audio Flamingo 3."""
+
     sound: str
     conversations: list[dict[str, str]]
 
@@ -94,6 +102,8 @@ def read_text(path: str) -> Iterator[TextRow]:
 
 
 def read_openaqa(path: str, table: TableConfig) -> Iterator[ClipRow]:
+    """Yields OpenAQA by clip; the `input` of a record is appended to its instruction."""
+
     def convert(value: Any, location: str) -> ClipRow:
         row = validate_row(_OpenAqa, value, location)
         question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
@@ -104,6 +114,8 @@ def read_openaqa(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def read_slam_llm(path: str, table: TableConfig) -> Iterator[ClipRow]:
+    """Yields SLAM-LLM by clip; `table.question` is the question of records without a prompt."""
+
     def convert(value: Any, location: str) -> ClipRow:
         row = validate_row(_SlamLlm, value, location)
         question = row.prompt or table.question
@@ -115,6 +127,8 @@ def read_slam_llm(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def read_messages(path: str, table: TableConfig) -> Iterator[ClipRow]:
+    """Yields chats by clip; each exchange of user and assistant is a question, system messages are ignored."""
+
     def convert(value: Any, location: str) -> ClipRow:
         row = validate_row(_Chat, value, location)
         if len(row.audios) != 1:
@@ -126,6 +140,8 @@ def read_messages(path: str, table: TableConfig) -> Iterator[ClipRow]:
 
 
 def read_audio_flamingo(path: str, table: TableConfig) -> Iterator[ClipRow]:
+    """Yields conversations by clip; each exchange of human and gpt is a question."""
+
     def convert(value: Any, location: str) -> ClipRow:
         row = validate_row(_AudioFlamingo, value, location)
         for turn in row.conversations:

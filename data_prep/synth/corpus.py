@@ -159,18 +159,18 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
         raise UserError(out, "is not empty and not a finished corpus", "choose another folder")
 
     corpus = plan_corpus(clips, seed)
-    work = _start(out, settings)
+    work_dir = _start(out, settings)
     for clip in corpus:
-        path = work / clip.audio
+        path = work_dir / clip.audio
         if not path.exists():
             _write(path, encode(clip))
     for name, held_out in (("train.jsonl", False), ("test.jsonl", True)):
-        _write_lines(work / name, [_manifest_row(clip) for clip in corpus if clip.held_out == held_out])
-    _write_lines(work / "truth.jsonl", [{"clip_id": clip.clip_id, **asdict(clip.plan)} for clip in corpus])
+        _write_lines(work_dir / name, [_manifest_row(clip) for clip in corpus if clip.held_out == held_out])
+    _write_lines(work_dir / "truth.jsonl", [{"clip_id": clip.clip_id, **asdict(clip.plan)} for clip in corpus])
     record = {**settings, **summary(corpus)}
-    _write(work / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-    (work / STAMP).unlink()
-    work.rename(out)  # also replaces an empty folder
+    _write(work_dir / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    (work_dir / STAMP).unlink()
+    work_dir.rename(out)  # also replaces an empty folder
     return record
 
 
@@ -209,17 +209,19 @@ def _read_record(out: Path) -> dict[str, Any] | None:
 
 def _start(out: Path, settings: dict[str, int]) -> Path:
     """Returns the working folder, emptied unless it is from a run with these settings."""
-    work = out.parent / f".{out.name}.unfinished"
-    stamp = work / STAMP
+    work_dir = out.parent / f".{out.name}.unfinished"
+    stamp = work_dir / STAMP
     settings_text = json.dumps(settings)
     if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == settings_text):
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(work_dir, ignore_errors=True)
         try:
-            (work / "audio").mkdir(parents=True)
+            (work_dir / "audio").mkdir(parents=True)
         except OSError as error:
-            raise UserError(work.parent, f"cannot be written ({error.strerror})", "choose another folder") from error
+            raise UserError(
+                work_dir.parent, f"cannot be written ({error.strerror})", "choose another folder"
+            ) from error
         _write(stamp, settings_text.encode())
-    return work
+    return work_dir
 
 
 def _write(path: Path, data: bytes) -> None:

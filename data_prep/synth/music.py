@@ -34,6 +34,8 @@ DECAY_S = {"piano": 0.15, "xylophone": 0.04}
 
 @dataclass(frozen=True)
 class Note:
+    """One note of a melody."""
+
     start_s: float
     duration_s: float
     frequency_hz: float
@@ -43,6 +45,8 @@ class Note:
 
 @dataclass(frozen=True)
 class MusicPlan(Plan):
+    """A clip of one melody."""
+
     contour: str
     tempo: str
     notes: tuple[Note, ...]

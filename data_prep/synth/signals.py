@@ -20,6 +20,7 @@ LOUDNESS_WINDOW_S = 0.05
 
 
 def num_samples(duration_s: float, rate_hz: int) -> int:
+    """Returns the number of samples of a duration."""
     return round(duration_s * rate_hz)
 
 
@@ -47,6 +48,7 @@ def _wave_table(harmonics: tuple[float, ...]) -> Samples:
 
 
 def noise(rng: np.random.Generator, samples: int) -> Samples:
+    """Returns white noise of unit variance."""
     return rng.standard_normal(samples, dtype=np.float32)
 
 
@@ -61,6 +63,7 @@ def filtered(wave: Samples, gain: npt.NDArray[np.float64]) -> Samples:
 
 
 def bins_hz(samples: int, rate_hz: int) -> npt.NDArray[np.float64]:
+    """Returns the frequency of each bin of a real spectrum."""
     return np.fft.rfftfreq(samples, 1 / rate_hz)
 
 
@@ -70,6 +73,7 @@ def glide(start_hz: float, end_hz: float, samples: int) -> npt.NDArray[np.float6
 
 
 def decay(samples: int, rate_hz: int, time_constant_s: float) -> Samples:
+    """Returns an exponential decay from 1."""
     return np.exp(-np.arange(samples, dtype=np.float32) / np.float32(time_constant_s * rate_hz))
 
 

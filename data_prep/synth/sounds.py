@@ -49,6 +49,8 @@ class Event:
 
 @dataclass(frozen=True)
 class SoundPlan(Plan):
+    """A clip of sound events in sequence."""
+
     events: tuple[Event, ...]
 
     def facts(self) -> list[Fact]:

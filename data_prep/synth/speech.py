@@ -51,15 +51,19 @@ class Syllable:
 
     @property
     def text(self) -> str:
+        """The syllable in letters."""
         return self.consonant + self.vowel
 
     @property
     def duration_s(self) -> float:
+        """Duration of consonant and vowel."""
         return CONSONANT_S[self.consonant] + self.vowel_s
 
 
 @dataclass(frozen=True)
 class SpeechPlan(Plan):
+    """A clip of one word by one speaker."""
+
     speaker: str
     syllables: tuple[Syllable, ...]
 

@@ -57,23 +57,23 @@ def read_column(config, column) -> dict[str, dict]:
 
 def test_new_clips_go_to_new_partitions(corpus, encoded, tmp_path):
     config, rows = corpus
-    before = hashes(tmp_path / "set")
+    hashes_before = hashes(tmp_path / "set")
     soundfile.write(tmp_path / "corpus/audio/new.wav", tone(0.5, 16000), 16000)
     grow(config, [clip_row("new", "audio/new.wav"), *rows])
     assert encoded == ["new"]
     after = hashes(tmp_path / "set")
-    shards = {name for name in before if "/part-" in name}
-    assert shards and all(after[name] == before[name] for name in shards)
+    shards = {name for name in hashes_before if "/part-" in name}
+    assert shards and all(after[name] == hashes_before[name] for name in shards)
     assert list(read_column(config, "log_mel")) == ["clip0", "clip1", "clip2", "clip3", "clip5", "clip6", "new"]
 
 
 def test_questions_are_replaced_without_touching_features(corpus, encoded, tmp_path):
     config, rows = corpus
-    before = hashes(tmp_path / "set/log_mel")
+    hashes_before = hashes(tmp_path / "set/log_mel")
     rows[3]["questions"][0]["answer"] = "a flute"
     rows[3]["questions"].append({"question": "And?", "answer": "nothing"})
     grow(config, rows)
-    assert encoded == [] and hashes(tmp_path / "set/log_mel") == before
+    assert encoded == [] and hashes(tmp_path / "set/log_mel") == hashes_before
     clips = read_column(config, "clips")
     assert [q["answer"] for q in clips["clip3"]["questions"]] == ["a flute", "a tone", "nothing"]
     assert load_contract(config.output).questions == 2 * 6 + 1
@@ -82,11 +82,11 @@ def test_questions_are_replaced_without_touching_features(corpus, encoded, tmp_p
 
 def test_an_encoder_is_added_beside_the_others(corpus, encoded, tmp_path):
     config, rows = corpus
-    before = {n: h for n, h in hashes(tmp_path / "set").items() if n.startswith(("clips/", "log_mel/"))}
+    hashes_before = {n: h for n, h in hashes(tmp_path / "set").items() if n.startswith(("clips/", "log_mel/"))}
     fine = {"kind": "log_mel", "hop_ms": 5, "num_mels": 40}
     grown = grow(config, rows, encoders={"log_mel": {"kind": "log_mel"}, "fine": fine})
     assert "clip4" not in encoded  # it stays rejected
-    assert {n: h for n, h in hashes(tmp_path / "set").items() if n in before} == before
+    assert {n: h for n, h in hashes(tmp_path / "set").items() if n in hashes_before} == hashes_before
     assert list(read_column(grown, "fine")) == list(read_column(grown, "clips"))
     assert read_column(grown, "fine")["clip0"]["features"].shape[1] == 160
     with pytest.raises(UserError, match="other settings"):  # going back would lose a column

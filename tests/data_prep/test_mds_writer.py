@@ -66,7 +66,7 @@ def test_the_merged_index_equals_that_of_the_library(prepared, tmp_path):
 
 def test_uncommitted_folders_are_removed_and_written_again_with_the_same_bytes(prepared):
     store, commits, config = prepared
-    before = hashes(store.root)
+    hashes_before = hashes(store.root)
     (store.root / "commits/00001.json").unlink()  # as if killed between the last folder and the record
     shutil.rmtree(store.root / "clips/part-00001")
     (store.root / "log_mel/part-00002/shard.00000.mds").unlink()  # a record with a missing file is not a commit
@@ -74,7 +74,7 @@ def test_uncommitted_folders_are_removed_and_written_again_with_the_same_bytes(p
     remove_uncommitted(store, ["clips", "log_mel"], commits[:1], keep_indexed=False)
     assert store.list("log_mel") == [INDEX, "part-00000"] and store.list("clips") == [INDEX, "part-00000"]
     prepare_here(config)
-    assert hashes(store.root) == before
+    assert hashes(store.root) == hashes_before
 
 
 def test_publishing_twice_keeps_one_and_replaces_what_differs(tmp_path):

@@ -106,11 +106,11 @@ def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(c
     ]
     assert validate.main([str(tmp_path / "set")]) == 0
 
-    before = hashes(tmp_path / "set")
+    hashes_before = hashes(tmp_path / "set")
     assert (
         prepare.main([*argv, "workers.start_timeout_s=0.001"]) == 0
     )  # no worker is started when nothing is left to do
-    assert hashes(tmp_path / "set") == before
+    assert hashes(tmp_path / "set") == hashes_before
     with pytest.raises(UserError, match="other settings"):
         prepare.main([*argv, "encoders.log_mel.num_mels=32"])
     write_manifest(manifest, rows[:-1])

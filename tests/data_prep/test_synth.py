@@ -143,12 +143,12 @@ def test_leftovers_of_other_settings_are_not_used(tmp_path):
 
 
 def test_a_finished_corpus_is_kept_and_other_settings_are_refused(corpus):
-    before = bytes_by_name(corpus)
+    hashes_before = bytes_by_name(corpus)
     assert main([str(corpus), "--clips", str(CLIPS)]) == 0
     for other in (["--seed", "5"], ["--clips", "90"]):
         with pytest.raises(UserError, match="other settings"):
             main([str(corpus), "--clips", str(CLIPS), *other])
-    assert bytes_by_name(corpus) == before
+    assert bytes_by_name(corpus) == hashes_before
 
 
 def test_a_folder_with_other_content_is_not_touched(tmp_path):

@@ -1,4 +1,4 @@
-"""The files of cluster/ are valid where a schema or a linter can tell, closed by default, and hold no secret."""
+"""The files of cluster/ pass their schemas and linters, are closed by default, and hold no secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINTERS = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_ray_accepts_its_clusters(cloud: str) -> None:
+def test_cluster_configs_match_the_schema_of_ray(cloud: str) -> None:
     spec = find_spec("ray")
     assert spec is not None and spec.origin is not None
     schema = json.loads((Path(spec.origin).parent / "autoscaler" / "ray-schema.json").read_text())
@@ -36,14 +36,14 @@ def test_ray_accepts_its_clusters(cloud: str) -> None:
     assert "--dashboard-host=127.0.0.1" in cluster["head_start_ray_commands"][-1]
 
 
-def test_kubernetes_takes_the_pods_which_are_not_root_and_have_what_they_mount() -> None:
+def test_pods_are_valid_are_not_root_and_have_every_volume_they_mount() -> None:
     cluster: dict[str, Any] = yaml.safe_load((CLUSTER / "ray" / "kuberay_cluster.yaml").read_text())
     spec = cluster["spec"]
     assert spec["authOptions"] == {"mode": "token"} and spec["rayVersion"] == version("ray")
     for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
         pod = group["template"]["spec"]
-        whole = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pal"}, **group["template"]}
-        kubernetes_validate.validate(whole, kubernetes_validate.latest_version(), strict=True)
+        manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pal"}, **group["template"]}
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
         assert pod["securityContext"]["runAsNonRoot"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         for container in pod["containers"]:
@@ -68,23 +68,23 @@ def test_the_image_passes_hadolint_and_takes_its_versions_from_the_constraints()
     assert "cluster/constraints.txt ./" in text and not re.search(r"[=~<>]=", text)
 
 
-def test_the_image_runs_as_a_number_that_is_not_root_and_holds_no_secret() -> None:
+def test_the_image_runs_as_a_numeric_user_and_holds_no_secret() -> None:
     text = (CLUSTER / "Dockerfile").read_text()
     user = re.findall(r"^USER (\S+)", text, re.MULTILINE)[-1]
-    assert user.isdigit() and int(user) > 0  # Kubernetes cannot tell who a name is
+    assert user.isdigit() and int(user) > 0  # Kubernetes cannot check a name for root
     assert not re.search(r"^(ENV|ARG)\s.*(TOKEN|KEY|PASSW|SECRET)", text, re.MULTILINE)
     copied = {word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[1:-1]}
-    sent = (CLUSTER / "Dockerfile.dockerignore").read_text().split("*\n", 1)[1].splitlines()
-    assert {line[1:] for line in sent if line.startswith("!")} == copied and "**/.*" in sent
+    ignore_file = (CLUSTER / "Dockerfile.dockerignore").read_text().split("*\n", 1)[1].splitlines()
+    assert {line[1:] for line in ignore_file if line.startswith("!")} == copied and "**/.*" in ignore_file
 
 
-def test_the_tracking_server_is_on_localhost_and_asks_for_a_password() -> None:
+def test_the_tracking_server_listens_on_localhost_and_requires_a_password() -> None:
     text = (CLUSTER / "mlflow" / "server.sh").read_text()
     assert '--host "${HOST:-127.0.0.1}"' in text and "--app-name basic-auth" in text
     assert "admin_password" not in text
 
 
-def test_the_example_hostfile_is_one() -> None:
+def test_the_example_hostfile_and_environment_are_valid() -> None:
     assert read_hostfile(CLUSTER / "deepspeed" / "hostfile", None) == {"worker-1": 8, "worker-2": 8}
     for line in (CLUSTER / "deepspeed" / "deepspeed_env").read_text().splitlines():
-        assert re.fullmatch(r"[A-Z_]+=\S+", line)  # the launcher knows no comments there
+        assert re.fullmatch(r"[A-Z_]+=\S+", line)  # the launcher does not support comments there

@@ -1,4 +1,4 @@
-"""Servers that are started for one machine listen on that machine alone."""
+"""Servers that are started for one machine listen on localhost only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.core.ranks import free_port
 
 LIMIT_S = 120
 LOCAL_RAY = """
-from data_prep.workers import ray_cluster
+from data_prep.job.ray_actors import ray_cluster
 
 with ray_cluster():
     import ray  # reads its settings
@@ -30,30 +30,30 @@ with ray_cluster():
 
 
 def listeners(process: int) -> set[tuple[str, int]]:
-    """Addresses and ports on which a process and its descendants listen."""
+    """Returns the addresses and ports on which a process and its descendants listen."""
     sockets = []
     for member in [psutil.Process(process), *psutil.Process(process).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has exited meanwhile
             sockets += member.net_connections("tcp")
     return {
         (socket.laddr.ip.removeprefix("::ffff:"), socket.laddr.port) for socket in sockets if socket.status == "LISTEN"
     }
 
 
-def test_the_ray_of_a_preparation_is_on_localhost() -> None:
+def test_the_local_ray_of_preparation_listens_on_localhost() -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     with subprocess.Popen(
         [sys.executable, "-c", LOCAL_RAY], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        found = listeners(process.pid)
+        addresses = listeners(process.pid)
         process.communicate("\n", timeout=LIMIT_S)
-    assert process.returncode == 0 and len(found) >= 5  # GCS, raylet, agents, the driver, the actor
-    assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found
+    assert process.returncode == 0 and len(addresses) >= 5  # GCS, raylet, agents, the driver, the actor
+    assert all(ipaddress.ip_address(address).is_loopback for address, _ in addresses), addresses
 
 
-def test_the_demo_shows_its_runs_on_localhost(tmp_path: Path) -> None:
-    """The command of `make ui`, with another port and database."""
+def test_the_mlflow_ui_listens_on_localhost(tmp_path: Path) -> None:
+    """Runs the command of `make ui` with another port and database."""
     dry = ["make", "--dry-run", "--silent", "--old-file=.venv/.installed", "ui"]
     recipe = subprocess.run(dry, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True).stdout
     port = free_port()
@@ -69,12 +69,12 @@ def test_the_demo_shows_its_runs_on_localhost(tmp_path: Path) -> None:
     ) as process:
         try:
             deadline = time.monotonic() + LIMIT_S
-            while not (found := listeners(process.pid)):
+            while not listeners(process.pid):
                 assert process.poll() is None and time.monotonic() < deadline, "it does not start"
                 time.sleep(0.2)
-            time.sleep(3)  # for whatever else it opens
-            found = listeners(process.pid)
+            time.sleep(3)  # time for it to open further ports
+            addresses = listeners(process.pid)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-    assert ("127.0.0.1", port) in found
-    assert all(ipaddress.ip_address(address).is_loopback for address, _ in found), found
+    assert ("127.0.0.1", port) in addresses
+    assert all(ipaddress.ip_address(address).is_loopback for address, _ in addresses), addresses

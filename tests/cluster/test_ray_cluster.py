@@ -1,5 +1,5 @@
-"""Preparation, training and a sweep as jobs of a Ray cluster of two nodes, from outside it: what comes out is what is
-made without Ray, whatever is lost or stopped on the way, and no secret of a node stays behind."""
+"""Preparation, training and a sweep as jobs of a Ray cluster of two nodes, submitted from outside: results are the same
+as without Ray, even if a node is lost or a job is stopped, and no secret of a node is left behind."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On the file system that all nodes share; what `pal submit` is to send lies in `sent`."""
+    """A folder on the file system of all nodes; `pal submit` sends its subfolder `sent`."""
     folder = tmp_path_factory.mktemp("shared")
     (folder / "sent").mkdir()
     return folder
 
 
 def submitted(cluster: RayCluster, folder: Path, *command: object, options: tuple[str, ...] = ()) -> Any:
-    """`pal submit` of a command, running."""
+    """Starts `pal submit` with a command."""
     sent = f"working_dir={folder / 'sent'}"
     return start_submit(cluster.job_server, sent, *options, "--", "pal", *command, PLACE=VARIABLE)
 
 
-def wait_until(reached: Callable[[], bool], job: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], job: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while not reached():
+    while not condition():
         assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=30)
         time.sleep(0.02)
 
@@ -66,10 +66,10 @@ def wait_until(reached: Callable[[], bool], job: subprocess.Popen[str]) -> None:
 def curve(output: Path) -> list[tuple[int, float, float]]:
     if not (output / METRICS).exists():
         return []
-    return [(step, found["train/loss"], found["train/gradient_norm"]) for step, found in read_metrics(output)]
+    return [(step, metrics["train/loss"], metrics["train/gradient_norm"]) for step, metrics in read_metrics(output)]
 
 
-def test_a_set_is_the_same_though_a_node_was_lost(cluster: RayCluster, folder: Path) -> None:
+def test_features_are_the_same_although_a_node_was_lost(cluster: RayCluster, folder: Path) -> None:
     manifest = write_corpus(folder / "corpus", 240, 5.0)
     settings: dict[str, Any] = {"partition_clips": 4, "workers": {"max": 2}}
     prepare_here(prepare_config(manifest, folder / "local", **settings))
@@ -97,26 +97,26 @@ def experiment(folder: Path) -> Path:
     return write_experiment(folder / "experiment")
 
 
-def test_losses_are_the_same_though_a_node_was_lost_and_the_job_stopped(
+def test_losses_are_the_same_although_a_node_was_lost_and_the_job_was_stopped(
     cluster: RayCluster, folder: Path, experiment: Path
 ) -> None:
-    here, there = folder / "here", folder / "there"
-    local = start_job(experiment, "--nproc", 2, f"output={here}")
+    local_output, remote_output = folder / "local_run", folder / "remote_run"
+    local = start_job(experiment, "--nproc", 2, f"output={local_output}")
     assert local.wait(LIMIT_S) == 0
 
-    train = ("train", experiment, f"output={there}", "--ray", "auto", "--nproc", 2, "--max-restarts", 1)
+    train = ("train", experiment, f"output={remote_output}", "--ray", "auto", "--nproc", 2, "--max-restarts", 1)
     job = submitted(cluster, folder, *train, options=("--stop-on-interrupt",))
-    wait_until(lambda: len(curve(there)) > 4, job)
+    wait_until(lambda: len(curve(remote_output)) > 4, job)
 
     def ranks() -> dict[str, int]:
-        files = (there / rank_process.RANKS).glob("*.json")
+        files = (remote_output / rank_process.RANKS).glob("*.json")
         return {path.stem.replace("-", " "): json.loads(path.read_text())["pid"] for path in files}
 
-    places = ranks()
+    pids = ranks()
     killed = cluster.lose(cluster.nodes[-1])
-    (lost,) = [rank for rank, pid in places.items() if pid in killed]
+    (lost,) = [rank for rank, pid in pids.items() if pid in killed]
     cluster.add_node()
-    wait_until(lambda: ranks().keys() == places.keys() and not set(ranks().values()) & set(places.values()), job)
+    wait_until(lambda: ranks().keys() == pids.keys() and not set(ranks().values()) & set(pids.values()), job)
     job.send_signal(signal.SIGINT)
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == EXIT_STOPPED, err + out
@@ -127,20 +127,20 @@ def test_losses_are_the_same_though_a_node_was_lost_and_the_job_stopped(
     out, err = done.communicate(timeout=LIMIT_S)
     assert done.returncode == 0, err + out
     assert "resumed from" in out and re.search(r"step +12/12 ", out)
-    assert curve(there) == curve(here) and len(curve(here)) == 12
+    assert curve(remote_output) == curve(local_output) and len(curve(local_output)) == 12
     weights = "model/model.safetensors"
-    assert (there / weights).read_bytes() == (here / weights).read_bytes()
+    assert (remote_output / weights).read_bytes() == (local_output / weights).read_bytes()
 
 
-def test_a_sweep_gives_what_it_gives_here(cluster: RayCluster, folder: Path, experiment: Path) -> None:
+def test_a_sweep_gives_the_same_results_as_without_ray(cluster: RayCluster, folder: Path, experiment: Path) -> None:
     figures = {}
-    for place in ("here", "there"):
+    for place in ("local", "remote"):
         file = folder / f"{place}.yaml"
-        what = {"grid": {"model.integration": ["lal"]}, "budget": {"steps": 2}, "cluster": "cpu"}
-        values = {"name": place, "experiment": str(experiment), "output": str(folder / f"sweep-{place}"), **what}
+        settings = {"grid": {"model.integration": ["lal"]}, "budget": {"steps": 2}, "cluster": "cpu"}
+        values = {"name": place, "experiment": str(experiment), "output": str(folder / f"sweep-{place}"), **settings}
         file.write_text(yaml.safe_dump(values))
         results = folder / f"{place}.json"
-        if place == "here":
+        if place == "local":
             command = [sys.executable, "-m", "pipeline.sweep", str(file), "--json", str(results)]
             environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
             assert subprocess.run(command, env=environment, timeout=LIMIT_S).returncode == 0
@@ -150,17 +150,17 @@ def test_a_sweep_gives_what_it_gives_here(cluster: RayCluster, folder: Path, exp
             assert done.returncode == 0 and "[1/1]" in out, err + out
         runs = json.loads(results.read_text())["runs"]
         figures[place] = [(run["params"], run["status"], run["metrics"]["final_loss"]) for run in runs]
-    assert figures["there"] == figures["here"] and {status for _, status, _ in figures["here"]} == {"FINISHED"}
+    assert figures["remote"] == figures["local"] and {status for _, status, _ in figures["local"]} == {"FINISHED"}
 
 
-def test_no_secret_stays_behind(cluster: RayCluster, folder: Path) -> None:
-    """Ray writes a job's variables into logs, which is why `pal submit` sends no secret among them."""
+def test_no_secret_is_left_behind(cluster: RayCluster, folder: Path) -> None:
+    """Ray writes the variables of a job to logs, so `pal submit` sends no secret among them."""
     job = pal_submit(
         cluster.job_server, f"working_dir={folder / 'sent'}", "environment=[PLACE]", "--", "sh", "-c", "exit 4",
         PLACE=VARIABLE, HF_TOKEN=SECRET,
     )  # fmt: skip
     assert job.returncode == 4
-    time.sleep(5)  # until Ray has tidied up behind the job, of which it tells
+    time.sleep(5)  # until Ray has cleaned up after the job and logged it
     logged = {secret: _files_with(secret, cluster.folder) for secret in (VARIABLE, SECRET, TOKEN)}
     assert any(path.name == "runtime_env_agent.log" for path in logged[VARIABLE]), logged
     assert not logged[SECRET] and not logged[TOKEN], logged

@@ -1,4 +1,4 @@
-"""The Slurm scripts as they are, on a real Slurm of two nodes; only their resources are asked for smaller."""
+"""The Slurm scripts, unchanged except for smaller resources, on a real Slurm of two nodes."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def submit(slurm: Slurm, script: str, log: Path, *arguments: object) -> str:
-    """The job's number. `arguments` begin with more options of sbatch."""
-    own = {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """Submits a script and returns the job id. `arguments` may begin with further options of sbatch."""
+    variables = {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     options = [argument for argument in arguments if str(argument).startswith("--")]
-    others = [argument for argument in arguments if argument not in options]
-    words = ["sbatch", "--parsable", *SMALL, f"--output={log}", *options, SCRIPTS / f"{script}.sbatch", *others]
-    return slurm.run(*words, **own)
+    positional = [argument for argument in arguments if argument not in options]
+    words = ["sbatch", "--parsable", *SMALL, f"--output={log}", *options, SCRIPTS / f"{script}.sbatch", *positional]
+    return slurm.run(*words, **variables)
 
 
 def finished(slurm: Slurm, job: str, log: Path) -> dict[str, str]:
@@ -69,9 +69,9 @@ def signal_ranks(slurm: Slurm, output: Path, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(slurm: Slurm, experiment: Path) -> Path:
-    """The output of a job that nothing interrupted."""
-    output = experiment.parent / "whole"
+def undisturbed(slurm: Slurm, experiment: Path) -> Path:
+    """The output of a job without interruption."""
+    output = experiment.parent / "undisturbed"
     finished(slurm, train(slurm, experiment, output), output.with_suffix(".log"))
     return output
 
@@ -86,13 +86,15 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("script", ["prepare", "train", "sweep"])
-def test_slurm_takes_every_script_as_it_is(slurm: Slurm, script: str) -> None:
-    said = slurm.run("sbatch", "--test-only", "--array=1-2", SCRIPTS / f"{script}.sbatch", "config.yaml", "grid.txt")
-    assert "to start at" in said
+def test_slurm_accepts_every_script(slurm: Slurm, script: str) -> None:
+    output = slurm.run("sbatch", "--test-only", "--array=1-2", SCRIPTS / f"{script}.sbatch", "config.yaml", "grid.txt")
+    assert "to start at" in output
 
 
-def test_a_job_told_of_its_time_limit_goes_on_bit_for_bit(slurm: Slurm, experiment: Path, whole: Path) -> None:
-    """Slurm itself sends the signal, up to a minute early; meanwhile the ranks stand still, for the run is short."""
+def test_a_job_that_reaches_its_time_limit_resumes_bit_for_bit(
+    slurm: Slurm, experiment: Path, undisturbed: Path
+) -> None:
+    """Slurm sends the signal, up to a minute early; until then the ranks are paused, because the run is short."""
     output = experiment.parent / "limited"
     job = train(slurm, experiment, output, "--time=3", "--signal=B:USR1@60")
     wait_for_step(output, 5)
@@ -106,10 +108,10 @@ def test_a_job_told_of_its_time_limit_goes_on_bit_for_bit(slurm: Slurm, experime
     state = finished(slurm, job, log)
     print(log.read_text())
     assert state["Restarts"] == "1" and "resumed from" in log.read_text()
-    assert_equal_runs(whole, output)
+    assert_equal_runs(undisturbed, output)
 
 
-def test_a_job_is_told_as_often_as_it_takes(slurm: Slurm, experiment: Path, whole: Path) -> None:
+def test_a_job_can_be_requeued_repeatedly(slurm: Slurm, experiment: Path, undisturbed: Path) -> None:
     output = experiment.parent / "twice"
     job = train(slurm, experiment, output)
     for step in (5, 20):
@@ -118,7 +120,7 @@ def test_a_job_is_told_as_often_as_it_takes(slurm: Slurm, experiment: Path, whol
         slurm.wait_for(job, "PENDING", limit_s=60)
     state = finished(slurm, job, output.with_suffix(".log"))
     assert state["Restarts"] == "2"
-    assert_equal_runs(whole, output)
+    assert_equal_runs(undisturbed, output)
 
 
 def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm, experiment: Path) -> None:
@@ -133,7 +135,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: Slurm, experiment: Pat
     assert 5 <= checkpoint_dir.read_record(checkpoint_dir.list_checkpoints(output)[0]).step < STEPS
 
 
-def test_a_sweep_trains_a_line_of_the_grid_in_each_element(slurm: Slurm, experiment: Path) -> None:
+def test_each_element_of_a_sweep_trains_one_line_of_the_grid(slurm: Slurm, experiment: Path) -> None:
     folder = experiment.parent
     grid = folder / "grid.txt"
     grid.write_text("".join(f"train.steps={n} output={folder / f'element-{n}'}\n" for n in (2, 3)))
@@ -148,10 +150,10 @@ def test_preparation_on_two_nodes_writes_the_bytes_of_one_machine(slurm: Slurm, 
     manifest = write_corpus(tmp_path / "corpus", clips=12)
     config = tmp_path / "prepare.yaml"
     settings = {"encoders": {"log_mel": {"kind": "log_mel"}}, "partition_clips": 4}
-    config.write_text(yaml.safe_dump({"manifest": str(manifest), "output": str(tmp_path / "there"), **settings}))
-    prepare_here(prepare_config(manifest, tmp_path / "here", **settings))
+    config.write_text(yaml.safe_dump({"manifest": str(manifest), "output": str(tmp_path / "slurm"), **settings}))
+    prepare_here(prepare_config(manifest, tmp_path / "local", **settings))
     log = tmp_path / "prepare.log"
     job = submit(slurm, "prepare", log, config)
     finished(slurm, job, log)
     print(log.read_text())
-    assert hashes(tmp_path / "there") == hashes(tmp_path / "here")
+    assert hashes(tmp_path / "slurm") == hashes(tmp_path / "local")

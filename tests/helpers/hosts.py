@@ -1,6 +1,6 @@
-"""Hosts on this machine, made of Linux namespaces: each has its own network, name, processes and shared memory.
+"""Simulated hosts on this machine, made of Linux namespaces: each has its own network, name, processes, shared memory.
 
-They share the file system, as nodes of a cluster do. Every process of a host ends with it, and it with this process."""
+They share the file system, like nodes of a cluster. The processes of a host end with it, and it with this process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 _TOOLS = ("unshare", "nsenter", "ip", "mount")
-# Its first process collects those whose parents are gone, as the first one of a host must.
+# The first process reaps orphans, as the first process of a host must.
 _BOOT = """
 mount --bind {names} /etc/hosts && hostname {name} && mount -t tmpfs tmpfs /dev/shm && ip link set lo up || exit 1
 mkdir -p /tmp/ray && mount -t tmpfs tmpfs /tmp/ray || exit 1
 echo up; sleep infinity & wait
 """
-# Stands in for ssh: the words after the host's name run on it, without anything of the caller's environment.
+# Replaces ssh: runs the words after the host's name on that host, without the environment of the caller.
 _SSH = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do case "$1" in -[olp]) shift 2 ;; *) shift ;; esac; done
 [ -f {folder}/"$1".pid ] || {{ echo "ssh: connect to host $1: timed out" >&2; exit 255; }}
@@ -30,7 +30,7 @@ exec nsenter --target "$pid" --all -- env -i PATH="$PATH" HOME={folder} DS_ACCEL
 
 
 def namespaces_work() -> bool:
-    """Whether this user and this kernel can make hosts."""
+    """Returns whether this user and this kernel can create hosts."""
     if os.geteuid() != 0 or not all(map(shutil.which, _TOOLS)):
         return False
     probe = "ip link add br0 type bridge && mount -t tmpfs tmpfs /mnt"
@@ -41,19 +41,19 @@ needs_hosts = pytest.mark.skipif(not namespaces_work(), reason="hosts need root 
 
 
 class Host:
-    """One host; its first process is `pid` as this machine numbers it."""
+    """One host; `pid` is the id of its first process on this machine."""
 
     def __init__(self, name: str, address: str, names: Path) -> None:
         self.name, self.address = name, address
-        own = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc", "--kill-child"]
+        namespaces = ["--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "--mount-proc", "--kill-child"]
         boot = _BOOT.format(names=names, name=name)
-        self._process = subprocess.Popen(["unshare", *own, "sh", "-c", boot], stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(["unshare", *namespaces, "sh", "-c", boot], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None and self._process.stdout.readline() == "up\n", f"no host {name}"
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
         self.pid = int(children)
 
     def command(self, *words: object) -> list[str]:
-        """What runs `words` on this host, in the caller's folder."""
+        """Returns the command that runs `words` on this host, in the caller's folder."""
         return ["nsenter", "--target", str(self.pid), "--all", f"--wd={Path.cwd()}", "--", *map(str, words)]
 
     def run(self, *words: object) -> str:
@@ -62,20 +62,20 @@ class Host:
         return done.stdout
 
     def unplug(self) -> None:
-        """Cuts its network; everything on it goes on."""
+        """Cuts the network of this host; its processes keep running."""
         self.run("ip", "link", "set", "eth0", "down")
 
     def power_off(self) -> None:
-        """Ends everything on it at once."""
+        """Kills all processes of this host."""
         self._process.kill()
         self._process.wait()
 
 
 @contextlib.contextmanager
 def hosts_named(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
-    """Hosts on one network, which know each other by name. The first has the network's switch: unplug another one.
+    """Creates hosts on one network that know each other by name. The first one holds the switch: unplug only others.
 
-    `folder/ssh` reaches them as ssh would.
+    `folder/ssh` reaches them like ssh.
     """
     folder.mkdir(parents=True, exist_ok=True)
     addresses = {name: f"10.0.0.{number}" for number, name in enumerate(names, start=1)}
@@ -92,7 +92,7 @@ def hosts_named(names: Sequence[str], folder: Path) -> Iterator[list[Host]]:
         first = hosts[0]
         first.run("ip", "link", "add", "eth0", "type", "bridge")
         for host in hosts[1:]:
-            # In this machine's numbering of processes, which says whose network the other end of the cable is in.
+            # `netns` takes the process id on this machine, of a process in the network of the cable's other end.
             cable = f"ip link add {host.name} type veth peer name eth0 netns {host.pid}"
             subprocess.run(["nsenter", "--target", str(first.pid), "--net", *cable.split()], check=True)
             first.run("ip", "link", "set", host.name, "master", "eth0", "up")

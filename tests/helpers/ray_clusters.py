@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, started as its administrator would, and `pal submit` to it."""
+"""A real Ray cluster of several nodes on this machine, started as an administrator would, and `pal submit` to it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ LIMIT_S = 240
 
 
 class RayCluster:
-    """A head with a job server on localhost and further nodes, all of one address; it asks for a token.
+    """A head with a job server on localhost, and further nodes at the same address; the cluster requires a token.
 
     Args:
-        num_cpus: of the head.
-        environment: of all nodes, besides the token.
+        num_cpus: number of CPUs of the head.
+        environment: further environment variables of all nodes.
     """
 
     def __init__(self, num_cpus: int = 1, **environment: str) -> None:
-        # Short, because the sockets' paths in it may have 107 characters.
+        # Short, because the paths of sockets in it are limited to 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))
         outer = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ("RANK", "WORLD_SIZE")}
         outer["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `pal`
@@ -50,7 +50,7 @@ class RayCluster:
         return self._start([f"--address={self.address}"], num_cpus)
 
     def lose(self, node: subprocess.Popen[bytes]) -> set[int]:
-        """Kills everything on a node, and waits until the cluster knows it; the processes that it had."""
+        """Kills all processes of a node and waits until the cluster notices; returns their ids."""
         killed = self.kill(node)
         self.wait_until_known()
         return killed
@@ -61,8 +61,8 @@ class RayCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def wait_until_known(self) -> None:
-        """Returns when the cluster sees the nodes that there are."""
-        self._wait(lambda: self.alive() == len(self.nodes), "the cluster has lost count")
+        """Waits until the cluster knows exactly the nodes that are running."""
+        self._wait(lambda: self.alive() == len(self.nodes), "the cluster does not know its nodes")
 
     def kill(self, node: subprocess.Popen[bytes]) -> set[int]:
         processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
@@ -74,12 +74,12 @@ class RayCluster:
         return {process.pid for process in processes}
 
     def alive(self) -> int:
-        """Number of nodes; 0 before the cluster answers."""
+        """Returns the number of nodes; 0 until the cluster answers."""
         request = urllib.request.Request(f"{self.job_server}/nodes?view=summary")
         request.add_header("Authorization", f"Bearer {self.environment['RAY_AUTH_TOKEN']}")
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                nodes = json.load(answer)["data"]["summary"]
+            with urllib.request.urlopen(request, timeout=5) as response:
+                nodes = json.load(response)["data"]["summary"]
         except (urllib.error.URLError, OSError):
             return 0
         return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
@@ -103,22 +103,22 @@ class RayCluster:
         assert node.poll() is None, log.read_text()[-3000:]
         return node
 
-    def _wait(self, reached: Callable[[], bool], what: object) -> None:
+    def _wait(self, condition: Callable[[], bool], message: object) -> None:
         deadline = time.monotonic() + LIMIT_S
-        while not reached():
-            assert time.monotonic() < deadline, f"{what}: {self.alive()} of {len(self.nodes)} nodes"
+        while not condition():
+            assert time.monotonic() < deadline, f"{message}: {self.alive()} of {len(self.nodes)} nodes"
             time.sleep(0.5)
 
 
 def _own_address() -> str:
-    """Of this machine, as other machines know it; Ray's nodes must not be at 127.0.0.1, or drivers wait for ever."""
+    """Returns the external address of this machine; if Ray's nodes were at 127.0.0.1, drivers would wait forever."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing
         return str(probe.getsockname()[0])
 
 
 def start_submit(address: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """`pal submit ray_job ARGUMENTS` from outside the cluster."""
+    """Starts `pal submit ray_job ARGUMENTS` outside the cluster."""
     outer = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.submit", "ray_job", f"address={address}", *map(str, arguments)],

@@ -1,4 +1,4 @@
-"""A real Slurm on hosts of this machine: munged, slurmctld and one slurmd a host, all of which end with the hosts."""
+"""A real Slurm on simulated hosts: munged, slurmctld and one slurmd per host, all of which end with the hosts."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import pytest
 
 from tests.helpers.hosts import Host, hosts_named, namespaces_work
 
-# Debian and Red Hat keep daemons out of a user's path.
+# Debian and Red Hat do not have daemons in a user's PATH.
 _PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 _DAEMONS = ("munged", "slurmctld", "slurmd")
-# Sizes are those that the scripts ask for, whatever this machine has; its GPUs are empty files. Credentials
+# The nodes have the sizes that the scripts request, whatever this machine has; their GPUs are empty files. Credentials
 # expire soon because a requeued job waits for that.
 _CONF = """
 ClusterName=test
@@ -52,14 +52,14 @@ needs_slurm = pytest.mark.skipif(
 
 
 class Slurm:
-    """A cluster; `folder` holds its logs."""
+    """A Slurm cluster; `folder` holds its logs."""
 
     def __init__(self, hosts: list[Host], folder: Path) -> None:
         self.hosts, self.folder = hosts, folder
         self._environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *words: object, **variables: str) -> str:
-        """What a command of Slurm prints on the first host."""
+        """Runs a Slurm command on the first host and returns its output."""
         done = subprocess.run(
             self.hosts[0].command(*words),
             env={**self._environment, **variables},
@@ -76,7 +76,7 @@ class Slurm:
         )
 
     def state(self, job: str) -> dict[str, str]:
-        """What Slurm knows of a job, finished ones too for its first minutes."""
+        """Returns what Slurm knows about a job, which it remembers for a few minutes after its end."""
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -90,7 +90,7 @@ class Slurm:
 
 @contextlib.contextmanager
 def slurm_of(names: list[str], folder: Path) -> Iterator[Slurm]:
-    """A Slurm whose nodes have these names."""
+    """Starts a Slurm cluster with nodes of these names."""
     folder.mkdir(parents=True)
     (folder / "state").mkdir()
     key = folder / "munge.key"
@@ -112,7 +112,7 @@ def slurm_of(names: list[str], folder: Path) -> Iterator[Slurm]:
         for host in hosts:
             slurm.start(host, "slurmd", "-D")
         while True:
-            with contextlib.suppress(AssertionError):  # nobody answers yet
+            with contextlib.suppress(AssertionError):  # slurmctld does not answer yet
                 if slurm.run("sinfo", "--noheader", "--format=%T").split() == ["idle"]:
                     break
             assert time.monotonic() < deadline, f"nodes do not come up, see {folder}"

@@ -1,0 +1,1 @@
+"""Benchmarks: what the integrations, the training loop and the plans cost or miss on this machine."""

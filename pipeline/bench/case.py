@@ -1,6 +1,6 @@
-"""One measurement of `pal bench integration`: a model of some shape, a batch in memory, seconds and bytes of a step.
+"""One measurement of `pal bench integration`: a model of some shape and a batch in memory; seconds and bytes of a step.
 
-Nothing heavy is imported before it is used, so that the command's help comes at once."""
+Imports torch and transformers only where they are used, so that the command's help appears at once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from pipeline.core.streams import Preset
     from pipeline.model import PalConfig
 
-FLAMINGO_LAYER_STRIDE = 4  # arXiv 2204.14198, table 1: its 9B model
+FLAMINGO_LAYER_STRIDE = 4  # the 9B model of arXiv 2204.14198, table 1
 WARM_UP_STEPS = 2
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A language model; `vocabulary` and the rest are counts."""
+    """Sizes of a language model: widths of its hidden states and feed-forward layers, and counts."""
 
     layers: int
     hidden: int
@@ -44,10 +45,16 @@ class Case:
     """One measurement.
 
     Attributes:
-        num_audio_tokens: frames of a clip; one token each, but for summaries.
-        num_text_tokens: of a question with its answer.
-        answer_tokens: of these, those that carry loss, or are generated.
-        batch: clips; each has `questions_per_clip` questions, packed behind it in training. Decoding asks one.
+        variant: preset of the integration, or `text_only`.
+        mode: `train` or `decode`.
+        num_audio_tokens: frames of a clip, each of which becomes one token; summaries have fewer.
+        num_text_tokens: text tokens of a question with its answer.
+        answer_tokens: how many of the text tokens carry loss, or are generated.
+        questions_per_clip: questions packed behind each clip in training; decoding answers one.
+        batch: number of clips.
+        feature_width: width of the audio features.
+        steps: number of timed steps.
+        threads: threads of torch; None means torch's own choice.
     """
 
     variant: str
@@ -76,7 +83,7 @@ class Case:
 
 
 def model_config(case: Case) -> PalConfig:
-    """The model of a case."""
+    """Returns the config of a case's model."""
     from transformers import LlamaConfig
 
     from pipeline.core.streams import Connector, preset_streams
@@ -99,19 +106,22 @@ def model_config(case: Case) -> PalConfig:
     streams: Any = ()
     if case.variant != "text_only":
         stride = FLAMINGO_LAYER_STRIDE if case.variant == "flamingo" else 1
-        # PLITS has the field's two-layer connector. Beside the sequence a linear one is enough: every audio layer adds
+        # PLITS has the usual two-layer connector. Beside the sequence a linear one is enough: every audio layer adds
         # its own two-layer projection, and reads tokens no wider than itself.
-        beside = Connector("linear", width=min(case.feature_width, shape.hidden))
-        connector = Connector("mlp") if case.variant == "plits" else beside
-        encoders, preset = list(case.frames), case.variant
-        streams = preset_streams(preset, encoders, shape.layers, connector=connector, layer_stride=stride)  # type: ignore[arg-type]
+        linear = Connector("linear", width=min(case.feature_width, shape.hidden))
+        connector = Connector("mlp") if case.variant == "plits" else linear
+        preset = cast("Preset", case.variant)
+        streams = preset_streams(preset, list(case.frames), shape.layers, connector=connector, layer_stride=stride)
     widths = dict.fromkeys(case.frames, case.feature_width)
     return PalConfig(language_model, streams, widths, audio_token_id=shape.vocabulary)
 
 
 def run(case: Case) -> tuple[float, int]:
-    """Seconds of a step (the median), and the bytes of tensors at the peak: parameters, gradients, optimizer state,
-    batch and everything computed on the way.
+    """Measures a case in this process.
+
+    Returns:
+        the median seconds of a step, and the bytes of all tensors at the peak: parameters, gradients, optimizer state,
+        batch and activations.
     """
     import torch
 
@@ -119,7 +129,7 @@ def run(case: Case) -> tuple[float, int]:
         torch.set_num_threads(case.threads)
     peak = _peak_bytes(case)
     step = _make_step(case)
-    _repeat(step)
+    _warm_up(step)
     times = []
     for _ in range(case.steps):
         start = time.perf_counter()
@@ -129,30 +139,30 @@ def run(case: Case) -> tuple[float, int]:
 
 
 def _peak_bytes(case: Case) -> int:
-    """What torch's allocator hands out at most, from an empty model to the end of the second step."""
+    """Returns the most bytes that torch's allocator holds, from an empty model to the end of the second step."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        _repeat(_make_step(case))
+        _warm_up(_make_step(case))
         return torch.cuda.max_memory_allocated()
-    # On CPU only the profiler counts; resident memory would add what libraries and the system's allocator keep.
+    # On a CPU the profiler counts; resident memory would add what libraries and the system's allocator hold.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        _repeat(_make_step(case))
+        _warm_up(_make_step(case))
     with TemporaryDirectory() as folder:
         profiled.export_chrome_trace(f"{folder}/trace.json")
         trace = json.loads(Path(folder, "trace.json").read_text(encoding="utf-8"))
     return max(e["args"]["Total Allocated"] for e in trace["traceEvents"] if e["name"] == "[memory]")
 
 
-def _repeat(step: Callable[[], None]) -> None:
+def _warm_up(step: Callable[[], None]) -> None:
     for _ in range(WARM_UP_STEPS):
         step()
 
 
 def _make_step(case: Case) -> Callable[[], None]:
-    """A function that trains one step, or answers one batch, and returns when the device has finished."""
+    """Returns a function that trains one step or answers one batch, and returns when the device has finished."""
     import torch
 
     from pipeline.model import PalForCausalLM
@@ -179,7 +189,7 @@ def _make_step(case: Case) -> Callable[[], None]:
 
 
 def make_batch(case: Case) -> dict[str, Any]:
-    """A clip's placeholder, then its questions packed behind it; to decode, without the answers.
+    """Returns rows of a clip's placeholder and the questions packed behind it; without the answers for decoding.
 
     Questions without a clip share nothing: `text_only` has a row for each, which is its best case.
     """

@@ -1,12 +1,12 @@
-"""`pal bench integration`: speed and memory of the integrations, measured beside what is counted. Torch and
-transformers only; every measurement has a process of its own, so that no variant pays for another's memory."""
+"""`pal bench integration`: measures speed and memory of the integrations, and counts their operations.
+
+Needs only torch and transformers. Every measurement runs in a process of its own, so that no variant's memory counts
+for another."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,22 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.case import DTYPES, SHAPES, Case, Shape, model_config, run
-from pipeline.core.console import format_table
+from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.console import format_table, logger
 from pipeline.core.errors import UserError, run_command
+from pipeline.core.units import GIB, GIGA
 
 VARIANTS = ("text_only", "plits", "lal", "pal_v2", "pal_v3", "flamingo")
 MODES = ("train", "decode")
-BASELINE = ("plits", 1)  # the variant, and questions per clip, that ratios are taken to: the field's practice
+BASELINE = ("plits", 1)  # variant and questions per clip that ratios refer to: the usual way to train
 PLOT_AUDIO_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints tables, writes figures.
+def main(argv: Sequence[str]) -> int:
+    """Measures every case, prints the tables and writes the figures.
 
     Raises:
-        UserError: sizes that do not fit each other, or a device that is not there.
+        UserError: sizes that do not fit each other, or a device that does not exist.
     """
-    args = _parse(argv)
+    args = _parser().parse_args(argv)
     cases = [
         _case(args, variant, mode, audio, questions)
         for mode in args.modes
@@ -51,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.dry_run:
             row.update(measure(case))
             speed = "out of memory" if row["samples_per_s"] is None else f"{row['samples_per_s']:.3g} samples/s"
-            print(f"{case.mode} {case.variant} N_a={case.num_audio_tokens} x{case.questions_per_clip}: {speed}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            logger.info(f"{case.mode} {case.variant} N_a={case.num_audio_tokens} x{case.questions_per_clip}: {speed}")
     counted = [describe(replace(case, shape=SHAPES["llama-3.2-1b"])) for case in cases if case.mode == "train"]
     add_ratios(rows)
     add_ratios(counted)
@@ -61,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json is not None:
         import torch
 
-        figures = {"rows": rows, "device": _device_name(args.device), "torch": torch.__version__,
-                   "threads": args.threads or torch.get_num_threads(), "counted_llama_3_2_1b": counted}  # fmt: skip
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        figures = {
+            "rows": rows,
+            "device": _device_name(args.device),
+            "torch": torch.__version__,
+            "threads": args.threads or torch.get_num_threads(),
+            "counted_llama_3_2_1b": counted,
+        }
+        write_figures(figures, args.json)
     if args.plot is not None and not args.dry_run:
         from pipeline.plots import plot_cost
 
@@ -75,13 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """What is known of a measurement before it is made, `flops_per_sample` included."""
+    """Returns the row of a case before it is measured, with `flops_per_sample`."""
     from pipeline.cost.flops import RowShape, forward_flops, training_flops
 
+    packed = case.questions_per_clip if case.frames else 1
     row = RowShape(
         system_tokens=0,
-        question_tokens=[case.num_text_tokens] * (case.questions_per_clip if case.frames else 1),
-        loss_tokens=case.answer_tokens * (case.questions_per_clip if case.frames else 1),
+        question_tokens=[case.num_text_tokens] * packed,
+        loss_tokens=case.answer_tokens * packed,
         frames=case.frames,
     )
     flops = (training_flops if case.mode == "train" else forward_flops)(model_config(case), row)
@@ -95,14 +102,14 @@ def describe(case: Case) -> dict[str, Any]:
         "batch": case.batch,
         **asdict(case.shape),
         "dtype": case.dtype,
-        "flops_per_sample": flops / len(row.question_tokens),
+        "flops_per_sample": flops / packed,
         "samples_per_s": None,
         "peak_memory_gib": None,
     }
 
 
 def measure(case: Case) -> dict[str, float | None]:
-    """`samples_per_s`, `step_s` and `peak_memory_gib` of a case, in a process of its own; None if it does not fit."""
+    """Measures `samples_per_s`, `step_s` and `peak_memory_gib` of a case in a new process; None if it does not fit."""
     import torch
 
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -111,14 +118,18 @@ def measure(case: Case) -> dict[str, float | None]:
         except (BrokenProcessPool, torch.OutOfMemoryError):
             return {"samples_per_s": None, "step_s": None, "peak_memory_gib": None}
     samples = case.batch * case.questions_per_clip
-    return {"samples_per_s": samples / step_s, "step_s": step_s, "peak_memory_gib": peak_bytes / 2**30}
+    return {"samples_per_s": samples / step_s, "step_s": step_s, "peak_memory_gib": peak_bytes / GIB}
 
 
 def add_ratios(rows: list[dict[str, Any]]) -> None:
-    """To each row what it is of PLITS with one question a clip: `speed_ratio`, `flop_ratio` and `memory_ratio`."""
+    """Adds to each row its ratios to PLITS with one question a clip: `speed_ratio`, `flop_ratio`, `memory_ratio`."""
+    baselines = {
+        (row["mode"], row["num_audio_tokens"]): row
+        for row in reversed(rows)
+        if (row["variant"], row["questions_per_clip"]) == BASELINE
+    }
     for row in rows:
-        same = [r for r in rows if (r["mode"], r["num_audio_tokens"]) == (row["mode"], row["num_audio_tokens"])]
-        base = next((r for r in same if (r["variant"], r["questions_per_clip"]) == BASELINE), None)
+        base = baselines.get((row["mode"], row["num_audio_tokens"]))
         row["flop_ratio"] = base and base["flops_per_sample"] / row["flops_per_sample"]
         measured = base is not None and base["samples_per_s"] is not None and row["samples_per_s"] is not None
         row["speed_ratio"] = row["samples_per_s"] / base["samples_per_s"] if base and measured else None
@@ -126,49 +137,67 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text. `bound` is the measured speed-up over the counted one."""
-    head = ("mode", "variant", "N_a", "questions", "samples/s", "GiB", "GFLOP", "x speed", "x FLOP", "bound", "x GiB")
-    lines = [head]
+    """Returns the rows as text. `bound` is the measured speed-up over the counted one."""
+    headings = (
+        "mode",
+        "variant",
+        "N_a",
+        "questions",
+        "samples/s",
+        "GiB",
+        "GFLOP",
+        "x speed",
+        "x FLOP",
+        "bound",
+        "x GiB",
+    )
+    lines = [headings]
     for r in rows:
         bound = r["speed_ratio"] / r["flop_ratio"] if r["speed_ratio"] is not None else None
-        figures = (r["samples_per_s"], r["peak_memory_gib"], r["flops_per_sample"] / 1e9, r["speed_ratio"],
-                   r["flop_ratio"], bound, r["memory_ratio"])  # fmt: skip
-        audio = "-" if r["variant"] == "text_only" else r["num_audio_tokens"]
-        lines.append((r["mode"], r["variant"], str(audio), str(r["questions_per_clip"]),
-                      *("-" if x is None else f"{x:.3g}" if x < 1000 else f"{x:.0f}" for x in figures)))  # fmt: skip
+        costs = (r["samples_per_s"], r["peak_memory_gib"], r["flops_per_sample"] / GIGA)
+        ratios = (r["speed_ratio"], r["flop_ratio"], bound, r["memory_ratio"])
+        audio = "-" if r["variant"] == "text_only" else str(r["num_audio_tokens"])
+        lines.append((r["mode"], r["variant"], audio, str(r["questions_per_clip"]), *map(_cell, (*costs, *ratios))))
     return format_table(lines, right=True)
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pal bench integration", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["integration"], default="integration", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="language model (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes of the language model (default: small)")
     for name in ("layers", "hidden", "ffn", "heads", "kv-heads", "vocabulary"):
-        parser.add_argument(f"--{name}", type=int, help="of the language model, instead of the shape's")
-    parser.add_argument("--feature-width", type=int, default=768, help="of audio features (default: %(default)s)")
-    parser.add_argument("--text-tokens", type=int, default=100, help="N_t, of a question with its answer")
-    parser.add_argument("--answer-tokens", type=int, default=20, help="of these, with loss, or generated")
-    parser.add_argument("--audio-tokens", type=int, nargs="+", default=[512], help="N_a, one or more")
-    parser.add_argument("--questions", type=int, nargs="+", default=[1, 6], help="packed behind a clip, one or more")
-    parser.add_argument("--batch", type=int, default=4, help="clips (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=int, help="this size of the language model, instead of the shape's")
+    parser.add_argument("--feature-width", type=int, default=768, help="width of audio features (default: %(default)s)")
+    parser.add_argument("--text-tokens", type=int, default=100, help="N_t: text tokens of a question with its answer")
+    parser.add_argument("--answer-tokens", type=int, default=20, help="how many of them carry loss, or are generated")
+    parser.add_argument("--audio-tokens", type=int, nargs="+", default=[512], help="N_a: audio tokens of a clip")
+    parser.add_argument("--questions", type=int, nargs="+", default=[1, 6], help="questions packed behind a clip")
+    parser.add_argument("--batch", type=int, default=4, help="number of clips (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps, of which the median counts")
-    parser.add_argument("--threads", type=int, help="of torch; left out, its own choice")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="measure N_a 64 to 4096 too and draw cost against it")
-    parser.add_argument("--dry-run", action="store_true", help="count operations, measure nothing")
-    return parser.parse_args(argv)
+    parser.add_argument("--steps", type=int, default=5, help="number of timed steps, whose median is reported")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also measure N_a 64 to 4096, and plot the cost over N_a"
+    )
+    add_dry_run(parser, "count operations, measure nothing")
+    return parser
 
 
 def _case(args: argparse.Namespace, variant: str, mode: str, num_audio_tokens: int, questions: int) -> Case:
-    given = {f.name: getattr(args, f.name) for f in fields(Shape)}
+    sizes = {f.name: getattr(args, f.name) for f in fields(Shape) if getattr(args, f.name) is not None}
     return Case(
         variant=variant,
         mode=mode,
-        shape=replace(SHAPES[args.shape], **{name: n for name, n in given.items() if n is not None}),
+        shape=replace(SHAPES[args.shape], **sizes),
         num_audio_tokens=num_audio_tokens,
         num_text_tokens=args.text_tokens,
         answer_tokens=args.answer_tokens,
@@ -189,16 +218,20 @@ def _check(cases: Sequence[Case]) -> None:
             if size < 1:
                 raise UserError(f"--{name.replace('_', '-')}", f"{size} is not a size", "give at least 1")
         if case.answer_tokens >= case.num_text_tokens:
-            raise UserError("--answer-tokens", "leave no question", f"give fewer than {case.num_text_tokens}")
+            raise UserError(
+                "--answer-tokens",
+                f"{case.answer_tokens} leave no tokens for the question",
+                f"give fewer than {case.num_text_tokens}",
+            )
         if case.shape.hidden % case.shape.heads or case.shape.heads % case.shape.kv_heads:
-            raise UserError("--heads", "do not divide hidden, or kv-heads do not divide them", "change one")
+            raise UserError("--heads", "do not divide --hidden, or --kv-heads do not divide --heads", "change one")
         if case.variant == "pal_v2" and case.num_audio_tokens < 2:
             raise UserError("--audio-tokens", "pal_v2 splits them between two encoders", "give at least 2")
     if cases[0].device == "cuda":
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError("--device", "torch sees no CUDA device here", "leave it out")
+            raise UserError("--device", "torch finds no CUDA device on this machine", "leave it out")
 
 
 def _device_name(device: str) -> str:

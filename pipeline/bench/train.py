@@ -1,7 +1,8 @@
-"""`pal bench train`: the training loop against the bare DeepSpeed engine on the same batches in memory, in one run.
+"""`pal bench train`: compares the training loop with the bare DeepSpeed engine on the same batches in memory, in one
+run.
 
-Both leave out starting, checkpoints and validation. The bare engine is measured before and after the loop, since a
-machine does not stay the same for long."""
+Neither includes startup, checkpoints or validation. The bare engine is measured before and after the loop, because the
+speed of a machine drifts."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
 from pipeline.core.ranks import is_rank, read_ranks
 from pipeline.engine import Engine, init_process_group, leave_process_group
@@ -41,8 +44,8 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         length = [f"train.steps={arguments.steps}", "train.epochs=null", "train.tokens=null", "stages={}"]
-        once = [f"train.checkpoint.every_steps={arguments.steps}", "data.validation=null", f"output={folder / 'run'}"]
-        overrides = [*arguments.overrides, *length, *once]
+        only_training = [f"train.checkpoint.every_steps={arguments.steps}", "data.validation=null"]
+        overrides = [*arguments.overrides, *length, *only_training, f"output={folder / 'run'}"]
         config = arguments.config or "demo"
         print(f"{arguments.steps} steps of {config} on {nproc} ranks, and twice as many of the bare engine")
         if arguments.dry_run:
@@ -56,36 +59,38 @@ def main(argv: Sequence[str]) -> int:
             module="pipeline.bench.train",
         )
         if code:
-            print(f"pal: {message}", file=sys.stderr)
+            logger.error(message)
             return code
-        text = (folder / "run" / FIGURES).read_text(encoding="utf-8")
-    print(text, end="")
-    if arguments.json:
-        arguments.json.write_text(text, encoding="utf-8")
+        figures = json.loads((folder / "run" / FIGURES).read_text(encoding="utf-8"))
+    print(json.dumps(figures, indent=2))
+    write_figures(figures, arguments.json)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pal bench train", description=__doc__)
-    parser.add_argument("config", nargs="?", help="an experiment (default: the demo's, on a corpus made for it)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+    parser = argparse.ArgumentParser(
+        prog="pal bench train",
+        description=f"{__doc__} Without a config it measures the demo's, on a corpus made for it.",
+    )
+    add_config(parser, optional=True)
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    add_json(parser)
+    add_dry_run(parser, "print what would be measured")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
 
 def _run_rank(config: ExperimentConfig) -> int:
     ranks = read_ranks()
+    rank_process.configure_rank_logging(ranks.rank)
     rank_process.register_rank(config.output, ranks.rank)
     try:
         from pipeline.training.trainer import Trainer
 
         init_process_group(ranks, config.train.collective_timeout_s)
         rank_process.watch_parent(lambda: os._exit(EXIT_FAILURE))
-        trainer = Trainer(config, ranks, rank_process.report, threading.Event())
+        trainer = Trainer(config, ranks, threading.Event())
         figures = measure(trainer)
         if ranks.is_main:
             (config.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -97,31 +102,37 @@ def _run_rank(config: ExperimentConfig) -> int:
 
 
 def measure(trainer: Trainer) -> dict[str, float]:
-    """Bare engine, loop, bare engine again, all over the same batches; the mean of the bare speeds is compared with."""
+    """Runs the bare engine, the loop, and the bare engine again, all over the same batches.
+
+    Returns:
+        steps per second of the loop and of the bare engine (the harmonic mean of both measurements), their ratio, and
+        the share of the loop's time that it waits for data.
+    """
     state = trainer.loader.state_dict()
     steps = list(islice(trainer.loader, trainer.train.steps))
     trainer.loader.load_state_dict(state)
     prepared = [trainer.inputs_of_step(micro_batches) for micro_batches in steps]
     deadline = time.monotonic() + MLFLOW_START_S
     while trainer.tracker is not None and trainer.tracker.run_id is None and time.monotonic() < deadline:
-        time.sleep(0.1)  # MLflow's start is not the loop's work
-    _bare_steps_per_s(trainer.engine, prepared[:WARM_UP_STEPS])  # what is made on first use
-    before = _bare_steps_per_s(trainer.engine, prepared)
+        time.sleep(0.1)  # the startup of MLflow is not part of the loop
+    _bare_steps_per_s(trainer.engine, prepared[:WARM_UP_STEPS])  # DeepSpeed and torch allocate on first use
+    speed_before = _bare_steps_per_s(trainer.engine, prepared)
     trainer.fit()
-    after = _bare_steps_per_s(trainer.engine, prepared)
+    speed_after = _bare_steps_per_s(trainer.engine, prepared)
     loop = len(steps) * trainer.ranks.world_size / trainer.throughput.elapsed_s if trainer.throughput.elapsed_s else 0.0
-    engine = 2 / (1 / before + 1 / after)
+    engine = 2 / (1 / speed_before + 1 / speed_after)
     return {
         "loop_steps_per_s": loop,
         "engine_steps_per_s": engine,
         "ratio": loop / engine,
         "data_wait_fraction": trainer.throughput.wait_s / trainer.throughput.elapsed_s,
-        "engine_steps_per_s_before": before,
-        "engine_steps_per_s_after": after,
+        "engine_steps_per_s_before": speed_before,
+        "engine_steps_per_s_after": speed_after,
     }
 
 
 def _bare_steps_per_s(engine: Engine, prepared: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """Returns the steps per second of the engine alone over micro-batches that are on the device."""
     engine.barrier()
     start = time.perf_counter()
     for micro_batches in prepared:

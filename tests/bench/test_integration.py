@@ -1,4 +1,4 @@
-"""`pal bench integration`: the keys that others read, ratios that follow from the rows, and what memory is made of."""
+"""`pal bench integration`: the keys that others read, the ratios of the rows, and the parts of the memory."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_training_batch_has_loss_on_every_answer_and_nothing_else(variant: str
 
 
 @pytest.mark.parametrize("variant", integration.VARIANTS)
-def test_a_decoding_batch_leaves_out_the_answers_and_gets_them(variant: str) -> None:
+def test_a_decoding_batch_leaves_out_the_answers_and_the_model_generates_them(variant: str) -> None:
     case = replace(CASE, variant=variant, mode="decode", questions_per_clip=1)
     batch = make_batch(case)
     assert batch["input_ids"].shape == (2, 4 if variant == "text_only" else 5)
@@ -64,8 +64,8 @@ def test_counted_operations_put_the_integrations_in_the_order_of_the_method() ->
     assert 5.0 < ratio["lal", 6] < 5.6
 
 
-def test_measures_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Training holds parameters, gradients and two moments: sixteen bytes a parameter, and activations."""
+def test_every_measurement_has_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training holds parameters, gradients and two moments, sixteen bytes a parameter, and activations."""
     sizes = "--layers 2 --hidden 512 --ffn 1024 --heads 4 --kv-heads 2 --vocabulary 4000 --text-tokens 8"
     what = "--answer-tokens 2 --audio-tokens 9 --questions 2 --batch 1 --variants text_only --modes train --steps 1"
     file = tmp_path / "bench.json"
@@ -84,7 +84,7 @@ def test_measures_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Captu
 
 def test_a_dry_run_measures_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integration, "measure", None)
-    assert integration.main(["integration", "--dry-run"]) == 0
+    assert integration.main(["--dry-run"]) == 0
     assert "Llama-3.2-1B" in capsys.readouterr().out
 
 
@@ -102,7 +102,7 @@ def test_sizes_that_do_not_fit_are_named(arguments: str, named: str) -> None:
         integration.main([*arguments.split(), "--dry-run"])
 
 
-def test_the_plot_shows_every_variant_also_where_one_did_not_fit(tmp_path: Path) -> None:
+def test_the_plot_shows_every_variant_even_if_one_did_not_fit(tmp_path: Path) -> None:
     rows = [
         {"variant": v, "num_audio_tokens": n, "samples_per_s": None if (v, n) == ("plits", 256) else 100 / n,
          "flops_per_sample": 1e9 * n}

@@ -1,4 +1,4 @@
-"""`pal bench train`: what it says before it starts, and that it measures a run that learns what a run learns."""
+"""`pal bench train`: what a dry run prints, and the figures of a real run."""
 
 from __future__ import annotations
 
@@ -25,4 +25,4 @@ def test_the_loop_is_compared_with_the_engine(tmp_path: Path, monkeypatch: pytes
     figures = json.loads(file.read_text())
     assert figures["ratio"] == pytest.approx(figures["loop_steps_per_s"] / figures["engine_steps_per_s"])
     assert 0 < figures["ratio"] < 3 and 0 <= figures["data_wait_fraction"] < 1
-    assert not (tmp_path / "run").exists()  # nothing is left where the config's own run would be
+    assert not (tmp_path / "run").exists()  # it leaves nothing in the output folder of the config

@@ -28,7 +28,7 @@ from pipeline.tracking import writer
 
 MIN_DISK_GIB = 20.0
 MIN_SHARED_MEMORY_GIB = 1.0  # Docker's default of 64 MiB holds neither NCCL's buffers nor a loader's batches
-MAX_CLOCK_OFFSET_S = 1.0  # beyond it, the times in logs and failure records do not tell what happened first
+MAX_CLOCK_OFFSET_S = 1.0  # beyond it, the times in logs and failure records do not show what happened first
 ALL_REDUCE_MIB = {"cpu": 16, "cuda": 256}
 ALL_REDUCES = 5
 SHARED_MEMORY = Path("/dev/shm")

@@ -60,7 +60,7 @@ class ModelConfig(Strict):
         audio_layers: explicit list of layers, instead of the rule.
         summary_stride: number of frames that `pal_v3` merges into one summary token.
         norm_audio_tokens: apply the layer's own input norm to the projected audio tokens.
-        system_text_sees_audio: let text before the audio attend to it, although it comes first.
+        system_text_sees_audio: let the system prompt, which precedes the audio, attend to it.
         audio_queries: ablation in which audio tokens also attend to the audio of their clip.
     """
 

@@ -72,7 +72,7 @@ def report(line: str) -> None:
     print(f"{prefix}{line}", flush=True)
 
 
-class _ConsoleHandler(logging.Handler):
+class _ParentHandler(logging.Handler):
     """Sends log records to the console of the command that started the job."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -80,10 +80,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 def configure_rank_logging(rank: int) -> None:
-    """Sends the log lines of this rank to the console of the parent; of ranks other than 0, only warnings and errors."""
-    handler = _ConsoleHandler()
-    handler.addFilter(RankFilter(rank))
-    configure_logging(handler)
+    """Sends the log of this rank to the console of the parent, or to stderr if the job has no parent.
+
+    From ranks other than 0, only warnings and errors are sent.
+    """
+    configure_logging(_ParentHandler() if MARKED in os.environ else None)
+    logger.handlers[0].addFilter(RankFilter(rank))
 
 
 def watch_parent(stop: Callable[[], None]) -> None:

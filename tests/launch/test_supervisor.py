@@ -5,15 +5,25 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE
 from pipeline.launch import rank_process, supervisor
 
 SECRET = "correct-horse-battery"
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    handlers, level, propagate = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 def supervise(
@@ -80,6 +90,24 @@ def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
     code, message = supervise(tmp_path, monkeypatch, script, hostfile=tmp_path / "hostfile")
     assert code == EXIT_FAILURE and message.startswith("rank 1 failed at step 7: no memory")
     assert (tmp_path / rank_process.STOP_REQUEST).read_text() == rank_process.END
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_log_to_the_console_of_their_parent_or_to_stderr(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], restored_logging: None
+) -> None:
+    monkeypatch.delenv(rank_process.MARKED, raising=False)
+    rank_process.configure_rank_logging(rank)
+    logger.info("step 1")
+    logger.warning("slow disk")
+    info = "pal: step 1\n" if rank == 0 else ""
+    assert capsys.readouterr() == ("", f"{info}pal: slow disk\n")
+    monkeypatch.setenv(rank_process.MARKED, "1")
+    rank_process.configure_rank_logging(rank)
+    logger.info("step 1")
+    logger.warning("slow disk")
+    info = "pal> step 1\n" if rank == 0 else ""
+    assert capsys.readouterr() == (f"{info}pal> slow disk\n", "")
 
 
 def test_a_full_disk_costs_the_log_and_not_the_job(

@@ -88,7 +88,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(config: Path) -> list[float]:
     """Losses of an undisturbed run on one host."""
-    output = config.parent / "whole"
+    output = config.parent / "undisturbed"
     code, _, err = end_of(start_job(config, "--nproc", 2, f"output={output}"), output)
     assert code == 0, err
     return losses(output)

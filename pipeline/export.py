@@ -1,4 +1,4 @@
-"""`pal export CHECKPOINT OUT`: a training checkpoint as a Hugging Face folder, read back and compared."""
+"""`pal export CHECKPOINT OUT`: writes a training checkpoint as a Hugging Face folder, reads it back and compares."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.core.arguments import add_json, write_figures
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract
 from pipeline.training import checkpoint_dir, run_dir
@@ -24,8 +25,7 @@ def main(argv: Sequence[str]) -> int:
     require_free(arguments.out)
     figures = export(source, arguments.out)
     print(f"{arguments.out} holds {figures['parameters']:,} parameters of {source}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_figures(figures, arguments.json)
     return 0 if figures["max_abs_difference"] == 0 else EXIT_FAILURE
 
 
@@ -34,13 +34,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="pal export", description="Write the weights of a checkpoint as a Hugging Face folder, and verify them."
     )
     parser.add_argument("checkpoint", type=Path, help="a step-* folder, or a run's output folder (its newest is taken)")
-    parser.add_argument("out", type=Path, help="the folder to write; an earlier export there is replaced")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here as well")
+    parser.add_argument("out", type=Path, help="folder to write; replaces an earlier export")
+    add_json(parser)
     return parser
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint, whole by its hashes; of an output folder the newest good one.
+    """Returns a checkpoint whose hashes are correct: the path itself, or the newest one of an output folder.
 
     Raises:
         UserError: there is none.
@@ -56,7 +56,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def require_free(out: Path) -> None:
-    """Refuses to overwrite anything but an earlier export.
+    """Checks that writing to `out` overwrites nothing except an earlier export.
 
     Raises:
         UserError: the folder holds something else.
@@ -72,7 +72,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     """Writes the model of a checkpoint to `out`, reads it back and compares every tensor.
 
     Returns:
-        parameters, and max_abs_difference between what was meant and what was read.
+        `parameters`, their number, and `max_abs_difference` between the weights written and those read back.
     """
     from pipeline.data.chat_template import build_chat_template
     from pipeline.model import PalForCausalLM, count_parameters
@@ -80,17 +80,17 @@ def export(source: Path, out: Path) -> dict[str, Any]:
 
     config = load_config(ExperimentConfig, source / run_dir.CONFIG)
     contract = load_contract(config.data.train)
-    tokenizer, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
-    model = build_model(config, contract, chat.audio_token_id)
+    tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
+    model = build_model(config, contract, chat_template.audio_token_id)
     load_trained(model, source)
     save_model(model, tokenizer, config, out)
     difference = _largest_difference(model, PalForCausalLM.from_pretrained(out, dtype=model.dtype))
     return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
 
 
-def _largest_difference(one: PalForCausalLM, other: PalForCausalLM) -> float:
-    others = other.state_dict()
-    return max(float((p.float() - others[name].float()).abs().max()) for name, p in one.state_dict().items())
+def _largest_difference(written: PalForCausalLM, read: PalForCausalLM) -> float:
+    tensors = read.state_dict()
+    return max(float((p.float() - tensors[name].float()).abs().max()) for name, p in written.state_dict().items())
 
 
 if __name__ == "__main__":

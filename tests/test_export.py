@@ -1,4 +1,4 @@
-"""What is exported is what was trained, by our reader and by DeepSpeed's own, at every stage."""
+"""An export holds the trained weights, according to our reader and to DeepSpeed's own, at every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pipeline.export import export, find_checkpoint
 from pipeline.model import PalForCausalLM
 from pipeline.training import checkpoint_dir
 from tests.helpers.jobs import write_experiment
+from tests.helpers.log_lines import log_lines
 from tests.helpers.ranks import run_on_ranks
 
 WAYS = [("zero1", "all"), ("zero2", "connector"), ("zero3", "connector"), ("zero3", "all")]
@@ -29,7 +30,7 @@ def train_every_way(config: Path, folder: Path) -> None:
     for policy, trainable in WAYS:
         output = f"output={folder / f'{policy}-{trainable}'}"
         settings = [output, f"train.zero={policy}", f"train.trainable={trainable}", "train.steps=2"]
-        trainer = Trainer(load_config(ExperimentConfig, config, settings), ranks, lambda _: None, threading.Event())
+        trainer = Trainer(load_config(ExperimentConfig, config, settings), ranks, threading.Event())
         trainer.fit()
         trainer.engine.close()
 
@@ -43,31 +44,33 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("policy", "trainable"), WAYS)
-def test_an_export_answers_as_the_trained_model(trained: Path, tmp_path: Path, policy: str, trainable: str) -> None:
+def test_an_export_computes_what_the_trained_model_computes(
+    trained: Path, tmp_path: Path, policy: str, trainable: str
+) -> None:
     run = trained / f"{policy}-{trainable}"
     source = find_checkpoint(run)
     assert export(source, tmp_path / "model")["max_abs_difference"] == 0
     batch = {"input_ids": torch.arange(1, 13).view(2, 6)}
     with torch.no_grad():
-        here, there = (
+        exported_logits, trained_logits = (
             PalForCausalLM.from_pretrained(folder).eval()(**batch).logits
             for folder in (tmp_path / "model", run / "model")
         )
-    assert torch.equal(here, there)
+    assert torch.equal(exported_logits, trained_logits)
 
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
     convert_zero_checkpoint_to_fp32_state_dict(str(source), str(tmp_path / "deepspeed"), tag="engine")
-    theirs = torch.load(tmp_path / "deepspeed" / "pytorch_model.bin", weights_only=True)
+    deepspeed_weights = torch.load(tmp_path / "deepspeed" / "pytorch_model.bin", weights_only=True)
     exported = load_file(tmp_path / "model" / "model.safetensors")
-    assert any(name.startswith("streams.") for name in theirs)
-    assert any(name.startswith("language_model.") for name in theirs) == (trainable == "all")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in theirs.items() if name in exported)
-    assert len(theirs.keys() - exported.keys()) <= 1  # the second name of a tied weight
+    assert any(name.startswith("streams.") for name in deepspeed_weights)
+    assert any(name.startswith("language_model.") for name in deepspeed_weights) == (trainable == "all")
+    assert all(torch.equal(tensor, exported[name]) for name, tensor in deepspeed_weights.items() if name in exported)
+    assert len(deepspeed_weights.keys() - exported.keys()) <= 1  # the second name of a tied weight
 
 
-def test_a_checkpoint_that_we_did_not_write_is_never_unpickled(trained: Path, tmp_path: Path) -> None:
-    """A pickle runs what its writer wants, so every file's hash is compared before anything is loaded."""
+def test_a_file_that_we_did_not_write_is_never_unpickled(trained: Path, tmp_path: Path) -> None:
+    """A pickle executes code of its writer, so every hash is verified before anything is loaded."""
     import shutil
 
     from pipeline.core.errors import UserError
@@ -77,6 +80,6 @@ def test_a_checkpoint_that_we_did_not_write_is_never_unpickled(trained: Path, tm
     victim.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
     with pytest.raises(UserError, match="damaged"):
         find_checkpoint(source)
-    warnings: list[str] = []
-    assert checkpoint_dir.newest_good(tmp_path, warnings.append) is None
+    with log_lines() as warnings:
+        assert checkpoint_dir.newest_good(tmp_path) is None
     assert len(warnings) == 1 and not (tmp_path / "ran").exists()

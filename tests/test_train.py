@@ -1,4 +1,4 @@
-"""Each mistake of a user is one line and exit code 2, before a process is started; the dry run tells what would be."""
+"""A user's mistake is one line and exit code 2, before any process starts; the dry run prints what would be trained."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from pipeline import train
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError, run_command
 from pipeline.core.feature_contract import load_contract
+from pipeline.core.files import lock_folder
 from pipeline.launch import rank_process, supervisor
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.checkpoint_dir import CheckpointRecord
@@ -128,7 +129,7 @@ def test_another_number_of_ranks(original: Path, tmp_path: Path, capsys: pytest.
 
 def test_an_output_in_use(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_dir, "LOCK_PATIENCE_S", 0.1)
-    with run_dir.lock(tmp_path), pytest.raises(UserError, match="in use"):
+    with lock_folder(tmp_path, run_dir.LOCK), pytest.raises(UserError, match="in use"):
         train.main([str(original / "config.yaml"), f"output={tmp_path}"])
 
 
@@ -201,7 +202,11 @@ Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another r
         ),
         ([(1, EXIT_USER_ERROR, "shard: is damaged; repair it", False)], EXIT_USER_ERROR, "shard: is damaged"),
         ([(0, EXIT_STOPPED, "stopped", False), (1, EXIT_STOPPED, "stopped", False)], EXIT_STOPPED, "stopped"),
-        ([(0, EXIT_FAILURE, "gloo: closed", True)], EXIT_FAILURE, "rank 1 exited or hung without an error message after step 3"),
+        (
+            [(0, EXIT_FAILURE, "gloo: closed", True)],
+            EXIT_FAILURE,
+            "rank 1 exited or hung without an error message after step 3",
+        ),
         (
             [(0, EXIT_FAILURE, "gloo: closed", True), (1, EXIT_FAILURE, "gloo: closed", True)],
             EXIT_FAILURE,

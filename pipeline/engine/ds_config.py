@@ -1,5 +1,5 @@
-"""Renders DeepSpeed's config: `ds_configs/*.json` hold ZeRO policy only; batch, rate and precision come from the config
-tree, and `build_ds_config` is the one place where the two meet."""
+"""Builds DeepSpeed's config: `ds_configs/*.json` hold the ZeRO policy only; batch, rate and precision come from the
+experiment's config, and `build_ds_config` joins the two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.config import TrainConfig
 from pipeline.core.errors import UserError, nearest
 
-POLICIES = Path(__file__).parents[2] / "ds_configs"
+POLICIES = Path(__file__).parents[2] / "ds_configs"  # beside `pipeline` in a checkout as in site-packages
 POLICY_KEYS = ("zero_optimization", "aio")
 ADAM_EPSILON = 1e-8
 
@@ -19,26 +19,27 @@ ADAM_EPSILON = 1e-8
 def build_ds_config(
     policy: str, train: TrainConfig, *, world_size: int, accumulation: int, on_gpu: bool
 ) -> dict[str, Any]:
-    """The final DeepSpeed config. Every key that matters is written out, since DeepSpeed's defaults move.
+    """Returns the final DeepSpeed config, with every key that matters, because DeepSpeed's defaults change.
 
     Args:
-        policy: a file of `ds_configs/` by its name, or a path to one.
-        train: owner of batch, rate and precision.
+        policy: name of a file in `ds_configs/`, or a path to a policy file.
+        train: config section that sets batch, rate and precision.
+        world_size: number of ranks.
         accumulation: micro-batches per rank and optimizer step.
         on_gpu: use the fused optimizer; on CPU the plain one, which needs no compiler.
 
     Raises:
-        UserError: no such policy, not JSON, a key that belongs to `train`, a left-over "auto", or a setting that
-            does not go with the policy.
+        UserError: the policy does not exist, is not JSON, holds a key that `train` sets, holds "auto", or does not
+            work with a setting of `train`.
     """
     policy_values = _read_policy(policy)
     zero = policy_values["zero_optimization"]
     stage, offloads = zero["stage"], "offload_optimizer" in zero
     if train.compile and stage == 3:
-        fault = "does not go with ZeRO-3, which fetches parameters in the middle of what would be compiled"
+        fault = "does not work with ZeRO-3, which gathers parameters inside the functions that would be compiled"
         raise UserError("train.compile", fault, "leave it out, or choose another train.zero")
-    # Gradients add up in fp32 over micro-batches, so that accumulation does not change the result; DeepSpeed's
-    # stage 0 can only add up in the model's own precision.
+    # Gradients of micro-batches accumulate in fp32, so that accumulation does not change the result; DeepSpeed's
+    # stage 0 can accumulate only in the model's precision.
     accumulation_dtype = train.precision if stage == 0 else "fp32"
     ds_config = {
         "train_batch_size": train.micro_batch_size * accumulation * world_size,
@@ -75,14 +76,14 @@ def build_ds_config(
                 "betas": [train.adam_beta1, train.adam_beta2],
                 "eps": ADAM_EPSILON,
                 "weight_decay": train.weight_decay,
-                # torch's AdamW needs no compiler; only offloading wants DeepSpeed's own, built for host memory.
+                # torch's AdamW needs no compiler; only offloading needs DeepSpeed's AdamW for host memory.
                 **({"torch_adam": False} if offloads else {"torch_adam": True, "fused": on_gpu}),
             },
         },
         "zero_allow_untested_optimizer": False,
         "zero_force_ds_cpu_optimizer": True,
-        # Recomputation is the model's own, in the non-reentrant form: DeepSpeed's is reentrant, which drops the
-        # gradients of tensors passed by keyword.
+        # The model does its own, non-reentrant checkpointing: DeepSpeed's is reentrant, which drops the gradients of
+        # tensors passed by keyword.
         "activation_checkpointing": {
             "partition_activations": False,
             "contiguous_memory_optimization": False,
@@ -91,7 +92,7 @@ def build_ds_config(
             "profile": False,
         },
         "checkpoint": {"tag_validation": "Fail", "load_universal": False, "use_node_local_storage": False},
-        "steps_per_print": 10**9,  # the trainer owns the console
+        "steps_per_print": 10**9,  # the trainer logs the steps
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
         "dump_state": False,
@@ -103,23 +104,35 @@ def build_ds_config(
     return ds_config
 
 
+def policy_names() -> list[str]:
+    """Returns the names of the policies in `ds_configs/`, sorted.
+
+    Raises:
+        UserError: there are none, because the installation is incomplete.
+    """
+    names = sorted(path.stem for path in POLICIES.glob("*.json"))
+    if not names:
+        fault = "holds no ZeRO policy (*.json), though the policies are part of pal-pipeline"
+        raise UserError(POLICIES, fault, "reinstall pal-pipeline, or set train.zero to the path of a policy file")
+    return names
+
+
 def _read_policy(policy: str) -> dict[str, Any]:
     path = Path(policy)
     if not path.is_file():
         path = POLICIES / f"{policy}.json"
     if not path.is_file():
-        known = sorted(p.stem for p in POLICIES.glob("*.json"))
-        raise UserError("train.zero", f"no ZeRO policy '{policy}'", nearest(policy, known))
+        raise UserError("train.zero", f"no ZeRO policy '{policy}'", nearest(policy, policy_names()))
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(path, f"is not JSON ({error})", "correct the file") from error
     stage = values.get("zero_optimization", {}).get("stage") if isinstance(values, dict) else None
     if stage not in (0, 1, 2, 3):
-        raise UserError(path, "has no zero_optimization.stage from 0 to 3", "see ds_configs/zero2.json")
+        raise UserError(path, "has no zero_optimization.stage from 0 to 3", "see ds_configs/README.md")
     for key in values:
         if key not in POLICY_KEYS:
-            raise UserError(path, f"'{key}' is not ZeRO policy", "set batch, rate and precision in train.*")
+            raise UserError(path, f"'{key}' is not part of a ZeRO policy", "set batch, rate and precision in train.*")
     return values
 
 
@@ -132,5 +145,5 @@ def _refuse_auto(values: Mapping[str, Any], prefix: str, policy: str) -> None:
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a ds_config config."""
+    """Returns the ZeRO stage of a DeepSpeed config."""
     return int(ds_config["zero_optimization"]["stage"])

@@ -1,4 +1,4 @@
-"""A model under DeepSpeed: steps it, saves and loads its state."""
+"""A model under DeepSpeed: computes gradients, takes optimizer steps, saves and loads state."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.engine.checkpoint_io import STATE, Snapshot, checksum, collecting, local_part, restore_swapped_optimizer
+from pipeline.engine.checkpoint_io import STATE, Snapshot, checksum, collecting
 from pipeline.engine.ds_config import zero_stage
 from pipeline.engine.parameter_groups import ParameterGroup
+from pipeline.engine.patches import local_partition, restore_swapped_optimizer, set_universal
+from pipeline.engine.process_group import gathered
 
 if TYPE_CHECKING:
     import torch
@@ -24,8 +26,8 @@ class Engine:
 
     Args:
         model: returns an object with a scalar `.loss`; parameters that are not in `groups` must be frozen.
-        groups: what is optimized.
-        ds_config: from `build_ds_config`.
+        groups: parameters to optimize.
+        ds_config: DeepSpeed config from `build_ds_config`.
     """
 
     def __init__(self, model: torch.nn.Module, groups: Sequence[ParameterGroup], ds_config: dict[str, Any]) -> None:
@@ -36,8 +38,8 @@ class Engine:
         self.groups = [group for group in groups if group.parameters]
         self.accumulation: int = ds_config["gradient_accumulation_steps"]
         self.stage = zero_stage(ds_config)
-        # In fp32 without ZeRO DeepSpeed neither reports the gradient norm nor refuses one that is not finite, so that
-        # norm, check and clipping are done here.
+        # In fp32 without ZeRO, DeepSpeed neither reports the gradient norm nor skips a step whose gradient is not
+        # finite; `_clip_and_check` does both, and clips.
         self._plain = self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]
         self._clipping: float = ds_config["gradient_clipping"]
         if self._plain:
@@ -49,7 +51,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(model=model, model_parameters=optimizer_groups, config=ds_config)
         self.world_size: int = torch.distributed.get_world_size()
         self.device: torch.device = self._engine.device
-        # Counts travel between hosts on CPU tensors: agreeing on them never waits for the accelerator.
+        # Host numbers are exchanged as CPU tensors, so that the exchange never waits for the accelerator.
         self._control: Any = torch.distributed.new_group(backend="gloo") if self.device.type != "cpu" else None
         self._swaps_states = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
         self._frozen_checksum = ""
@@ -58,16 +60,16 @@ class Engine:
 
     @property
     def loss_share(self) -> float:
-        """What one micro-batch's loss counts in the gradient.
+        """Weight of one micro-batch's loss in the gradient.
 
-        DeepSpeed divides each micro-batch's loss by A (`accumulation`, a constant however many there are) and averages
-        gradients over W ranks, so
+        DeepSpeed divides each micro-batch's loss by A (`accumulation`, a constant whatever the number of micro-batches)
+        and averages gradients over W ranks, so
 
             gradient = d/dw sum_{rank, micro} loss / (A W).
 
-        With loss = L / (T / (A W)), where L is a micro-batch's summed cross-entropy and T the answer tokens of the
-        whole global batch, this is d/dw (sum L) / T: every answer token counts the same wherever it lies. So models
-        are called with num_items_in_batch = T * loss_share.
+        With loss = L / (T / (A W)), where L is a micro-batch's summed cross-entropy and T the number of answer tokens
+        in the global batch, this is d/dw (sum L) / T: every answer token has the same weight wherever it lies. So
+        models are called with num_items_in_batch = T * loss_share.
         """
         return 1.0 / (self.accumulation * self.world_size)
 
@@ -78,35 +80,35 @@ class Engine:
         return totals.tolist()
 
     def gather_over_ranks(self, value: Any) -> list[Any]:
-        """One small object from every rank, in the order of ranks."""
-        gathered: list[Any] = [None] * self.world_size
-        self._torch.distributed.all_gather_object(gathered, value, group=self._control)
-        return gathered
+        """Returns one small object from every rank, in the order of ranks."""
+        by_rank: list[Any] = [None] * self.world_size
+        self._torch.distributed.all_gather_object(by_rank, value, group=self._control)
+        return by_rank
 
     def barrier(self) -> None:
-        """Returns when every rank is here."""
+        """Returns when every rank has called it."""
         self.sum_over_ranks([0.0])
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients and no dropout in here."""
+        """Turns gradients and dropout off within the block."""
         self._engine.eval()
         with self._torch.no_grad():
             yield
         self._engine.train()
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """The scalar loss of one micro-batch."""
+        """Returns the scalar loss of one micro-batch."""
         return self._engine(**batch).loss
 
     def backward(
         self, batch: Mapping[str, Any], *, last: bool, on_output: Callable[[Any], None] | None = None
     ) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its detached loss, still on the device.
+        """Runs forward and backward of one micro-batch; returns its detached loss, still on the device.
 
         Args:
-            last: of the optimizer step, whose number of micro-batches may vary from step to step.
-            on_output: is given what the model returned.
+            last: whether this is the last micro-batch of the optimizer step; their number may vary between steps.
+            on_output: receives the model's output.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         output = self._engine(**batch)
@@ -118,24 +120,24 @@ class Engine:
         return output.loss.detach()
 
     def groups_without_gradient(self) -> list[str]:
-        """Groups in which every gradient is zero; after the last backward and before `step`. Called by all ranks."""
+        """Returns groups in which every gradient is zero. All ranks call it between the last backward and `step`."""
         from deepspeed.utils import safe_get_full_grad
 
-        def reached(parameter: torch.nn.Parameter) -> bool:
+        def has_gradient(parameter: torch.nn.Parameter) -> bool:
             gradient = safe_get_full_grad(parameter)
             return gradient is not None and bool(gradient.any())
 
-        return [group.name for group in self.groups if not any(map(reached, group.parameters))]
+        return [group.name for group in self.groups if not any(map(has_gradient, group.parameters))]
 
-    def step(self, factor: float) -> bool:
-        """The optimizer step after the last micro-batch, at `factor` times each group's peak rate.
+    def step(self, lr_multiplier: float) -> bool:
+        """Takes the optimizer step after the last micro-batch, at `lr_multiplier` times each group's peak rate.
 
         Returns:
-            False when a gradient was not finite: DeepSpeed then leaves weights and optimizer untouched.
+            False if a gradient was not finite: DeepSpeed then leaves weights and optimizer untouched.
         """
         for values, group in zip(self._engine.optimizer.param_groups, self.groups, strict=True):
-            # Not the rate alone: loading a universal checkpoint under ZeRO-3 gives every group the first one's values.
-            values.update(lr=group.learning_rate * factor, weight_decay=group.weight_decay)
+            # Sets the weight decay too: a universal checkpoint under ZeRO-3 gives every group the first group's values.
+            values.update(lr=group.learning_rate * lr_multiplier, weight_decay=group.weight_decay)
         applied = self._clip_and_check() if self._plain else True
         self._engine.step()
         if not self._plain:
@@ -149,25 +151,25 @@ class Engine:
         norm = self._torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         self.gradient_norm = norm.item()
         if not math.isfinite(self.gradient_norm):
-            self._engine.zero_grad()  # to None, which the optimizer passes over
+            self._engine.zero_grad()  # sets gradients to None, and the optimizer skips such parameters
             return False
         if self._clipping:
             self._torch.nn.utils.clip_grads_with_norm_(parameters, self._clipping, norm)
         return True
 
     def snapshot(self, folder: Path, *, copied: bool) -> Snapshot:
-        """This rank's part of a checkpoint in `folder`; frozen parameters are left out. Called by all ranks.
+        """Returns this rank's part of a checkpoint in `folder`, without frozen parameters. All ranks call it.
 
-        Nothing is written yet, apart from copies of what is swapped to NVMe: what a full disk does to one rank must
-        not happen between DeepSpeed's barriers.
+        Writes nothing yet, apart from copies of files that are swapped to NVMe: a full disk must not stop one rank
+        between DeepSpeed's barriers.
 
         Args:
-            copied: to host memory, so that training can go on before the snapshot is written.
+            copied: copy to host memory, so that training can continue before the snapshot is written.
         """
         frozen = {p.data_ptr() for p in self._engine.module.parameters() if not p.requires_grad} - {0}
 
         def drop_frozen(_module: Any, state: dict[str, Any], _prefix: str, _metadata: Any) -> None:
-            # DeepSpeed goes by name and would keep the second name of a tied weight: a frozen output embedding.
+            # DeepSpeed excludes by name and would keep a tied weight's second name: a frozen output embedding.
             for name in [name for name, tensor in state.items() if tensor.data_ptr() in frozen]:
                 del state[name]
 
@@ -180,29 +182,29 @@ class Engine:
         return snapshot
 
     def load(self, folder: Path, *, universal: bool = False) -> None:
-        """Restores what a snapshot wrote. Called by all ranks.
+        """Restores what a snapshot wrote. All ranks call it.
 
         Args:
-            universal: the folder was written by `start_resharding`; otherwise it is of the same number of ranks.
+            universal: whether `start_resharding` wrote the folder; otherwise the same number of ranks wrote it.
 
         Raises:
             RuntimeError: DeepSpeed found no state there.
         """
-        self._engine._config.load_universal_checkpoint = universal  # a property of this folder, not of the run
-        # Frozen parameters are not in the file, hence not strict; the trainable ones are compared by `checksums`.
+        set_universal(self._engine, universal)
+        # Not strict, because frozen parameters are not in the files; `checksums` compares the trained ones.
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=STATE, load_module_strict=False)
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found no state in {folder}")
         if self._swaps_states:
-            restore_swapped_optimizer(self._engine, folder)
-        if self.stage == 3:  # a universal checkpoint gives all groups one step counter, which each would then advance
+            restore_swapped_optimizer(self._engine, folder, STATE)
+        if self.stage == 3:  # a universal checkpoint shares one step counter among groups, and each would advance it
             for state in self._engine.optimizer.optimizer.state.values():
                 state["step"] = copy.deepcopy(state["step"])
 
     def checksums(self) -> dict[str, str]:
-        """A hash of all `trained` and one of all `frozen` parameters, the same for every stage and number of ranks.
+        """Returns a hash of all `trained` and one of all `frozen` parameters. All ranks call it.
 
-        Called by all ranks.
+        The hashes depend on neither the ZeRO stage nor the number of ranks.
         """
         trained = self._checksum(trained=True)
         self._frozen_checksum = self._frozen_checksum or self._checksum(trained=False)
@@ -214,10 +216,10 @@ class Engine:
             if parameter.requires_grad != trained:
                 continue
             if self.stage == 3:
-                with local_part(parameter) as part:
-                    first = self._torch.distributed.get_rank() * len(part)
-                    kept = part[: max(0, parameter.ds_numel - first)]  # the last part is padded
-                    sums[name] = checksum(kept, first)
+                with local_partition(parameter) as partition:
+                    first = self._torch.distributed.get_rank() * len(partition)
+                    unpadded = partition[: max(0, parameter.ds_numel - first)]  # the last partition is padded
+                    sums[name] = checksum(unpadded, first)
             else:
                 sums[name] = checksum(parameter, 0)
         values = self._torch.tensor(list(sums.values()), dtype=self._torch.int64)
@@ -227,17 +229,28 @@ class Engine:
         return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
     def gathered_state(self) -> dict[str, torch.Tensor] | None:
-        """The whole model on rank 0 (CPU, the model's precision), None elsewhere. Called by all ranks."""
+        """Returns the whole model on rank 0 (CPU, the model's precision), None elsewhere. All ranks call it."""
+        state = self._engine.module.state_dict()
         if self.stage == 3:
-            state = self._engine._zero3_consolidated_16bit_state_dict()
-        else:
-            state = self._engine.module.state_dict()
+            state.update(self._gather_parameters())
         if self._torch.distributed.get_rank() != 0:
             return None
         return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
+    def _gather_parameters(self) -> dict[str, torch.Tensor]:
+        """Returns the partitioned parameters, whole, on rank 0, whose device holds one at a time; nothing elsewhere."""
+        whole: dict[Any, torch.Tensor] = {}
+        self._engine.optimizer.checkpoint_event_prologue()  # drops the full copies that every rank keeps of small ones
+        for parameter in self._engine.module.parameters():
+            with gathered([parameter]):
+                if self._torch.distributed.get_rank() == 0:
+                    whole[parameter] = parameter.detach().to("cpu", copy=True)
+        self._engine.optimizer.checkpoint_event_epilogue()  # gathers those copies again
+        names = self._engine.module.named_parameters(remove_duplicate=False)  # the names of a tied weight share a copy
+        return {name: whole[parameter] for name, parameter in names if parameter in whole}
+
     def close(self) -> None:
-        """Gives memory and hooks free; the process group stays."""
+        """Frees memory and hooks; the process group stays."""
         self._engine.destroy()
         if self._control is not None:
             self._torch.distributed.destroy_process_group(self._control)

@@ -1,4 +1,4 @@
-"""Which parameters are optimized together: by peak learning rate and weight decay."""
+"""Groups of parameters that the optimizer treats alike: by peak learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class ParameterGroup:
 
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
-    """Trained parameters by rate (audio side, language model) and decay (matrices; never norms and biases)."""
+    """Groups trained parameters by rate (streams, language model) and decay (matrices; never norms and biases)."""
     groups = []
     rates = {"streams": train.connector_learning_rate or train.learning_rate, "language_model": train.learning_rate}
     for side, rate in rates.items():
-        own = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{side}.")]
-        matrices, vectors = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        trained = [p for name, p in model.named_parameters() if p.requires_grad and name.startswith(f"{side}.")]
+        matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
         groups.append(ParameterGroup(f"{side}.matrices", matrices, rate, train.weight_decay))
         groups.append(ParameterGroup(f"{side}.vectors", vectors, rate, 0.0))
     return groups

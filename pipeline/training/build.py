@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
@@ -250,10 +249,3 @@ def _pal_config(config: ExperimentConfig, contract: FeatureContract, audio_token
         feature_fingerprints={name: encoder.fingerprint for name, encoder in encoders.items()},
         base_language_model=str(name),
     )
-
-
-def validation_questions(features: FeatureSet, config: ExperimentConfig) -> np.ndarray:
-    """Returns indices of the questions for the validation loss, spread evenly over the set."""
-    selected = features.table.select(config.data.tasks, config.data.datasets)
-    count = min(len(selected), config.data.validation_questions)
-    return selected[np.linspace(0, len(selected) - 1, count).astype(np.int64)]

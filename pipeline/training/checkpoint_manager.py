@@ -1,7 +1,7 @@
-"""What of a run is kept: saves the state of all ranks as checkpoints, and finds the one to go on from.
+"""Saves the state of all ranks as checkpoints, and resumes from the newest intact one.
 
 A save has three parts: every rank copies its state (training waits), writes and hashes its files in a thread (training
-goes on), and rank 0 commits the whole at the end of the first step by which all ranks are done."""
+continues), and rank 0 commits the checkpoint at the end of the first step by which all ranks have written."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, dump_config
 from pipeline.core import provenance
+from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.ranks import Ranks
 from pipeline.data.loader import TrainingLoader
@@ -30,7 +31,7 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class _Save:
-    """A save under way; the record still lacks its files."""
+    """A save in progress; the record still lacks its files."""
 
     record: CheckpointRecord
     temporary: Path
@@ -38,25 +39,17 @@ class _Save:
 
 
 class CheckpointManager:
-    """Checkpoints of one engine and one loader in `config.output`. Every method is called by all ranks.
+    """Checkpoints of one engine and one loader in `config.output`. All ranks call every method.
 
     Args:
-        reshard: go on also from a checkpoint that another number of ranks wrote.
-        log: prints a line for the person who watches; called on rank 0 only.
+        reshard: resume from a checkpoint of another number of ranks too.
     """
 
     def __init__(
-        self,
-        config: ExperimentConfig,
-        ranks: Ranks,
-        engine: Engine,
-        loader: TrainingLoader,
-        log: Callable[[str], None],
-        *,
-        reshard: bool = False,
+        self, config: ExperimentConfig, ranks: Ranks, engine: Engine, loader: TrainingLoader, *, reshard: bool = False
     ) -> None:
         self._config, self._settings, self._output = config, config.train.checkpoint, config.output
-        self._ranks, self._engine, self._loader, self._log = ranks, engine, loader, log
+        self._ranks, self._engine, self._loader = ranks, engine, loader
         self._reshard = reshard
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._save: _Save | None = None
@@ -67,18 +60,24 @@ class CheckpointManager:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def upload_to(self, tracker: Tracker) -> None:
-        """Has all checkpoints stored with the run as well; on rank 0 only."""
+        """Uploads all checkpoints to the MLflow run from now on; called on rank 0 only."""
         self._tracker = tracker
         self._tidy()
 
     def save(self, step: int, seen_tokens: int, throughput: Throughput, run: RunRecord) -> None:
-        """Begins the checkpoint of `step`, after the one before is done. A failure is told and the next save tried."""
+        """Finishes the previous checkpoint and starts that of `step`; logs a failure, which costs that save alone.
+
+        Args:
+            seen_tokens: text tokens of all steps so far.
+            throughput: of all steps so far.
+            run: run that owns the output folder.
+        """
         self.finish()
         temporary = checkpoint_dir.temporary_path(self._output, step)
         if self._failed(step, self._on_main(lambda: self._begin(temporary, step))):
             return
         snapshot = self._engine.snapshot(temporary, copied=self._settings.background)
-        others = checkpoint_dir.files_of(temporary)[self._ranks.rank :: self._ranks.world_size]
+        names = checkpoint_dir.files_of(temporary)[self._ranks.rank :: self._ranks.world_size]
         (num_bytes,) = self._engine.sum_over_ranks([snapshot.num_bytes])
         if self._failed(step, self._on_main(lambda: checkpoint_dir.lacking_space(self._output, num_bytes))):
             if self._ranks.is_main:
@@ -100,19 +99,19 @@ class CheckpointManager:
             versions=provenance.package_versions(),
             files={},
         )
-        self._save = _Save(record, temporary, self._writer.submit(_write, temporary, snapshot, others))
+        self._save = _Save(record, temporary, self._writer.submit(_write, temporary, snapshot, names))
         if not self._settings.background:
             self.finish()
 
     def poll(self) -> None:
-        """Commits the checkpoint under way if all ranks have written theirs; to be called after every step."""
+        """Commits the checkpoint in progress if all ranks have written their files; call it after every step."""
         if self._save is not None:
             (done,) = self._engine.sum_over_ranks([self._save.written.done()])
             if done == self._ranks.world_size:
                 self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint under way and commits it."""
+        """Waits for the checkpoint in progress and commits it."""
         if self._save is None:
             return
         save, self._save = self._save, None
@@ -135,13 +134,13 @@ class CheckpointManager:
             raise RuntimeError(self._failure)
 
     def note_validation(self, step: int, loss: float) -> None:
-        """Remembers how good the checkpoint of `step` is, be it committed or still under way."""
+        """Records the validation loss of the checkpoint of `step`, whether it is committed or in progress."""
         if self._ranks.is_main:
             self._losses[step] = loss
             self._tidy()
 
     def _on_main(self, action: Callable[[], str | None]) -> str | None:
-        """What `action` returns, or why the disk refused it, on rank 0; told to all ranks."""
+        """Calls `action` on rank 0; returns its result, or the error of the disk, on all ranks."""
         failure = None
         if self._ranks.is_main:
             try:
@@ -152,9 +151,9 @@ class CheckpointManager:
 
     def _failed(self, step: int, failure: str | None) -> bool:
         self._failure = None if failure is None else f"the checkpoint of step {step} is not saved: {failure}"
-        if failure is not None:
+        if failure is not None and self._ranks.is_main:
             last_good = next((path.name for path in checkpoint_dir.list_checkpoints(self._output)), "none")
-            self._log(f"{self._failure}; last good one: {last_good}")
+            logger.warning(f"{self._failure}; last good one: {last_good}")
         return failure is not None
 
     def _begin(self, temporary: Path, step: int) -> None:
@@ -166,6 +165,7 @@ class CheckpointManager:
         self._tidy()
 
     def _tidy(self) -> None:
+        """Writes validation losses into committed checkpoints, uploads checkpoints and removes old ones."""
         for step in list(self._losses):
             if (path := self._output / checkpoint_dir.checkpoint_name(step)).is_dir():
                 checkpoint_dir.record_validation_loss(path, self._losses.pop(step))
@@ -175,41 +175,42 @@ class CheckpointManager:
             in_use = {self._tracker.uploading} if self._tracker.uploading else set()
         checkpoint_dir.retain(self._output, self._settings.keep, self._settings.keep_best, in_use)
 
-    # ---- going on ---------------------------------------------------------------------------------------------------
+    # ---- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self) -> tuple[int, int, Throughput]:
-        """Loads the newest good checkpoint; returns the steps, text tokens and work done so far.
+        """Loads the newest intact checkpoint; returns the steps, text tokens and throughput of the run so far.
 
         Raises:
-            UserError: another number of ranks wrote it, the data has another order, or the language model is another.
-            RuntimeError: what was loaded is not what was saved.
+            UserError: another number of ranks or another version of this software wrote it, the order of the data
+                differs, or the language model is another.
+            RuntimeError: the loaded weights are not the saved ones.
         """
-        found = checkpoint_dir.newest_good(self._output, self._log) if self._ranks.is_main else None
-        found = self._engine.gather_over_ranks(found)[0]
-        if found is None:
+        newest = checkpoint_dir.newest_good(self._output) if self._ranks.is_main else None
+        newest = self._engine.gather_over_ranks(newest)[0]
+        if newest is None:
             return 0, 0, Throughput()
-        path, record = found
+        path, record = newest
         if record.fits(self._ranks.world_size):
             self._engine.load(path)
         elif self._reshard:
             self._load_resharded(path, record)
         else:
-            raise checkpoint_dir.other_world_size(path, record.world_size, self._ranks.world_size)
+            raise checkpoint_dir.wrong_world_size(path, record.world_size, self._ranks.world_size)
         self._compare(path, record)
         self._loader.load_state_dict(record.data)
         progress = dict(record.progress)
         self._engine.skipped_steps = int(progress.pop("skipped_steps"))
-        self._log(f"resumed from {path} at step {record.step}")
+        logger.info(f"resumed from {path} at step {record.step}")
         return record.step, int(progress.pop("seen_tokens")), Throughput(**progress)
 
     def _load_resharded(self, path: Path, record: CheckpointRecord) -> None:
-        self._log(f"converting {path} from {record.world_size} to {self._ranks.world_size} ranks")
+        logger.info(f"converting {path} from {record.world_size} to {self._ranks.world_size} ranks")
         converted = checkpoint_dir.temporary_path(self._output, record.step)
         if self._ranks.is_main:
             shutil.rmtree(converted, ignore_errors=True)
         process = start_resharding(path, converted) if self._ranks.is_main else None
         try:
-            # Short collectives, since one that waits for the conversion of a large model would run out of time.
+            # Polls with short collectives, because one that waits for the conversion of a large model would time out.
             while (code := self._engine.gather_over_ranks(process.poll() if process else None)[0]) is None:
                 time.sleep(_POLL_S)
             if code:
@@ -221,21 +222,22 @@ class CheckpointManager:
                 checkpoint_dir.discard(converted)
 
     def _compare(self, path: Path, record: CheckpointRecord) -> None:
-        here = self._engine.checksums()
-        if here.get("frozen") != record.checksums.get("frozen"):
+        loaded = self._engine.checksums()
+        if loaded.get("frozen") != record.checksums.get("frozen"):
             fault = f"has other weights than the one that {path} was trained with"
-            raise UserError("model.language_model", fault, "give the same language model")
-        if here != record.checksums:
+            raise UserError("model.language_model", fault, "set it to the same language model")
+        if loaded != record.checksums:
             raise RuntimeError(f"the weights loaded from {path} are not those that were saved")
 
 
-def _write(temporary: Path, snapshot: Snapshot, others: list[str]) -> dict[str, FileRecord]:
+def _write(temporary: Path, snapshot: Snapshot, names: list[str]) -> dict[str, FileRecord]:
+    """Writes a snapshot; returns the records of its files and of those in `names`, which exist already."""
     snapshot.write()
-    return checkpoint_dir.measure(temporary, [*others, *(str(p.relative_to(temporary)) for p in snapshot.files)])
+    return checkpoint_dir.measure(temporary, [*names, *(str(p.relative_to(temporary)) for p in snapshot.files)])
 
 
 def _outcome(written: Future[dict[str, Any]]) -> dict[str, Any] | str:
-    """The files, or why they could not be written."""
+    """Returns the records of the files, or a sentence that says why they could not be written."""
     try:
         return written.result()
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

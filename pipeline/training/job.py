@@ -1,22 +1,24 @@
-"""The training job on one rank: every stage that is not finished, and a record of how it ended."""
+"""The training job on one rank: runs every unfinished stage, and records how the job ended."""
 
 from __future__ import annotations
 
 import gc
 import json
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig
 from pipeline.config.flat import flatten
 from pipeline.core import provenance
+from pipeline.core.arguments import write_figures
+from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from pipeline.core.files import lock_folder
 from pipeline.core.ranks import Ranks
 from pipeline.engine import (
     from_main_rank,
@@ -42,50 +44,55 @@ def run_rank(
     *,
     reshard: bool,
 ) -> int:
-    """The job on one rank: every stage that is not finished, in order. However it ends, the parent finds why."""
+    """Runs every unfinished stage in order on one rank; records how the rank ended, for the parent.
+
+    Args:
+        config: config of the whole job.
+        stages: config of each stage by name.
+        results_file: where rank 0 also writes the figures.
+        reshard: resume from a checkpoint of another number of ranks too.
+
+    Returns:
+        the exit code of this rank.
+    """
+    rank_process.configure_rank_logging(ranks.rank)
     trainer: Trainer | None = None
     stop = threading.Event()
     try:
         with ExitStack() as resources:
             if ranks.is_main:
                 for folder in dict.fromkeys([config.output, *(stage.output for stage in stages.values())]):
-                    resources.enter_context(run_dir.lock(folder))
+                    resources.enter_context(lock_folder(folder, run_dir.LOCK, run_dir.LOCK_PATIENCE_S))
                 rank_process.remove_stale_records(config.output, ranks.world_size)
             rank_process.register_rank(config.output, ranks.rank)
             from pipeline.training.trainer import Stopped, Trainer
 
-            init_process_group(ranks, config.train.collective_timeout_s)
-            settings = flatten(config.model_dump(mode="json"))
-            require_same_everywhere({**settings, **provenance.package_versions()})
-            for number in (signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, lambda *_: stop.set())
-            rank_process.watch_parent(stop.set)
-            rank_process.watch_stop_request(config.output, stop.set)
+            _connect(config, ranks, stop)
             last = [*stages][-1]
             for name, stage in stages.items():
-                # Waits for rank 0, which writes what the stage before leaves behind.
+                # Waits for rank 0, which writes what the previous stage leaves behind.
                 finished = from_main_rank(run_dir.is_finished(stage.output))
-                if finished and name != last:  # the last stage's trainer only says so
+                if finished and name != last:  # the trainer of a finished last stage only logs that it is finished
                     continue
                 check(stage, ranks.world_size, on_gpu=on_gpu(), reshard=reshard)
-                if name and ranks.is_main:
-                    rank_process.report(f"stage {name}, in {stage.output}")
-                trainer = Trainer(stage, ranks, rank_process.report, stop, reshard=reshard)
+                if name:
+                    logger.info(f"stage {name}, in {stage.output}")
+                trainer = Trainer(stage, ranks, stop, reshard=reshard)
                 try:
                     trainer.fit()
                 except Stopped as stopped:
                     return rank_process.record_exit(config.output, ranks.rank, trainer.step, EXIT_STOPPED, str(stopped))
                 trainer.engine.close()
                 trainer = None
-                gc.collect()  # DeepSpeed's parts refer to each other; the next stage needs their memory
+                gc.collect()  # frees DeepSpeed's reference cycles: the next stage needs their memory
             leave_process_group()
             if ranks.is_main and results_file is not None:
-                write_figures(stages, results_file)
+                write_figures(read_figures(stages), results_file)
             return 0
     except UserError as error:
         step = trainer.step if trainer else 0
         return rank_process.record_exit(config.output, ranks.rank, step, EXIT_USER_ERROR, str(error))
-    except Exception as error:  # the last place where a rank can say what happened to it
+    except Exception as error:  # the parent and the log must learn the reason, whatever it is
         traceback.print_exc()
         step = trainer.step if trainer else 0
         message = f"{type(error).__name__}: {error}"
@@ -93,15 +100,24 @@ def run_rank(
         return rank_process.record_exit(config.output, ranks.rank, step, EXIT_FAILURE, message, lost_peer=lost_peer)
 
 
-def write_figures(stages: Mapping[str, ExperimentConfig], file: Path) -> None:
-    """The figures of the last stage; of a curriculum also those of each stage, by name."""
+def _connect(config: ExperimentConfig, ranks: Ranks, stop: threading.Event) -> None:
+    """Joins the other ranks, and sets `stop` when a signal or the parent requests the end."""
+    init_process_group(ranks, config.train.collective_timeout_s)
+    require_same_everywhere({**flatten(config.model_dump(mode="json")), **provenance.package_versions()})
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: stop.set())
+    rank_process.watch_parent(stop.set)
+    rank_process.watch_stop_request(config.output, stop.set)
+
+
+def read_figures(stages: Mapping[str, ExperimentConfig]) -> dict[str, Any]:
+    """Returns the figures of the last stage; those of a curriculum also hold the figures of each stage by name."""
     figures = {name: json.loads((s.output / run_dir.RESULTS).read_text("utf-8")) for name, s in stages.items()}
-    results = {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
-    file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
 
 
 def mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:
-    """Tells MLflow of an end that rank 0 could not tell of itself."""
+    """Sets the status of the MLflow run to FAILED where rank 0 could not do so itself."""
     begun = [(stage, run) for stage in stages.values() if (run := run_dir.read_run(stage.output)) is not None]
     if not begun or code in (EXIT_STOPPED, EXIT_USER_ERROR):
         return
@@ -113,4 +129,4 @@ def mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:
     try:
         writer.end_run(config.tracking, config.output, run.run_id, "FAILED")
     except Exception as error:  # MLflow raises errors of many libraries; the message about the job matters more
-        print(f"pal: MLflow does not answer ({type(error).__name__}): the run is not marked as failed", file=sys.stderr)
+        logger.warning(f"MLflow does not answer ({type(error).__name__}): the run is not marked as failed")

@@ -6,10 +6,10 @@ import math
 
 
 def lr_multiplier(done: int, total: int, warmup_fraction: float, final_fraction: float) -> float:
-    """Share of the peak rate in the step that makes `done` of `total` steps (or tokens) done: linear warm-up, then a
-    cosine to `final_fraction`.
+    """Returns the rate, as a fraction of its peak, of the step that completes `done` of `total` steps (or tokens).
 
-    A function of what is done alone, so that a resumed run and a skipped step cannot shift the schedule.
+    Warms up linearly, then falls along a cosine to `final_fraction`. Depends on nothing but progress, so that neither a
+    resume nor a skipped step can shift the schedule.
     """
     warmup = math.ceil(warmup_fraction * total)
     if done <= warmup:

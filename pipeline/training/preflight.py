@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run and is cheap to find out, and what a dry run prints."""
+"""Cheap checks of a run before it starts, and the text of a dry run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def check(
     reshard: bool = False,
     planned: Collection[Path] = (),
 ) -> tuple[FeatureContract, tuple[Stream, ...]]:
-    """Everything that can be wrong with a run and is cheap to find out.
+    """Checks everything that can be checked without starting a process.
 
     Args:
+        reshard: whether a checkpoint of another number of ranks may be converted.
         planned: output folders of runs that will have finished when this one begins.
 
     Returns:
-        the contract of the training set, and the streams with resolved layers.
+        the feature contract of the training set, and the streams with resolved layers.
 
     Raises:
         UserError: the first fault found.
@@ -49,30 +50,30 @@ def check(
     streams = config.model.resolve_streams(language_model_config(config.model.language_model).num_hidden_layers)
     origin = _check_origin(config, planned)
     run_dir.require_same_run(config.output, run_dir.run_identity(config, contract.fingerprint, origin))
-    if not reshard:
-        checkpoint_dir.require_world_size(config.output, world_size)
+    checkpoint_dir.require_resumable(config.output, world_size, reshard=reshard)
     return contract, streams
 
 
 def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | None:
-    """The identity of the run that this one starts from."""
+    """Returns the identity of the run that this one starts from."""
     folder = config.starts_from
     if folder is None:
         return None
     if folder not in planned and not run_dir.is_finished(folder):
         raise UserError(config.output, f"starts from {folder}, which is not finished", "run that first")
     if run_dir.is_finished(folder):
-        model = load_config(ExperimentConfig, folder / run_dir.CONFIG).model
-        here, there = (flatten(m.model_dump(mode="json")) for m in (config.model, model))
-        for key in here.keys() | there.keys():
-            if here.get(key) != there.get(key):
-                fault = f"{folder} was trained with model.{key} = {there.get(key)!r}, here it is {here.get(key)!r}"
+        origin_model = load_config(ExperimentConfig, folder / run_dir.CONFIG).model
+        settings, origin_settings = (flatten(m.model_dump(mode="json")) for m in (config.model, origin_model))
+        for key in settings.keys() | origin_settings.keys():
+            value, origin_value = settings.get(key), origin_settings.get(key)
+            if value != origin_value:
+                fault = f"{folder} was trained with model.{key} = {origin_value!r}, this config has {value!r}"
                 raise UserError("starts_from", fault, "start from a run of the same model")
     return run_dir.identity_of(folder)
 
 
 def describe(config: ExperimentConfig, contract: FeatureContract, streams: Sequence[Stream], world_size: int) -> str:
-    """What `--dry-run` prints of a run: layers, parameters, what is selected, steps, tokens."""
+    """Returns the text of `--dry-run`: layers, parameters, selected questions, steps, tokens."""
     import numpy as np
 
     from pipeline.data.chat_template import build_chat_template
@@ -80,14 +81,15 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     from pipeline.model import count_parameters
     from pipeline.training.build import audio_positions, build_empty_model, build_loader, total_steps
 
-    _, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
-    parameters = count_parameters(build_empty_model(config, contract, chat.audio_token_id))
+    _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
+    parameters = count_parameters(build_empty_model(config, contract, chat_template.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
     positions = audio_positions(config, contract)
-    loader = build_loader(config, features, chat, Ranks(0, world_size, 0, 1), positions)
+    loader = build_loader(config, features, chat_template, Ranks(0, world_size, 0, 1), positions)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
-    rows = [chat.row(features.clip(int(clip)).questions[: config.data.questions_per_sequence]) for clip in clips]
+    packed = config.data.questions_per_sequence
+    rows = [chat_template.row(features.clip(int(clip)).questions[:packed]) for clip in clips]
     sequences = config.train.global_batch_size // config.data.questions_per_sequence
     text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
     seconds = sequences * float(np.mean(features.table.duration_s[clips]))
@@ -95,10 +97,10 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
     lines = []
     for stream in streams:
-        where = (
+        location = (
             "in the sequence, all layers" if stream.integration == "plits" else f"layers {list(stream.audio_layers)}"
         )
-        lines.append(f"{stream.integration} stream of {'+'.join(stream.encoders)}: {where}")
+        lines.append(f"{stream.integration} stream of {'+'.join(stream.encoders)}: {location}")
     lines += [
         f"parameters: {parameters['total']:,} in all, {parameters['trainable']:,} trained",
         f"{'about ' if config.train.tokens else ''}{steps:,} steps on {len(selected):,} questions about "

@@ -1,4 +1,4 @@
-"""What a training run reports: rates, waiting, memory. Reads clocks and counters; never the values of tensors."""
+"""Throughput and memory of a training run. Reads clocks and counters, never the values of tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ GIB = 2**30
 
 @dataclass
 class Throughput:
-    """Throughput done in a span of time, on one rank or added up over ranks.
+    """What was trained on in a span of time, on one rank or added up over ranks.
 
     Attributes:
-        wait_s: time spent waiting for data, within elapsed_s.
-        elapsed_s: time of training, without checkpoints and validation.
+        questions: number of questions.
+        text_tokens: number of text tokens.
+        audio_s: duration of the audio.
+        wait_s: time spent waiting for data, as part of `elapsed_s`.
+        elapsed_s: time spent training, without checkpoints and validation.
     """
 
     questions: float = 0.0
@@ -33,7 +36,7 @@ class Throughput:
         return Throughput(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def rates(self, world_size: int) -> dict[str, float]:
-        """Metrics of work added up over `world_size` ranks; empty when no time was measured."""
+        """Returns rates as metrics, from sums over `world_size` ranks; empty if no time was measured."""
         if not self.elapsed_s:
             return {}
         wall_s = self.elapsed_s / world_size
@@ -49,41 +52,42 @@ THROUGHPUT_FIELDS = tuple(f.name for f in fields(Throughput))
 
 
 class ThroughputMeter:
-    """Measures this rank's work, lap by lap."""
+    """Measures the throughput of this rank, lap by lap."""
 
     def __init__(self) -> None:
-        self._work = Throughput()
-        self._since = time.perf_counter()
+        self._lap = Throughput()
+        self._lap_start = time.perf_counter()
 
     def count(self, questions: int, text_tokens: int, audio_s: float) -> None:
-        self._work.questions += questions
-        self._work.text_tokens += text_tokens
-        self._work.audio_s += audio_s
+        """Adds one micro-batch."""
+        self._lap.questions += questions
+        self._lap.text_tokens += text_tokens
+        self._lap.audio_s += audio_s
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
+        """Counts the time within the block as waiting for data."""
         start = time.perf_counter()
         yield
-        self._work.wait_s += time.perf_counter() - start
+        self._lap.wait_s += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here (checkpoints, validation) is not training."""
+        """Leaves out the time within the block (checkpoints, validation)."""
         start = time.perf_counter()
         yield
-        self._since += time.perf_counter() - start
+        self._lap_start += time.perf_counter() - start
 
     def lap(self) -> Throughput:
-        """Throughput since the lap before."""
+        """Returns the throughput since the previous call."""
         now = time.perf_counter()
-        work, self._work = self._work, Throughput()
-        work.elapsed_s, self._since = now - self._since, now
-        return work
+        lap, self._lap = self._lap, Throughput()
+        lap.elapsed_s, self._lap_start = now - self._lap_start, now
+        return lap
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank ever held: allocated on its GPU, or resident of its process (Linux) on CPU."""
+    """Returns this rank's peak memory: allocated on its GPU, or on CPU resident in its process (Linux)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     # Not getrusage: its maximum is inherited from the launcher that started this process.
@@ -91,7 +95,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GIB
 
 
-# Dense half-precision products, from the makers' data sheets, by words of the device's name; the first that fits.
+# Dense half-precision TFLOP/s from the vendors' data sheets, by words in the device's name; the first match counts.
 _PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H100 PCIe", 756.0),
@@ -108,10 +112,10 @@ _PEAK_TFLOPS = (
 
 
 def peak_flops(device: torch.device, precision: str, peak_tflops: float | None) -> float | None:
-    """Most FLOP/s of one device; None where neither the setting nor the device's name tells.
+    """Returns the peak FLOP/s of one device; None if neither the setting nor the name of the device tells.
 
     Args:
-        peak_tflops: the setting.
+        peak_tflops: `train.peak_tflops`.
     """
     if peak_tflops is not None:
         return peak_tflops * 1e12

@@ -1,8 +1,10 @@
-"""The ds_config DeepSpeed config: every policy, one owner for each number; the learning-rate schedule."""
+"""DeepSpeed's config: every policy, one owner for each number; the learning-rate schedule."""
 
 from __future__ import annotations
 
 import json
+import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ import pytest
 
 from pipeline.config import TrainConfig
 from pipeline.core.errors import UserError
-from pipeline.engine import POLICIES, build_ds_config, zero_stage
+from pipeline.engine import POLICIES, build_ds_config, policy_names, zero_stage
 from pipeline.training.lr_schedule import lr_multiplier
 
-SHIPPED = sorted(p.stem for p in POLICIES.glob("*.json"))
+SHIPPED = policy_names()
 
 
 def train(**changes: Any) -> TrainConfig:
@@ -38,8 +40,8 @@ def test_deepspeed_accepts_every_policy(policy: str, precision: str) -> None:
 
 
 @pytest.mark.parametrize("policy", SHIPPED)
-def test_policy_files_write_out_what_deepspeed_would_default(policy: str) -> None:
-    """DeepSpeed's defaults move between releases; for these keys a move would change memory, speed or results."""
+def test_policy_files_do_not_rely_on_deepspeeds_defaults(policy: str) -> None:
+    """DeepSpeed's defaults change between releases; a change of these keys would alter memory, speed or results."""
     zero = json.loads((POLICIES / f"{policy}.json").read_text())["zero_optimization"]
     expected = {"reduce_bucket_size", "overlap_comm", "contiguous_gradients", "load_from_fp32_weights"}
     if zero["stage"] == 3:
@@ -82,7 +84,7 @@ def test_clipping_off_is_written_as_zero() -> None:
         ("{", "JSON"),
     ],
 )
-def test_a_bad_policy_is_the_users_mistake(tmp_path: Path, text: str, fault: str) -> None:
+def test_a_bad_policy_is_a_user_error(tmp_path: Path, text: str, fault: str) -> None:
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(UserError, match=fault):
         build_ds_config(str(tmp_path / "mine.json"), train(), world_size=1, accumulation=1, on_gpu=False)
@@ -93,7 +95,24 @@ def test_an_unknown_policy_names_the_nearest() -> None:
         build_ds_config("zeor2", train(), world_size=1, accumulation=1, on_gpu=False)
 
 
-def test_rate_warms_up_then_falls_to_its_final_share() -> None:
+def test_an_installation_without_policies_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.engine.ds_config.POLICIES", tmp_path)
+    with pytest.raises(UserError, match=r"holds no ZeRO policy .*reinstall pal-pipeline"):
+        build_ds_config("zero2", train(), world_size=1, accumulation=1, on_gpu=False)
+    (tmp_path / "mine.json").write_text('{"zero_optimization": {"stage": 0}}')
+    with pytest.raises(UserError, match="choose from mine"):
+        build_ds_config("zero2", train(), world_size=1, accumulation=1, on_gpu=False)
+
+
+def test_policies_lie_in_the_package_that_a_wheel_installs() -> None:
+    """`pipeline` finds them beside itself, which is where both a checkout and a wheel have `ds_configs`."""
+    package = resources.files("ds_configs")
+    assert {f"{name}.json" for name in SHIPPED} == {f.name for f in package.iterdir() if f.name.endswith(".json")}
+    assert Path(str(package)).resolve() == POLICIES.resolve()
+    assert sorted(re.findall(r"^\| `(\w+)\.json`", (POLICIES / "README.md").read_text(), re.MULTILINE)) == SHIPPED
+
+
+def test_the_rate_warms_up_then_falls_to_its_final_fraction() -> None:
     factors = [lr_multiplier(step, 100, 0.1, 0.2) for step in range(1, 101)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
     assert factors[:10] == sorted(factors[:10]) and factors[9:] == sorted(factors[9:], reverse=True)
@@ -103,5 +122,5 @@ def test_rate_warms_up_then_falls_to_its_final_share() -> None:
 
 def test_compiled_layers_and_partitioned_parameters_exclude_each_other() -> None:
     assert build_ds_config("zero2", train(compile=True), world_size=1, accumulation=1, on_gpu=False)
-    with pytest.raises(UserError, match=r"train\.compile: does not go with ZeRO-3"):
+    with pytest.raises(UserError, match=r"train\.compile: does not work with ZeRO-3"):
         build_ds_config("zero3", train(compile=True), world_size=1, accumulation=1, on_gpu=False)

@@ -1,4 +1,4 @@
-"""A tiny experiment on disk, and training jobs on it through the real command."""
+"""Writes a tiny experiment, and runs training jobs on it through the real command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIMIT_S = 240
 
 
 def write_experiment(folder: Path, *, hidden_size: int = 32, **train: Any) -> Path:
-    """Features, a language model and a config of 12 steps in `folder`; returns the config file."""
+    """Writes features, a language model and a config of 12 steps to `folder`; returns the config file."""
     write_feature_set(folder / "features", [3] * 16)
     write_feature_set(folder / "held_out", [2] * 4)
     texts = [f"Question {n} about clip {c}? answer {c}.{n}" for c in range(16) for n in range(3)]
@@ -51,8 +51,8 @@ def write_experiment(folder: Path, *, hidden_size: int = 32, **train: Any) -> Pa
     return file
 
 
-def train_here(configs: Iterable[ExperimentConfig]) -> None:
-    """Runs experiments one after the other on this rank of `run_on_ranks`, without a launcher for each."""
+def train_in_process(configs: Iterable[ExperimentConfig]) -> None:
+    """Runs experiments one after the other on this rank of `run_on_ranks`, without launching a job for each."""
     import torch
 
     from pipeline.training.trainer import Trainer
@@ -61,13 +61,13 @@ def train_here(configs: Iterable[ExperimentConfig]) -> None:
     if not torch.distributed.is_initialized():
         init_process_group(ranks, LIMIT_S)
     for config in configs:
-        trainer = Trainer(config, ranks, print, threading.Event())
+        trainer = Trainer(config, ranks, threading.Event())
         trainer.fit()
         trainer.engine.close()
 
 
 def start_job(*arguments: object, **variables: object) -> subprocess.Popen[str]:
-    """`pal train ARGUMENTS` on CPU, one thread a rank; with further environment variables."""
+    """Starts `pal train ARGUMENTS` on CPU with one thread per rank and these environment variables."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.train", *map(str, arguments)],
@@ -84,7 +84,7 @@ def start_job(*arguments: object, **variables: object) -> subprocess.Popen[str]:
 
 
 def end_of(job: subprocess.Popen[str], output: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a job; one that hangs is killed and told with the end of its log."""
+    """Returns exit code, stdout and stderr of a job; kills one that hangs and reports the end of its log."""
     try:
         out, err = job.communicate(timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
@@ -96,7 +96,7 @@ def end_of(job: subprocess.Popen[str], output: Path) -> tuple[int, str, str]:
 
 
 def wait_for_step(job: subprocess.Popen[str], output: Path, step: int) -> None:
-    """Returns when a running job has recorded `step`."""
+    """Waits until a running job has recorded `step`."""
     deadline = time.monotonic() + LIMIT_S
     while not (output / METRICS).exists() or not any(s >= step for s, _ in read_metrics(output)):
         assert job.poll() is None, f"the job ended before step {step}: {job.communicate()}"

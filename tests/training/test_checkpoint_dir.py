@@ -1,7 +1,8 @@
-"""Checkpoints are whole or absent, damage is found, and an output folder has one owner."""
+"""Checkpoints are complete or absent, damage is detected, and an output folder has one owner."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -11,9 +12,11 @@ import pytest
 
 from pipeline.core import files
 from pipeline.core.errors import UserError
+from pipeline.core.files import lock_folder
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.checkpoint_dir import CheckpointRecord
 from pipeline.training.run_dir import RunRecord
+from tests.helpers.log_lines import log_lines
 
 
 def record(step: int, files: dict[str, checkpoint_dir.FileRecord]) -> CheckpointRecord:
@@ -40,12 +43,12 @@ def save(folder: Path, step: int) -> Path:
     return checkpoint_dir.commit(temporary, record(step, files))
 
 
-def newest_step(folder: Path, warnings: list[str] | None = None) -> int | None:
-    found = checkpoint_dir.newest_good(folder, (warnings if warnings is not None else []).append)
-    return found[1].step if found else None
+def newest_step(folder: Path) -> int | None:
+    newest = checkpoint_dir.newest_good(folder)
+    return newest[1].step if newest else None
 
 
-def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
+def test_a_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 600)
     assert path.name == "step-000600"
     assert checkpoint_dir.verify(path) == checkpoint_dir.read_record(path)
@@ -59,7 +62,7 @@ def test_the_newest_counts_by_step_and_not_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "record"])
-def test_a_damaged_newest_falls_back_loudly(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     file = path / "engine" / "rank-1.pt"
@@ -73,8 +76,8 @@ def test_a_damaged_newest_falls_back_loudly(tmp_path: Path, damage: str) -> None
         file.unlink()
     else:
         (path / checkpoint_dir.RECORD).write_text("{")
-    warnings: list[str] = []
-    assert newest_step(tmp_path, warnings) == 1
+    with log_lines() as warnings:
+        assert newest_step(tmp_path) == 1
     assert len(warnings) == 1 and "step-000002" in warnings[0]
 
 
@@ -99,7 +102,7 @@ def _killed_while_saving(folder: Path, at: str) -> None:
 
 
 @pytest.mark.parametrize("at", ["files", "record", "rename"])
-def test_killed_while_saving_leaves_the_last_good_one(tmp_path: Path, at: str) -> None:
+def test_a_kill_while_saving_leaves_the_last_good_one(tmp_path: Path, at: str) -> None:
     save(tmp_path, 1)
     process = multiprocessing.get_context("fork").Process(target=_killed_while_saving, args=(tmp_path, at))
     process.start()
@@ -141,26 +144,47 @@ def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
     assert [p.name[-1] for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["6", "5", "2"]
     assert [p.name[-1] for p in checkpoint_dir.best_checkpoints(tmp_path)] == ["2", "5"]
     assert checkpoint_dir.verify(tmp_path / "step-000002").step == 2
-    checkpoint_dir.retain(tmp_path, 1, in_use={tmp_path / "step-000002"})  # it is being uploaded
+    checkpoint_dir.retain(tmp_path, 1, in_use={tmp_path / "step-000002"})  # as during an upload
     assert [p.name[-1] for p in checkpoint_dir.list_checkpoints(tmp_path)] == ["6", "2"]
 
 
-def test_what_does_not_fit_is_told_with_both_numbers(tmp_path: Path) -> None:
+def test_lack_of_space_is_reported_with_the_size_and_the_folder(tmp_path: Path) -> None:
     assert checkpoint_dir.lacking_space(tmp_path, 1) is None
-    told = checkpoint_dir.lacking_space(tmp_path, 2**60)
-    assert told and f"{2**30:.3f} GiB" in told and str(tmp_path) in told
+    message = checkpoint_dir.lacking_space(tmp_path, 2**60)
+    assert message and f"{2**30:.3f} GiB" in message and str(tmp_path) in message
 
 
-def test_another_number_of_ranks_is_refused_unless_all_ranks_hold_all(tmp_path: Path) -> None:
+def test_another_number_of_ranks_is_refused_unless_every_rank_holds_everything(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    checkpoint_dir.require_world_size(tmp_path, 2)
+    checkpoint_dir.require_resumable(tmp_path, 2, reshard=False)
+    checkpoint_dir.require_resumable(tmp_path, 1, reshard=True)
     with pytest.raises(UserError, match=r"written by 2 ranks, this job has 1; add --reshard"):
-        checkpoint_dir.require_world_size(tmp_path, 1)
+        checkpoint_dir.require_resumable(tmp_path, 1, reshard=False)
     without_zero = checkpoint_dir.read_record(path).model_copy(update={"zero_stage": 0})
     assert without_zero.fits(1) and without_zero.fits(3)
 
 
-def test_retention_interrupted_leaves_nothing_that_looks_complete(
+@pytest.mark.parametrize("reshard", [False, True])
+def test_a_checkpoint_of_an_older_format_is_refused_and_never_trained_over(tmp_path: Path, reshard: bool) -> None:
+    path = save(tmp_path, 1)
+    values = json.loads((path / checkpoint_dir.RECORD).read_text())
+    older = {**values, "format_version": 2, "data": {"visits": 32}}
+    (path / checkpoint_dir.RECORD).write_text(json.dumps(older))
+    refusal = r"step-000001: has checkpoint format 2, .* reads format 3; use the version that wrote it, or start a new"
+    for read in (
+        lambda: checkpoint_dir.require_resumable(tmp_path, 2, reshard=reshard),
+        lambda: checkpoint_dir.newest_good(tmp_path),
+        lambda: checkpoint_dir.verify(path),
+    ):
+        with pytest.raises(UserError, match=refusal) as error:
+            read()
+        assert len(str(error.value).splitlines()) == 1
+    # The remedy: another output folder.
+    checkpoint_dir.require_resumable(tmp_path / "new", 2, reshard=reshard)
+    assert checkpoint_dir.newest_good(tmp_path / "new") is None
+
+
+def test_an_interrupted_retention_leaves_nothing_that_looks_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (1, 2):
@@ -190,21 +214,21 @@ def test_checkpoints_without_an_owner_are_refused(tmp_path: Path) -> None:
 
 
 def _hold(folder: Path, ready: object, done: object) -> None:
-    with run_dir.lock(folder):
+    with lock_folder(folder, run_dir.LOCK, run_dir.LOCK_PATIENCE_S):
         ready.set()  # type: ignore[attr-defined]
         done.wait(30)  # type: ignore[attr-defined]
 
 
-def test_two_jobs_on_one_output_are_refused(tmp_path: Path) -> None:
+def test_a_second_job_in_an_output_folder_is_refused(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready, done))
     process.start()
     assert ready.wait(30)
-    with pytest.raises(UserError, match=f"process {process.pid}"), run_dir.lock(tmp_path):
+    with pytest.raises(UserError, match=f"process {process.pid}"), lock_folder(tmp_path, run_dir.LOCK, 0.5):
         pass
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)  # however the holder ends, the folder is free again
     process.join()
-    with run_dir.lock(tmp_path):
-        pass
+    with lock_folder(tmp_path, run_dir.LOCK, run_dir.LOCK_PATIENCE_S):
+        assert (tmp_path / run_dir.LOCK).exists()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is kept is the state at the save, and a failure costs that save alone."""
+"""Saving while training continues: a checkpoint holds the state at the save, and a failure costs that save alone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from pipeline.training import checkpoint_dir
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.run_dir import RunRecord
 from pipeline.training.throughput import Throughput
+from tests.helpers.log_lines import log_lines
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import LANGUAGE_MODEL, build, settings, train_steps
 
 RUN = RunRecord(identity={})
 
 
-class Position:
-    """Stands where the loader does."""
+class DummyLoader:
+    """A loader that has nothing but a position."""
 
     packed_examples = 0
 
@@ -34,9 +35,8 @@ class Position:
         self.packed_examples = state["packed_examples"]
 
 
-def keeper_of(
-    output: Path, engine: Engine, said: list[str], *, reshard: bool = False, **changes: Any
-) -> tuple[CheckpointManager, Any]:
+def manager(output: Path, engine: Engine, *, reshard: bool = False, **changes: Any) -> tuple[CheckpointManager, Any]:
+    """Returns the checkpoint manager of an engine, and its loader."""
     config = ExperimentConfig.model_validate(
         {
             "output": output,
@@ -45,23 +45,21 @@ def keeper_of(
             "train": {"steps": 1, "checkpoint": {"keep": 1, **changes}},
         }
     )
-    position: Any = Position()
-    ranks = read_ranks()
-    say = said.append if ranks.is_main else lambda _: None
-    return CheckpointManager(config, ranks, engine, position, say, reshard=reshard), position
+    loader: Any = DummyLoader()
+    return CheckpointManager(config, read_ranks(), engine, loader, reshard=reshard), loader
 
 
 def steps_in(output: Path) -> list[int]:
     return [checkpoint_dir.read_record(path).step for path in checkpoint_dir.list_checkpoints(output)]
 
 
-def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, Any]:
-    found, write = {}, Snapshot.write
+def train_while_saving(output: Path, policies: list[str]) -> dict[str, Any]:
+    results, write = {}, Snapshot.write
     for policy in policies:
         engine, release = build(settings(policy, 2), LANGUAGE_MODEL), threading.Event()
-        checkpoints, position = keeper_of(output / policy, engine, [])
+        checkpoints, loader = manager(output / policy, engine)
         train_steps(engine, range(1), 2)
-        position.packed_examples, saved = 8, engine.checksums()
+        loader.packed_examples, saved = 8, engine.checksums()
 
         def held(snapshot: Snapshot, release: threading.Event = release) -> None:
             release.wait(60)
@@ -69,33 +67,38 @@ def go_on_while_it_is_written(output: Path, policies: list[str]) -> dict[str, An
 
         Snapshot.write = held  # type: ignore[method-assign]
         checkpoints.save(1, 96, Throughput(questions=8.0), RUN)
-        expected = train_steps(engine, range(1, 3), 2)  # goes on, and changes what was saved
+        expected = train_steps(engine, range(1, 3), 2)  # changes the weights that are being saved
         checkpoints.poll()
-        before = steps_in(output / policy)
+        steps_held = steps_in(output / policy)
         engine.barrier()
         release.set()
         checkpoints.finish()
-        after = steps_in(output / policy)
+        steps_committed = steps_in(output / policy)
         engine.barrier()
 
         fresh = build(settings(policy, 2), LANGUAGE_MODEL)
-        again, position = keeper_of(output / policy, fresh, [])
-        resumed = again.resume(), position.packed_examples, fresh.checksums() == saved
-        found[policy] = before, after, resumed, train_steps(fresh, range(1, 3), 2) == expected
-    return found
+        checkpoints, loader = manager(output / policy, fresh)
+        resumed = checkpoints.resume(), loader.packed_examples, fresh.checksums() == saved
+        results[policy] = steps_held, steps_committed, resumed, train_steps(fresh, range(1, 3), 2) == expected
+    return results
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
-    for result in run_on_ranks(go_on_while_it_is_written, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
-        for policy, (before, after, resumed, same) in result.items():
-            assert (before, after) == ([], [1]), policy
+def test_training_continues_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    for result in run_on_ranks(train_while_saving, 2, tmp_path, ["zero0", "zero1", "zero2", "zero3"]):
+        for policy, (steps_held, steps_committed, resumed, same) in result.items():
+            assert (steps_held, steps_committed) == ([], [1]), policy
             assert resumed == ((1, 96, Throughput(questions=8.0)), 8, True), policy
             assert same, f"{policy}: the steps after a resume are not those that followed the save"
 
 
 def meet_failures(output: Path) -> dict[str, Any]:
-    engine, said = build(settings("zero2", 2)), []
-    checkpoints, _ = keeper_of(output, engine, said)
+    with log_lines() as lines:
+        return meet_failures_logged(output, lines)
+
+
+def meet_failures_logged(output: Path, lines: list[str]) -> dict[str, Any]:
+    engine = build(settings("zero2", 2))
+    checkpoints, _ = manager(output, engine)
     write, disk_usage = Snapshot.write, checkpoint_dir.shutil.disk_usage
     train_steps(engine, range(1), 2)
     checkpoints.save(1, 0, Throughput(), RUN)
@@ -111,39 +114,40 @@ def meet_failures(output: Path) -> dict[str, Any]:
     checkpoints.save(2, 0, Throughput(), RUN)
     train_steps(engine, range(1), 2)  # nothing hangs
     checkpoints.finish()
-    found: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), said[-1:])}
+    results: dict[str, Any] = {"one rank's disk is full": (steps_in(output), list(output.glob(".step*")), lines[-1:])}
     engine.barrier()
     try:
         checkpoints.require_saved()
     except RuntimeError as error:
-        found["required"] = str(error)
+        results["required"] = str(error)
 
     Snapshot.write = write  # type: ignore[method-assign]
     checkpoint_dir.shutil.disk_usage = lambda _: type("", (), {"free": 1000})
     checkpoints.save(3, 0, Throughput(), RUN)
-    found["no room"] = steps_in(output), list(output.glob(".step*")), said[-1:]
+    results["no room"] = steps_in(output), list(output.glob(".step*")), lines[-1:]
     engine.barrier()
     checkpoint_dir.shutil.disk_usage = disk_usage
     checkpoints.save(4, 0, Throughput(), RUN)
     checkpoints.require_saved()
-    found["room again"] = steps_in(output)
-    return found
+    results["room again"] = steps_in(output)
+    return results
 
 
-def test_a_failed_save_is_told_and_costs_that_save_alone(tmp_path: Path) -> None:
+def test_a_failed_save_is_logged_and_costs_that_save_alone(tmp_path: Path) -> None:
     main, other = run_on_ranks(meet_failures, 2, tmp_path)
-    steps, left, (told,) = main["one rank's disk is full"]
-    assert (steps, left) == ([1], [])
-    assert told.startswith("the checkpoint of step 2 is not saved: rank 1: OSError: [Errno 28] No space left on device")
-    assert told.endswith("last good one: step-000001")
-    assert main["required"] == other["required"] == told.partition("; last")[0]
-    steps, left, (told,) = main["no room"]
-    assert (steps, left) == ([1], []) and "GiB free" in told and "it needs 0.00" in told
+    steps, temporary, (line,) = main["one rank's disk is full"]
+    assert (steps, temporary) == ([1], [])
+    assert line.startswith("the checkpoint of step 2 is not saved: rank 1: OSError: [Errno 28] No space left on device")
+    assert line.endswith("last good one: step-000001")
+    assert main["required"] == other["required"] == line.partition("; last")[0]
+    assert other["one rank's disk is full"][2] == other["no room"][2] == []  # rank 0 speaks for all
+    steps, temporary, (line,) = main["no room"]
+    assert (steps, temporary) == ([1], []) and "GiB free" in line and "it needs 0.00" in line
     assert main["room again"] == other["room again"] == [4]
 
 
-class Uploads:
-    """Stands where the tracker does, in the middle of an upload."""
+class UploadingTracker:
+    """A tracker in the middle of an upload."""
 
     def __init__(self, uploading: Path) -> None:
         self.uploading, self.named = uploading, list[list[str]]()
@@ -153,15 +157,15 @@ class Uploads:
 
 
 def keep_the_best(output: Path) -> list[list[int]]:
-    engine, found = build(settings("zero2", 2)), []
-    checkpoints, _ = keeper_of(output, engine, [], keep_best=1)
+    engine, steps_kept = build(settings("zero2", 2)), []
+    checkpoints, _ = manager(output, engine, keep_best=1)
     for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
         checkpoints.save(step, 0, Throughput(), RUN)
-        checkpoints.note_validation(step, loss)  # the checkpoint is still under way
+        checkpoints.note_validation(step, loss)  # the checkpoint is still being written
         checkpoints.finish()
-        found.append(steps_in(output))
+        steps_kept.append(steps_in(output))
         engine.barrier()
-    uploads: Any = Uploads(output / checkpoint_dir.checkpoint_name(4))
+    uploads: Any = UploadingTracker(output / checkpoint_dir.checkpoint_name(4))
     if read_ranks().is_main:
         checkpoints.upload_to(uploads)
     checkpoints.save(5, 0, Throughput(), RUN)
@@ -170,27 +174,27 @@ def keep_the_best(output: Path) -> list[list[int]]:
     if read_ranks().is_main:
         assert uploads.named[0] == ["step-000004", "step-000002"]
         assert uploads.named[-1] == ["step-000005", "step-000004", "step-000002"]
-    return [*found, steps_in(output)]
+    return [*steps_kept, steps_in(output)]
 
 
-def test_the_best_by_validation_loss_and_what_is_being_uploaded_stay(tmp_path: Path) -> None:
+def test_the_best_checkpoints_and_the_one_being_uploaded_stay(tmp_path: Path) -> None:
     assert run_on_ranks(keep_the_best, 2, tmp_path)[0] == [[1], [2], [3, 2], [4, 2], [5, 4]]
     assert checkpoint_dir.best_checkpoints(tmp_path)[0].name == "step-000005"
 
 
 def save_once(output: Path) -> None:
-    checkpoints, _ = keeper_of(output, build(settings("zero2", 2), LANGUAGE_MODEL), [])
+    checkpoints, _ = manager(output, build(settings("zero2", 2), LANGUAGE_MODEL))
     checkpoints.save(1, 0, Throughput(), RUN)
     checkpoints.require_saved()
 
 
 def resume_in_vain(output: Path) -> list[str]:
-    """With another language model, and at another number of ranks."""
+    """Resumes with another language model, and at another number of ranks."""
     engine = build(settings("zero2", 2), LANGUAGE_MODEL)
     messages = []
     for frozen in ("another", engine.checksums()["frozen"]):
         engine._frozen_checksum = frozen
-        checkpoints, _ = keeper_of(output, engine, [])
+        checkpoints, _ = manager(output, engine)
         if read_ranks().world_size == 2 and frozen != "another":
             continue
         with pytest.raises(UserError) as error:
@@ -199,7 +203,7 @@ def resume_in_vain(output: Path) -> list[str]:
     return messages
 
 
-def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_a_user_error(tmp_path: Path) -> None:
     run_on_ranks(save_once, 2, tmp_path)
     (message,) = run_on_ranks(resume_in_vain, 2, tmp_path)[0]
     assert "model.language_model" in message and "other weights" in message
@@ -209,31 +213,32 @@ def test_what_cannot_be_resumed_is_the_users_mistake(tmp_path: Path) -> None:
 def save_trained(output: Path) -> str:
     engine = build(settings("zero2", 2), LANGUAGE_MODEL)
     train_steps(engine, range(1), 2)
-    checkpoints, _ = keeper_of(output, engine, [])
+    checkpoints, _ = manager(output, engine)
     checkpoints.save(1, 96, Throughput(), RUN)
     checkpoints.require_saved()
     return engine.checksums()["trained"]
 
 
 def resume_resharded(output: Path) -> tuple[int, str, list[str]]:
-    engine, said = build(settings("zero2", 2), LANGUAGE_MODEL), list[str]()
-    checkpoints, _ = keeper_of(output, engine, said, reshard=True)
-    step, *_ = checkpoints.resume()
-    return step, engine.checksums()["trained"], said
+    engine = build(settings("zero2", 2), LANGUAGE_MODEL)
+    checkpoints, _ = manager(output, engine, reshard=True)
+    with log_lines() as lines:
+        step, *_ = checkpoints.resume()
+    return step, engine.checksums()["trained"], lines
 
 
 def load_nothing(output: Path) -> str:
     engine: Any = build(settings("zero2", 2), LANGUAGE_MODEL)
-    engine.load = lambda *_, **__: None  # as a library that finds nothing to load, and says nothing
-    checkpoints, _ = keeper_of(output, engine, [])
+    engine.load = lambda *_, **__: None  # a library that finds nothing to load and reports no error
+    checkpoints, _ = manager(output, engine)
     with pytest.raises(RuntimeError) as error:
         checkpoints.resume()
     return str(error.value)
 
 
-def test_what_is_loaded_is_what_was_saved_at_any_number_of_ranks(tmp_path: Path) -> None:
+def test_the_loaded_weights_are_the_saved_ones_at_any_number_of_ranks(tmp_path: Path) -> None:
     trained = run_on_ranks(save_trained, 2, tmp_path)[0]
     assert "are not those that were saved" in run_on_ranks(load_nothing, 2, tmp_path)[0]
-    step, resumed, said = run_on_ranks(resume_resharded, 1, tmp_path)[0]
+    step, resumed, lines = run_on_ranks(resume_resharded, 1, tmp_path)[0]
     assert (step, resumed) == (1, trained)
-    assert "from 2 to 1 ranks" in said[0]
+    assert "from 2 to 1 ranks" in lines[0]

@@ -13,7 +13,7 @@ from pipeline.core.ranks import read_ranks
 from pipeline.tracking.writer import read_metrics
 from pipeline.training import checkpoint_dir
 from pipeline.training.lr_schedule import lr_multiplier
-from tests.helpers.jobs import train_here, write_experiment
+from tests.helpers.jobs import train_in_process, write_experiment
 from tests.helpers.ranks import run_on_ranks
 
 STEPS = 4
@@ -48,7 +48,7 @@ def _train_all(folder: Path) -> None:
 
 
 def _train(folder: Path, way: str, *settings: str) -> None:
-    train_here([load_config(ExperimentConfig, folder / "config.yaml", [f"output={folder / way}", *settings])])
+    train_in_process([load_config(ExperimentConfig, folder / "config.yaml", [f"output={folder / way}", *settings])])
 
 
 def seen_tokens(output: Path) -> list[int]:

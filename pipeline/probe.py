@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.arguments import add_json, require_positive, write_figures
 from pipeline.core.console import format_table, logger
 from pipeline.core.errors import run_command
-from pipeline.core.feature_contract import require_same_features
 
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     import numpy as np
@@ -32,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     require_positive(arguments, "limit", "questions", "batch_size")
 
+    from pipeline.core.feature_contract import require_same_features
     from pipeline.evaluation.question_sets import evenly_spaced, open_feature_set
     from pipeline.inference.responder import load_responder
 
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, help="exported folder (`pal export`)")
     parser.add_argument("shards", metavar="SHARDS", help="prepared feature set: a folder or a URL")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the pictures to this folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write figures to this folder")
     add_json(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips, evenly spaced")
     parser.add_argument(

@@ -1,0 +1,1 @@
+"""MLflow: `writer` records runs through `shipper`, `reader` reads them back."""

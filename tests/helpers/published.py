@@ -1,4 +1,4 @@
-"""Benchmarks in the layouts of their publishers, small."""
+"""Writes small benchmarks in the layouts of their publishers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ VOICES = ("A child", "A woman", "An adult man", "A teenager")
 
 
 def write_rows(kind: str, root: Path, **changes: Any) -> Path:
+    """Writes a benchmark of two questions about one clip; returns its folder.
+
+    Args:
+        kind: `mmau` or `mmar`.
+        changes: values that replace those of the first row; None removes a key.
+    """
     root.mkdir(exist_ok=True)
     soundfile.write(root / "clip.wav", tone(0.5, 16000), 16000)
     row = {
@@ -35,10 +41,12 @@ def write_rows(kind: str, root: Path, **changes: Any) -> Path:
 
 
 def write_audio(file: Path) -> None:
+    """Writes a short tone."""
     file.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(file, tone(0.3, 16000), 16000)
 
 
 def write_text(file: Path, text: str) -> None:
+    """Writes a text file and creates its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)

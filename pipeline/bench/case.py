@@ -86,7 +86,7 @@ def model_config(case: Case) -> PalConfig:
     """Returns the config of a case's model."""
     from transformers import LlamaConfig
 
-    from pipeline.core.streams import Connector, preset_streams
+    from pipeline.core.streams import Connector, LayerRule, preset_streams
     from pipeline.model import PalConfig
 
     shape = case.shape
@@ -105,13 +105,13 @@ def model_config(case: Case) -> PalConfig:
     )
     streams: Any = ()
     if case.variant != "text_only":
-        stride = FLAMINGO_LAYER_STRIDE if case.variant == "flamingo" else 1
+        layers = LayerRule(layer_stride=FLAMINGO_LAYER_STRIDE if case.variant == "flamingo" else 1)
         # PLITS has the usual two-layer connector. Beside the sequence a linear one is enough: every audio layer adds
         # its own two-layer projection, and reads tokens no wider than itself.
         linear = Connector("linear", width=min(case.feature_width, shape.hidden))
         connector = Connector("mlp") if case.variant == "plits" else linear
         preset = cast("Preset", case.variant)
-        streams = preset_streams(preset, list(case.frames), shape.layers, connector=connector, layer_stride=stride)
+        streams = preset_streams(preset, list(case.frames), shape.layers, connector=connector, layers=layers)
     widths = dict.fromkeys(case.frames, case.feature_width)
     return PalConfig(language_model, streams, widths, audio_token_id=shape.vocabulary)
 

@@ -14,6 +14,7 @@ from pipeline.core.streams import (
     Connector,
     ConnectorKind,
     IntegrationKind,
+    LayerRule,
     Preset,
     Stream,
     check_streams,
@@ -111,11 +112,13 @@ class ModelConfig(Strict):
                 self.encoders,
                 num_layers,
                 connector=self.connector.spec(),
+                layers=LayerRule(
+                    self.first_audio_layer,
+                    self.num_audio_layers,
+                    self.layer_stride,
+                    None if self.audio_layers is None else tuple(self.audio_layers),
+                ),
                 summary_stride=self.summary_stride,
-                first_audio_layer=self.first_audio_layer,
-                num_audio_layers=self.num_audio_layers,
-                layer_stride=self.layer_stride,
-                audio_layers=None if self.audio_layers is None else tuple(self.audio_layers),
             )
         self._refuse_dead_settings(streams)
         return check_streams(streams, num_layers)

@@ -78,6 +78,38 @@ class Stream:
         )
 
 
+@dataclass(frozen=True)
+class LayerRule:
+    """Which layers of a language model receive audio: an explicit list, or else a rule; see `resolve_audio_layers`.
+
+    Attributes:
+        first_audio_layer: first layer; None means the default of the preset.
+        num_audio_layers: number of layers, or a fraction of the model's; None means the default of the preset.
+        layer_stride: distance between two of the layers.
+        audio_layers: explicit list of layers; None means the rule.
+    """
+
+    first_audio_layer: int | None = None
+    num_audio_layers: int | Fraction | None = None
+    layer_stride: int = 1
+    audio_layers: tuple[int, ...] | None = None
+
+    def resolve(self, num_layers: int) -> tuple[int, ...]:
+        """Returns the layers of a language model of `num_layers` layers.
+
+        Raises:
+            UserError: a layer does not exist.
+        """
+        if self.audio_layers is not None:
+            return check_audio_layers(self.audio_layers, num_layers)
+        return resolve_audio_layers(
+            num_layers,
+            first_audio_layer=self.first_audio_layer or 0,
+            num_audio_layers=self.num_audio_layers,
+            layer_stride=self.layer_stride,
+        )
+
+
 def resolve_audio_layers(
     num_layers: int,
     *,
@@ -136,11 +168,8 @@ def preset_streams(
     num_layers: int,
     *,
     connector: Connector,
+    layers: LayerRule = LayerRule(),
     summary_stride: int = 3,
-    first_audio_layer: int | None = None,
-    num_audio_layers: int | Fraction | None = None,
-    layer_stride: int = 1,
-    audio_layers: tuple[int, ...] | None = None,
 ) -> tuple[Stream, ...]:
     """Returns the streams of a preset (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
 
@@ -150,9 +179,8 @@ def preset_streams(
             all of them if the connector is `lfst`); `pal_v3` has exactly one encoder.
         num_layers: number of layers of the language model.
         connector: connector of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
+        layers: layers that receive audio, except in streams of `plits`.
         summary_stride: number of frames in one summary token of `pal_v3`.
-        first_audio_layer, num_audio_layers, layer_stride: see `resolve_audio_layers`.
-        audio_layers: explicit list of layers, instead of the rule.
 
     Raises:
         UserError: the encoders do not suit the preset, or the layers do not fit the model.
@@ -167,24 +195,15 @@ def preset_streams(
             "pal_v2 needs one encoder for the sequence and at least one for LAL",
             "name two or more",
         )
-    if preset == "delayed" and first_audio_layer is None:
-        first_audio_layer = DELAYED_FIRST_AUDIO_LAYER
-    if preset == "pal_v3" and num_audio_layers is None:
-        num_audio_layers = PAL_V3_FRACTION
+    if preset == "delayed" and layers.first_audio_layer is None:
+        layers = replace(layers, first_audio_layer=DELAYED_FIRST_AUDIO_LAYER)
+    if preset == "pal_v3" and layers.num_audio_layers is None:
+        layers = replace(layers, num_audio_layers=PAL_V3_FRACTION)
 
     def stream(names: Sequence[str], integration: IntegrationKind) -> tuple[Stream, ...]:
-        layers: tuple[int, ...] = ()
-        if integration != "plits" and audio_layers is not None:
-            layers = check_audio_layers(audio_layers, num_layers)
-        elif integration != "plits":
-            layers = resolve_audio_layers(
-                num_layers,
-                first_audio_layer=first_audio_layer or 0,
-                num_audio_layers=num_audio_layers,
-                layer_stride=layer_stride,
-            )
+        audio_layers = () if integration == "plits" else layers.resolve(num_layers)
         groups = [tuple(names)] if connector.kind == "lfst" else [(name,) for name in names]
-        return tuple(Stream(group, integration, connector, layers) for group in groups)
+        return tuple(Stream(group, integration, connector, audio_layers) for group in groups)
 
     if preset == "plits":
         return stream(encoders, "plits")

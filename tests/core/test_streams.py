@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.core.streams import Connector, Stream, check_streams, preset_streams, resolve_audio_layers
+from pipeline.core.streams import Connector, LayerRule, Stream, check_streams, preset_streams, resolve_audio_layers
 
 
 @pytest.mark.parametrize(("num_layers", "third"), [(16, 5), (28, 9), (2, 1), (27, 9)])
@@ -43,7 +43,10 @@ def test_presets() -> None:
     lal_part, sequence_part = preset_streams("pal_v2", ["whisper", "sslam", "clap"], 6, connector=lfst)
     assert (lal_part.encoders, lal_part.integration) == (("sslam", "clap"), "lal")
     assert (sequence_part.encoders, sequence_part.connector.kind) == (("whisper",), "mlp")
-    assert preset_streams("lal", ["a"], 6, connector=mlp, audio_layers=(1, 4))[0].audio_layers == (1, 4)
+    assert preset_streams("lal", ["a"], 6, connector=mlp, layers=LayerRule(audio_layers=(1, 4)))[0].audio_layers == (
+        1,
+        4,
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +60,7 @@ def test_encoders_that_do_not_suit(preset: str, encoders: list[str]) -> None:
 @pytest.mark.parametrize("layers", [(), (0, 6), (2, 1), (1, 1), (-1, 0)])
 def test_explicit_layers_are_checked(layers: tuple[int, ...]) -> None:
     with pytest.raises(UserError, match=r"model\.audio_layers"):
-        preset_streams("lal", ["a"], 6, connector=Connector(), audio_layers=layers)
+        preset_streams("lal", ["a"], 6, connector=Connector(), layers=LayerRule(audio_layers=layers))
 
 
 def test_streams_are_checked() -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from pipeline.core.streams import Connector, Stream, preset_streams
+from pipeline.core.streams import Connector, LayerRule, Stream, preset_streams
 from tests.oracle import model as oracle
 from tests.parity.batches import batches, grid_batch
 from tests.parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
@@ -19,19 +19,19 @@ TOLERANCE = 1e-10
 BATCHES = {**batches(), "grids": grid_batch()}
 LAYERS = SIZE["num_hidden_layers"]
 # Encoders and rule of each preset; a third of three layers is one, so pal_v3 takes two thirds to have more than one.
-PRESETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "plits": (("whisper",), {}),
-    "lal": (("sslam",), {}),
-    "pal_v2": (("whisper", "sslam", "clap"), {}),
-    "pal_v3": (("whisper",), {"num_audio_layers": Fraction(2, 3)}),
-    "delayed": (("sslam", "clap"), {"first_audio_layer": 1}),
-    "flamingo": (("whisper", "clap"), {"audio_layers": (0, 2)}),
+PRESETS: dict[str, tuple[tuple[str, ...], LayerRule]] = {
+    "plits": (("whisper",), LayerRule()),
+    "lal": (("sslam",), LayerRule()),
+    "pal_v2": (("whisper", "sslam", "clap"), LayerRule()),
+    "pal_v3": (("whisper",), LayerRule(num_audio_layers=Fraction(2, 3))),
+    "delayed": (("sslam", "clap"), LayerRule(first_audio_layer=1)),
+    "flamingo": (("whisper", "clap"), LayerRule(audio_layers=(0, 2))),
 }
 
 
-def preset(name: str, connector: Connector = Connector("mlp"), **rule: Any) -> tuple[Stream, ...]:  # noqa: B008
-    encoders, values = PRESETS[name]
-    return preset_streams(name, encoders, LAYERS, connector=connector, **{**values, **rule})  # type: ignore[arg-type]
+def preset(name: str, connector: Connector = Connector("mlp"), **settings: Any) -> tuple[Stream, ...]:  # noqa: B008
+    encoders, layers = PRESETS[name]
+    return preset_streams(name, encoders, LAYERS, connector=connector, layers=layers, **settings)  # type: ignore[arg-type]
 
 
 def check(case: Case, situation: str, loss_on: str = "answer") -> None:

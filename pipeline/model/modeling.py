@@ -1,4 +1,7 @@
-"""`PalForCausalLM`: a language model of transformers plus audio streams; no forward of it is patched."""
+"""`PalForCausalLM`: a language model of transformers plus audio streams; no forward of it is patched.
+
+`base` has the steps of the forward pass, `generation` the decoding; `pipeline.model` names the files to read next.
+"""
 
 from __future__ import annotations
 

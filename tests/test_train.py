@@ -51,12 +51,12 @@ def set_key(path: str, value: Any) -> Break:
     return change
 
 
-def another_encoder(folder: Path, config: dict[str, Any]) -> None:
+def features_of_another_encoder(folder: Path, config: dict[str, Any]) -> None:
     write_feature_set(folder / "other", [1, 1], encoders={"whisper": 4})
     config["data"]["train"] = str(folder / "other")
 
 
-def held_out_of_another_encoder(folder: Path, config: dict[str, Any]) -> None:
+def validation_of_another_encoder(folder: Path, config: dict[str, Any]) -> None:
     contract = write_feature_set(folder / "changed", [1, 1], encoders={"log_mel": 4})
     config["data"]["validation"] = str(contract)
 
@@ -71,8 +71,8 @@ MISTAKES: dict[str, tuple[Break, str]] = {
     "wrong type": (set_key("train.steps", "many"), "train.steps"),
     "batch that does not divide": (set_key("train.global_batch_size", 7), "use a multiple of"),
     "missing shards": (set_key("data.train", "/no/such/folder"), "does not exist"),
-    "shards of another encoder": (another_encoder, "not of 'log_mel'"),
-    "held-out shards of another encoder": (held_out_of_another_encoder, "fingerprint"),
+    "shards of another encoder": (features_of_another_encoder, "not of 'log_mel'"),
+    "held-out shards of another encoder": (validation_of_another_encoder, "fingerprint"),
     "audio_layers beyond the model": (set_key("model.audio_layers", [0, 5]), "layers are 0 to 1"),
     "no such language model": (set_key("model.language_model", "/no/such/model"), "language_model"),
     "a password in a place": (set_key("tracking.uri", "http://me:hunter22@host"), "tracking.uri: holds a password"),
@@ -133,7 +133,7 @@ def test_an_output_in_use(original: Path, tmp_path: Path, monkeypatch: pytest.Mo
         train.main([str(original / "config.yaml"), f"output={tmp_path}"])
 
 
-def test_dry_run_tells_what_would_be_trained(
+def test_dry_run_prints_what_would_be_trained(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
@@ -162,7 +162,7 @@ def test_adapters_are_counted_as_trained(original: Path, tmp_path: Path, capsys:
 STAGES = ("stages.first={train: {trainable: connector}, data: {tasks: [what]}}", "stages.second={train: {epochs: 1}}")
 
 
-def test_dry_run_tells_of_each_stage(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_describes_each_stage(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     assert train.main([str(original / "config.yaml"), f"output={output}", *STAGES, "--dry-run", "--nproc", "2"]) == 0
     _, first, second = capsys.readouterr().out.split("\nstage ")
@@ -174,7 +174,7 @@ def test_dry_run_tells_of_each_stage(original: Path, tmp_path: Path, capsys: pyt
     assert not output.exists()
 
 
-def test_a_stage_before_the_one_that_it_builds_on(
+def test_a_stage_whose_origin_has_not_run_is_refused(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [str(original / "config.yaml"), f"output={tmp_path / 'run'}", *STAGES, "--stage", "second"]
@@ -189,7 +189,7 @@ def _numbers(text: str, label: str) -> list[str]:
     return [word for word in line.split() if word[0].isdigit()]
 
 
-Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another rank; in the order of time
+Failure = tuple[int, int, str, bool]  # rank, exit code, message, whether it lost another rank; in order of time
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ Failure = tuple[int, int, str, bool]  # rank, exit code, message, lost another r
         ([], EXIT_FAILURE, "the last line"),
     ],
 )
-def test_the_cause_of_an_end_is_told_and_not_its_consequences(
+def test_the_cause_of_an_end_is_reported_and_not_its_consequences(
     tmp_path: Path, failures: list[Failure], code: int, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PAL_SUPERVISED", "1")
@@ -224,12 +224,12 @@ def test_the_cause_of_an_end_is_told_and_not_its_consequences(
         rank_process.register_rank(tmp_path, rank)
     for rank, rank_code, text, lost_peer in failures:
         assert rank_process.record_exit(tmp_path, rank, 3, rank_code, text, lost_peer=lost_peer) == rank_code
-    found_code, found = supervisor._explain(1, tmp_path)
-    assert found_code == code and message in found
+    exit_code, explanation = supervisor._explain(1, tmp_path)
+    assert exit_code == code and message in explanation
     assert supervisor._explain(0, tmp_path) == (0, "")
 
 
-def test_ranks_are_told_with_their_hosts_where_there_are_several(tmp_path: Path) -> None:
+def test_ranks_are_named_with_their_hosts_if_there_are_several(tmp_path: Path) -> None:
     for rank, host in enumerate(["worker-1", "worker-2", "worker-2"]):
         rank_process._write(tmp_path / rank_process.RANKS / f"rank-{rank}.json", {"rank": rank, "host": host, "pid": 1})
     lost = {"rank": 0, "step": 3, "code": 1, "message": "", "lost_peer": True, "time": 0.0}

@@ -45,7 +45,7 @@ class Components:
     Attributes:
         features: training set.
         validation: held-out set, if the config names one.
-        audio_positions: see the function of this name.
+        audio_positions: duration of a clip in seconds -> positions of its audio in the sequence, approximately.
         ds_config: DeepSpeed config of the engine.
         total_steps: optimizer steps of the run; None if its length is set in tokens.
     """

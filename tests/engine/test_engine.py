@@ -1,8 +1,9 @@
-"""What DeepSpeed computes for us does not depend on how the work is cut: stage, micro-batch, ranks, precision of
-bookkeeping. A plain torch loop is the reference."""
+"""The result of training does not depend on how the work is split: ZeRO stage, micro-batches, ranks. A plain torch loop
+is the reference."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ WAYS_TO_SAVE = [
 
 
 def reference() -> tuple[Curve, dict[str, torch.Tensor]]:
-    """The same training in plain torch, the whole global batch at once."""
+    """Runs the same training in plain torch, with the whole global batch at once."""
     model = tiny_model()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -57,15 +58,15 @@ def reference() -> tuple[Curve, dict[str, torch.Tensor]]:
     return curve, model.state_dict()
 
 
-def all_ways() -> dict[str, Any]:
-    """Every stage, with micro-batches of one size and of another in each step, in one set of processes: starting them
-    is what takes time."""
-    found: dict[str, Any] = {}
+def train_every_way() -> dict[str, Any]:
+    """Trains at every stage, with micro-batches of one size and of varying size, in one set of processes, because
+    starting them takes most of the time."""
+    results: dict[str, Any] = {}
     for policy in ("zero0", "zero1", "zero2", "zero3"):
         for sizes in ([2], [4, 1, 2, 3]):
             engine = build(settings(policy, 2))
-            found[f"{policy} micro-batches {sizes}"] = (train_steps(engine, range(STEPS), sizes), weights(engine))
-    return found
+            results[f"{policy} micro-batches {sizes}"] = (train_steps(engine, range(STEPS), sizes), weights(engine))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +75,15 @@ def expected() -> tuple[Curve, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_way_work_is_cut_does_not_matter(world_size: int, expected: tuple[Curve, dict[str, torch.Tensor]]) -> None:
-    """fp32: only the order of sums differs, so losses agree to 1e-6. Adam divides small gradients by their own size,
-    so weights agree to a small part of a step (1e-2)."""
+def test_the_split_of_the_work_does_not_matter(
+    world_size: int, expected: tuple[Curve, dict[str, torch.Tensor]]
+) -> None:
+    """fp32: only the order of sums differs, so losses agree to 1e-6. Adam divides small gradients by their magnitude,
+    so weights agree to a small fraction of a step (1e-2)."""
     curve, final = expected
-    found = run_on_ranks(all_ways, world_size)
-    assert len(found[0]) == 8
-    for way, (losses, state) in found[0].items():
+    results = run_on_ranks(train_every_way, world_size)
+    assert len(results[0]) == 8
+    for way, (losses, state) in results[0].items():
         for (loss, norm), (expected_loss, expected_norm) in zip(losses, curve, strict=True):
             assert loss == pytest.approx(expected_loss, abs=1e-6), way
             assert norm == pytest.approx(expected_norm, rel=1e-5), way
@@ -95,38 +98,38 @@ def one_rank_without_audio(policies: list[str]) -> dict[str, Curve]:
 
 
 def test_a_rank_with_text_only_does_not_hang_the_others() -> None:
-    found = run_on_ranks(one_rank_without_audio, 2, ["zero0", "zero1", "zero2", "zero3"], limit_s=150)
-    assert found[0] == found[1]
-    curves = list(found[0].values())
-    for other in curves[1:]:
-        assert [loss for loss, _ in other] == pytest.approx([loss for loss, _ in curves[0]], abs=1e-6)
+    results = run_on_ranks(one_rank_without_audio, 2, ["zero0", "zero1", "zero2", "zero3"], limit_s=150)
+    assert results[0] == results[1]
+    first, *curves = results[0].values()
+    for curve in curves:
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in first], abs=1e-6)
 
 
-def save_and_go_on(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
+def save_and_continue(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
     engine = build(settings(policy, 2), frozen)
     first = train_steps(engine, range(2), 2)
     engine.snapshot(folder, copied=True).write()
     return first + train_steps(engine, range(2, STEPS), 2), weights(engine)
 
 
-def load_and_go_on(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
+def load_and_continue(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any]:
     engine = build(settings(policy, 2), frozen)
     engine.load(folder)
     return train_steps(engine, range(2, STEPS), 2), weights(engine)
 
 
-def saved_and_loaded(folder: Path) -> dict[str, Any]:
-    found = {}
+def save_and_load_every_way(folder: Path) -> dict[str, Any]:
+    results = {}
     for policy, frozen in WAYS_TO_SAVE:
-        place = folder / f"{policy}-{frozen}"
-        found[place.name] = (save_and_go_on(place, policy, frozen), load_and_go_on(place, policy, frozen))
-    return found
+        output = folder / f"{policy}-{frozen}"
+        results[output.name] = (save_and_continue(output, policy, frozen), load_and_continue(output, policy, frozen))
+    return results
 
 
-def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """And what is frozen is not in the files, which therefore stay small."""
-    found = run_on_ranks(saved_and_loaded, 2, tmp_path)
-    for way, ((straight, final), (resumed, final_resumed)) in found[0].items():
+def test_a_loaded_state_continues_bit_for_bit(tmp_path: Path) -> None:
+    """Frozen parameters are not in the files, which therefore stay small."""
+    results = run_on_ranks(save_and_load_every_way, 2, tmp_path)
+    for way, ((straight, final), (resumed, final_resumed)) in results[0].items():
         assert resumed == straight[2:], way
         for name, tensor in final.items():
             assert torch.equal(final_resumed[name], tensor), f"{way} {name}"
@@ -137,13 +140,13 @@ def test_a_loaded_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def save_in_half_precision(folder: Path) -> dict[str, Any]:
-    found = {}
+    results = {}
     for policy in ("zero0", "zero1", "zero2", "zero3"):
         engine = build(settings(policy, 2, "bf16"), LANGUAGE_MODEL)
         train_steps(engine, range(1), 2)
         engine.snapshot(folder / policy, copied=False).write()
-        found[policy] = weights(engine)
-    return found
+        results[policy] = weights(engine)
+    return results
 
 
 def test_trained_weights_are_read_from_every_stage_in_half_precision(tmp_path: Path) -> None:
@@ -155,23 +158,23 @@ def test_trained_weights_are_read_from_every_stage_in_half_precision(tmp_path: P
             assert torch.equal(tensor.to(final[name].dtype), final[name]), f"{policy} {name}"
 
 
-def meet_not_a_number(policies: list[str]) -> dict[str, Any]:
-    found = {}
+def divide_by_nan(policies: list[str]) -> dict[str, Any]:
+    results = {}
     for policy in policies:
         engine = build(settings(policy, 4))
-        before = weights(engine)
+        initial = weights(engine)
         batch = collate(rows(0)[read_ranks().rank :: 2])
-        # Divided by not-a-number on one rank only: loss and gradients of that rank are not finite.
+        # Dividing by NaN on one rank makes the loss and the gradients of that rank not finite.
         engine.backward({**batch, "num_items_in_batch": 1.0 if read_ranks().rank == 0 else float("nan")}, last=True)
         applied = engine.step(1.0)
-        after = weights(engine)
-        unchanged = before is None or all(torch.equal(before[name], after[name]) for name in before)
-        found[policy] = (applied, engine.skipped_steps, unchanged, train_steps(engine, range(1), 4))
-    return found
+        final = weights(engine)
+        unchanged = initial is None or all(torch.equal(initial[name], final[name]) for name in initial)
+        results[policy] = (applied, engine.skipped_steps, unchanged, train_steps(engine, range(1), 4))
+    return results
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
-    for result in run_on_ranks(meet_not_a_number, 2, ["zero0", "zero1", "zero2", "zero3"]):
+    for result in run_on_ranks(divide_by_nan, 2, ["zero0", "zero1", "zero2", "zero3"]):
         for policy, (applied, skipped, unchanged, curve) in result.items():
             assert (applied, skipped, unchanged) == (False, 1, True), policy
-            assert curve[0][0] == pytest.approx(curve[0][0]), policy  # the next step is finite
+            assert math.isfinite(curve[0][0]), f"{policy}: the next step"

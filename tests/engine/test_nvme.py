@@ -1,4 +1,4 @@
-"""Offload to NVMe: the losses of offload to the host, and a resumed run that goes on as the uninterrupted one."""
+"""Offload to NVMe: the losses equal those of offload to the host, and a resumed run equals the uninterrupted one."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from pipeline.engine import POLICIES
 from pipeline.tracking.writer import read_metrics
 from tests.helpers.jobs import end_of, start_job, wait_for_step, write_experiment
 
-HIDDEN = 256  # the language model's states are large enough to be swapped, those of its norms and connectors are not
+HIDDEN = 256  # large enough for the states of matrices to be swapped; those of norms and connectors are not
 
 
 def nvme_policy(folder: Path) -> Path:
@@ -36,7 +36,7 @@ def losses(output: Path) -> dict[int, float]:
 @pytest.mark.skipif(
     not AsyncIOBuilder().is_compatible(), reason="DeepSpeed compiles its access to files with libaio's headers"
 )
-def test_swapped_states_are_found_again(tmp_path: Path) -> None:
+def test_swapped_states_are_restored(tmp_path: Path) -> None:
     config = write_experiment(tmp_path, hidden_size=HIDDEN)
     on_host, straight, resumed = (tmp_path / name for name in ("on_host", "straight", "resumed"))
     swapped = ("--nproc", 2, f"train.zero={nvme_policy(tmp_path)}")
@@ -46,13 +46,13 @@ def test_swapped_states_are_found_again(tmp_path: Path) -> None:
     wait_for_step(job, resumed, 5)
     job.send_signal(signal.SIGTERM)
     assert end_of(job, resumed)[0] == EXIT_STOPPED
-    code, said, _ = end_of(start_job(config, *swapped, f"output={resumed}"), resumed)
+    code, out, _ = end_of(start_job(config, *swapped, f"output={resumed}"), resumed)
 
-    assert code == 0 and "resumed from" in said
+    assert code == 0 and "resumed from" in out
     assert losses(straight) == losses(on_host) and len(losses(straight)) == 12
-    # Not to the last bit: states lie elsewhere in memory than before, and kernels round by alignment.
+    # Not bit for bit: the states have another alignment in memory, on which the rounding of kernels depends.
     assert losses(resumed) == pytest.approx(losses(straight), abs=1e-6)
-    final, again = (load_file(output / "model" / "model.safetensors") for output in (straight, resumed))
-    assert final.keys() == again.keys()
-    for name, tensor in final.items():
-        torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5, msg=name)
+    weights, resumed_weights = (load_file(output / "model" / "model.safetensors") for output in (straight, resumed))
+    assert weights.keys() == resumed_weights.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(resumed_weights[name], tensor, rtol=0, atol=1e-5, msg=name)

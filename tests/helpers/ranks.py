@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each a process of its own, with a limit of time and a message that names ranks."""
+"""Runs a function on several ranks, each in its own process, with a time limit and errors that name ranks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ START_METHOD = "spawn"  # torch's threads do not survive a fork
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = 240) -> list[Any]:
-    """Results of `function(*arguments)` by rank; it must be importable, and finds its rank in the environment.
+    """Returns the results of `function(*arguments)` by rank; it must be importable, and its rank is in the environment.
 
     Raises:
-        AssertionError: a rank raised, died or did not end within `limit_s`.
+        AssertionError: a rank raised an error, died or did not finish within `limit_s`.
     """
     context = multiprocessing.get_context(START_METHOD)
     results: Any = context.Queue()
@@ -70,12 +70,12 @@ def _rank(
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
     )
-    faulthandler.dump_traceback_later(limit_s - 5)  # a hang tells where each rank waits
+    faulthandler.dump_traceback_later(limit_s - 5)  # shows where each rank waits
     try:
         import torch
 
         torch.set_num_threads(1)
-        # As bytes: a tensor in a queue dies with its process.
+        # As bytes, because a tensor in a queue is lost when its process ends.
         results.put((rank, True, pickle.dumps(function(*arguments))))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))

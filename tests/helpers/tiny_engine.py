@@ -1,4 +1,4 @@
-"""A tiny model under DeepSpeed, its batches, and a training loop of a few lines."""
+"""A tiny model under DeepSpeed, its batches, and a minimal training loop."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tiny_model() -> PalForCausalLM:
 
 
 def rows(step: int) -> list[Batch]:
-    """The global batch of a step as single rows: different lengths and numbers of answer tokens."""
+    """Returns the global batch of a step as single rows of different lengths and numbers of answer tokens."""
     random = torch.Generator().manual_seed(step)
     batch = []
     for row in range(ROWS):
@@ -118,12 +118,14 @@ def build(train: TrainConfig, frozen: str = "none", policy: str | None = None) -
 def train_steps(
     engine: Engine, steps: range, micro_batch: int | Sequence[int], text_only_rank: int | None = None
 ) -> Curve:
-    """Trains with micro-batches of this size, or of these sizes in turn, step by step."""
+    """Trains with micro-batches of this size, or of these sizes in turn, one for each step."""
     ranks, curve = read_ranks(), []
     sizes = [micro_batch] if isinstance(micro_batch, int) else micro_batch
     for step in steps:
-        mine, size = rows(step)[ranks.rank :: ranks.world_size], sizes[step % len(sizes)]
-        micro = [collate(mine[i : i + size], ranks.rank == text_only_rank) for i in range(0, len(mine), size)]
+        rank_rows, size = rows(step)[ranks.rank :: ranks.world_size], sizes[step % len(sizes)]
+        micro = [
+            collate(rank_rows[i : i + size], ranks.rank == text_only_rank) for i in range(0, len(rank_rows), size)
+        ]
         (tokens,) = engine.sum_over_ranks([sum(int((m["labels"] != -100).sum()) for m in micro)])
         loss = 0.0
         for number, batch in enumerate(micro, start=1):

@@ -1,4 +1,4 @@
-"""Forty steps straight against the same steps killed three times at random and resumed: every loss, every tensor, the
+"""Forty undisturbed steps against the same steps killed three times at random and resumed: every loss, every tensor, the
 order of all samples. In one job with two stages, so that the kills fall on both sides of their boundary and on it."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state_of(output: Path) -> dict[str, object]:
-    """All that must not depend on how often a job was killed."""
+    """Returns everything that must not depend on how often a job was killed."""
     state: dict[str, object] = {}
     for stage, folder in FOLDERS.items():
         records = writer.read_metrics(output / folder)
@@ -73,7 +73,7 @@ def test_three_kills_leave_no_trace(policy: str, config: Path) -> None:
     settings = [f"train.zero={policy}"]
     straight, disturbed = config.parent / f"{policy}-straight", config.parent / f"{policy}-disturbed"
     run_and_kill(config, straight, settings, [])
-    # At random, but reproducibly so: once in the first stage, at the boundary, and in the second stage.
+    # At reproducible random steps: in the first stage, at the boundary, and in the second stage.
     chance = random.Random(policy)
     kills = [
         ("first", chance.randint(2, STEPS["first"] - 3)),
@@ -81,7 +81,7 @@ def test_three_kills_leave_no_trace(policy: str, config: Path) -> None:
         ("second", chance.randint(2, STEPS["second"] - 3)),
     ]
     run_and_kill(config, disturbed, settings, kills)
-    expected, found = state_of(straight), state_of(disturbed)
-    assert [len(found[f"{stage} curve"]) for stage in STEPS] == list(STEPS.values())  # type: ignore[arg-type]
-    for what, value in expected.items():
-        assert found[what] == value, what
+    expected, actual = state_of(straight), state_of(disturbed)
+    assert [len(actual[f"{stage} curve"]) for stage in STEPS] == list(STEPS.values())  # type: ignore[arg-type]
+    for name, value in expected.items():
+        assert actual[name] == value, name

@@ -1,4 +1,5 @@
-"""A curriculum under the real launcher: stages hand on what they trained, and no kill shows in what comes out."""
+"""A curriculum under the real launcher: each stage starts from the weights of the previous one, and a kill changes
+nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(config: Path) -> Path:
-    """The output of a job that nothing disturbed."""
+    """Returns the output of a job that nothing disturbed."""
     output = config.parent / "straight"
     job = start_job(config, f"output={output}", "--nproc", 2, "--json", config.parent / "figures.json")
     code, out, err = end_of(job, output)
@@ -49,13 +50,13 @@ def curve(output: Path) -> dict[int, float]:
     return {step: metrics["train/loss"] for step, metrics in writer.read_metrics(output)}
 
 
-def test_each_stage_starts_from_what_those_before_it_trained(config: Path, straight: Path) -> None:
+def test_each_stage_starts_from_the_weights_of_the_previous_ones(config: Path, straight: Path) -> None:
     base = load_file(config.parent / "language_model" / "model.safetensors")
     first, second, third = (load_file(straight / folder / WEIGHTS) for folder in FOLDERS)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not first[f"language_model.{name}"].equal(base[name])  # trained in the first stage
-    assert second[f"language_model.{name}"].equal(first[f"language_model.{name}"])  # and not thrown away
-    # The third has no adapters: those of the second have become part of the weights that they adapt.
+    assert second[f"language_model.{name}"].equal(first[f"language_model.{name}"])  # and kept by the second
+    # The third has no adapters: those of the second are merged into the weights that they adapt.
     adapted = "language_model.model.layers.0.self_attn.q_proj"
     up, down = (second[f"{adapted}.lora_{side}.default.weight"] for side in "BA")
     expected = second[f"{adapted}.base_layer.weight"] + up @ down * (16 / 2)
@@ -63,7 +64,7 @@ def test_each_stage_starts_from_what_those_before_it_trained(config: Path, strai
     assert all(third[n].equal(first[n]) for n in third if n.startswith("language_model.") and "_proj" not in n)
     assert not any(third[n].equal(second[n]) for n in third if n.startswith("streams."))
     newest = checkpoint_dir.list_checkpoints(straight / FOLDERS[2])[0]
-    assert not any(n.startswith("language_model.") for n in trained_weights(newest))  # never an unchanged LLM again
+    assert not any(n.startswith("language_model.") for n in trained_weights(newest))  # an unchanged LLM is not saved again
 
 
 def test_a_stage_is_a_run_of_its_own(config: Path, straight: Path) -> None:
@@ -79,7 +80,7 @@ def test_a_stage_is_a_run_of_its_own(config: Path, straight: Path) -> None:
     assert [run.info.status for run in runs] == ["FINISHED"] * 3
 
 
-def test_an_export_of_a_later_stage_has_what_earlier_ones_trained(straight: Path, tmp_path: Path) -> None:
+def test_an_export_of_a_later_stage_has_the_weights_of_earlier_ones(straight: Path, tmp_path: Path) -> None:
     newest = checkpoint_dir.list_checkpoints(straight / FOLDERS[2])[0]
     assert export(newest, tmp_path / "model")["max_abs_difference"] == 0
     exported, trained = (
@@ -88,7 +89,7 @@ def test_an_export_of_a_later_stage_has_what_earlier_ones_trained(straight: Path
     assert exported.keys() == trained.keys() and all(exported[n].equal(trained[n]) for n in trained)
 
 
-def test_killed_in_a_later_stage_it_is_the_same_job(config: Path, straight: Path) -> None:
+def test_a_job_killed_in_a_later_stage_is_the_same_job(config: Path, straight: Path) -> None:
     output = config.parent / "disturbed"
     command = (config, f"output={output}", "--nproc", 2)
     job = start_job(*command)

@@ -1,4 +1,4 @@
-"""Loss by task and operations of a step, against what is counted by hand."""
+"""Loss by task and FLOPs of a step, against counts by hand."""
 
 from __future__ import annotations
 
@@ -42,28 +42,30 @@ def mixed_batch() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_losses_of_tokens_are_told_by_task(preset: Preset) -> None:
+def test_losses_of_tokens_are_summed_by_task(preset: Preset) -> None:
     batch = mixed_batch()
     inputs = {name: value for name, value in batch.items() if name != "tasks"}
     output = build(preset)(**inputs)
     losses, tokens = output.token_losses, output.target_tokens
     assert float(losses.sum() / len(losses)) == pytest.approx(output.loss.item(), rel=1e-6)
-    place = {(row, column): n for n, (row, column) in enumerate((r, c) for r in range(3) for c in LABELLED[r])}
-    question = [QUESTION_OF_LABEL[place[divmod(token, 9)]] for token in tokens.tolist()]
+    index = {(row, column): n for n, (row, column) in enumerate((r, c) for r in range(3) for c in LABELLED[r])}
+    question = [QUESTION_OF_LABEL[index[divmod(token, 9)]] for token in tokens.tolist()]
     assert sorted(question) == QUESTION_OF_LABEL  # every label is a target once
 
     tasks = ["chat", "count", "sing", "what?"]
-    found = TaskLosses(tasks)
+    task_losses = TaskLosses(tasks)
     for _ in range(2):
-        found.add(batch, losses, tokens)
+        task_losses.add(batch, losses, tokens)
     expected = {task: [float(x) for x, q in zip(losses, question, strict=True) if TASKS_OF_QUESTIONS[q] == task]
                 for task in tasks}  # fmt: skip
-    assert found.metrics([*found.to_list(), 7.0]) == {
-        f"loss/{task.replace('?', '_')}": pytest.approx(sum(own) / len(own)) for task, own in expected.items() if own
+    assert task_losses.metrics([*task_losses.to_list(), 7.0]) == {
+        f"loss/{task.replace('?', '_')}": pytest.approx(sum(values) / len(values))
+        for task, values in expected.items()
+        if values
     }
 
 
-def test_operations_are_those_of_the_rows() -> None:
+def test_the_flops_of_a_step_are_those_of_its_rows() -> None:
     config, batch = build("pal_v3").config, mixed_batch()
     rows = [
         RowShape(1, [3, 4], 3, {"one": 6, "two": 6}),
@@ -75,7 +77,7 @@ def test_operations_are_those_of_the_rows() -> None:
         assert step_flops(config, [batch, batch], trainable) == 2 * expected
 
 
-def test_a_peak_is_told_or_known_and_never_invented() -> None:
+def test_the_peak_of_an_unknown_device_is_not_invented() -> None:
     assert peak_flops(torch.device("cpu"), "bf16", None) is None
     assert peak_flops(torch.device("cpu"), "fp32", 0.25) == 0.25e12
 
@@ -91,7 +93,9 @@ def test_a_peak_is_told_or_known_and_never_invented() -> None:
         ("NVIDIA RTX A4000", None),
     ],
 )
-def test_a_device_is_known_by_whole_words(name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_is_recognized_by_whole_words(
+    name: str, tflops: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     expected = None if tflops is None else pytest.approx(tflops * 1e12)
     assert peak_flops(torch.device("cuda"), "bf16", None) == expected

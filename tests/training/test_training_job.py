@@ -1,4 +1,4 @@
-"""`pal train` on two ranks under the real launcher: it learns, and an end by force leaves no seam in its curve."""
+"""`pal train` on two ranks under the real launcher: it learns, and stops and kills leave its curve unchanged."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(folder: Path) -> Path:
-    """The output of a run that nothing disturbed."""
+    """Returns the output of a run that nothing disturbed."""
     output = folder / "straight"
     job = start_job(folder / "config.yaml", f"output={output}", "--nproc", 2, "--json", folder / "figures.json")
     code, out, err = end_of(job, output)
@@ -62,7 +62,7 @@ def mlflow_run(output: Path) -> Any:
     return MlflowClient(writer.tracking_uri(TrackingConfig(), output)).get_run(run.run_id)
 
 
-def test_a_run_learns_and_leaves_what_it_promises(folder: Path, straight: Path) -> None:
+def test_a_run_learns_and_leaves_figures_checkpoints_and_an_mlflow_run(folder: Path, straight: Path) -> None:
     losses = [loss for loss, _, _ in curve(straight).values()]
     assert len(losses) == 12 and losses[-1] < losses[0] - 1
     figures = json.loads((folder / "figures.json").read_text())
@@ -76,7 +76,7 @@ def test_a_run_learns_and_leaves_what_it_promises(folder: Path, straight: Path) 
     assert run.data.metrics["final_loss"] == figures["final_loss"]
 
 
-def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: Path) -> None:
+def test_a_run_that_was_stopped_killed_and_resumed_is_the_same_run(folder: Path, straight: Path) -> None:
     output = folder / "disturbed"
     command = (folder / "config.yaml", f"output={output}", "--nproc", 2)
     shared_memory = set(Path("/dev/shm").glob("deepspeed_*"))
@@ -90,7 +90,7 @@ def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: P
 
     job = start_job(*command)
     wait_for_step(job, output, 7)
-    job.kill()  # the parent alone: its ranks notice, and give the folder free
+    job.kill()  # only the parent: its ranks notice, and release the folder
     end_of(job, output)
     assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared_memory, "a killed rank cannot remove it"
 
@@ -105,7 +105,7 @@ def test_stopped_killed_and_resumed_it_is_the_same_run(folder: Path, straight: P
     assert run.data.metrics["train/loss"] == curve(straight)[12][0]
 
 
-def test_a_rank_that_slurm_or_torchrun_started_saves_when_it_is_signalled(folder: Path) -> None:
+def test_a_rank_that_slurm_or_torchrun_started_saves_on_a_signal(folder: Path) -> None:
     output = folder / "signalled"
     group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
     job = start_job(folder / "config.yaml", f"output={output}", **group, MASTER_PORT=free_port())
@@ -118,9 +118,9 @@ def test_a_rank_that_slurm_or_torchrun_started_saves_when_it_is_signalled(folder
 
 
 @pytest.mark.slow
-def test_a_finished_run_started_again_only_says_so(folder: Path, straight: Path) -> None:
-    before = curve(straight)
+def test_a_finished_run_that_is_started_again_only_logs_that(folder: Path, straight: Path) -> None:
+    recorded = curve(straight)
     job = start_job(folder / "config.yaml", f"output={straight}", "--nproc", 2)
     code, out, err = end_of(job, straight)
     assert code == 0, err
-    assert "at step 12" in out and curve(straight) == before
+    assert "at step 12" in out and curve(straight) == recorded

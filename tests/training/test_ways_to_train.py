@@ -1,4 +1,4 @@
-"""The whole loop on two ranks, several times in the same processes: ways that must give the same curve."""
+"""The whole loop on two ranks, several times in the same processes, in ways that must give the same curve."""
 
 from __future__ import annotations
 
@@ -65,20 +65,20 @@ def test_micro_batches_of_varying_number_give_the_same_losses(folder: Path) -> N
     expected = curve(folder / "fixed")
     assert len(expected) == STEPS
     for way in SAME_CURVE:
-        for step, found in zip(expected, curve(folder / way), strict=True):
-            assert found["train/loss"] == pytest.approx(step["train/loss"], abs=1e-6), way
-            assert found["train/gradient_norm"] == pytest.approx(step["train/gradient_norm"], rel=1e-5), way
+        for step, expected_step in zip(curve(folder / way), expected, strict=True):
+            assert step["train/loss"] == pytest.approx(expected_step["train/loss"], abs=1e-6), way
+            assert step["train/gradient_norm"] == pytest.approx(expected_step["train/gradient_norm"], rel=1e-5), way
 
 
-def test_the_loss_is_told_by_task(folder: Path) -> None:
+def test_the_loss_is_recorded_by_task(folder: Path) -> None:
     for way in SAME_CURVE:
         for _, metrics in read_metrics(folder / way):
             what, count = (metrics[f"train/loss/{task}"] for task in ("what", "count"))
             assert min(what, count) < metrics["train/loss"] < max(what, count)
 
 
-def test_a_run_as_long_as_its_tokens(folder: Path) -> None:
-    """Its rate is a function of the share of tokens that it has seen."""
+def test_a_run_whose_length_is_set_in_tokens(folder: Path) -> None:
+    """The rate is a function of the fraction of tokens seen."""
     seen, peak = seen_tokens(folder / "tokens"), 1e-3
     assert seen == seen_tokens(folder / "fixed") and len(seen) == STEPS
     rates = [step["train/learning_rate/streams.matrices"] for step in curve(folder / "tokens")]
@@ -86,7 +86,7 @@ def test_a_run_as_long_as_its_tokens(folder: Path) -> None:
     assert rates[-1] == pytest.approx(0.1 * peak) and max(rates) > 0.5 * peak
 
 
-def test_tokens_go_on_from_a_checkpoint(folder: Path) -> None:
+def test_a_run_in_tokens_resumes_from_a_checkpoint(folder: Path) -> None:
     assert curve(folder / "tokens again") == curve(folder / "tokens")
     weights = "model/model.safetensors"
     assert (folder / "tokens again" / weights).read_bytes() == (folder / "tokens" / weights).read_bytes()

@@ -140,6 +140,12 @@ def pins_by_name(python: str) -> dict[str, list[Requirement]]:
     return pins
 
 
+def test_make_installs_the_environment_from_the_constraints() -> None:
+    installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/pip install" in line]
+    environment = [line for line in installs if "--editable" in line]
+    assert len(environment) == 2 and all("--constraint $(PINS)" in line for line in environment)
+
+
 def test_versions_agree_wherever_one_is_written() -> None:
     version = PROJECT["version"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())

@@ -1,4 +1,4 @@
-"""Bytes that a forward pass keeps for the backward pass, counted layer by layer from a config."""
+"""Bytes that a forward pass saves for the backward pass, counted layer by layer from a config."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.model.parameters import TrainableSet
 FP32 = 4
 LOGIT_COPIES = 3  # at its peak the loss holds log-probabilities, their gradient and that of the logits, in fp32
 NORM_WIDTHS_OF_KEYS = 3  # of an audio layer's projected tokens, when the backward pass recomputes their keys
-CONNECTOR_WIDTHS = 18  # kept by a block of qformer or lfst: two attentions, an FFN and their norms, in inner widths
-FLAMINGO_WIDTHS = 12  # kept by a flamingo block: two norms, queries and output, the FFN's input and its middle
+CONNECTOR_WIDTHS = 18  # saved by a block of qformer or lfst: two attentions, an FFN and their norms, in inner widths
+FLAMINGO_WIDTHS = 12  # saved by a flamingo block: two norms, queries and output, the FFN's input and its middle
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,19 @@ class Activations:
     """Bytes of one row of a micro-batch.
 
     Attributes:
-        kept: bytes that are alive when the loss is computed.
-        loss: bytes of the logits and what the loss makes of them, on top of `kept`.
-        layer: bytes that the backward pass of one layer needs beyond the layer's share of `kept`: what gradient
+        saved: bytes saved for the backward pass, all alive when the loss is computed.
+        loss: bytes of the logits and what the loss makes of them, on top of `saved`.
+        layer: bytes that the backward pass of one layer needs beyond the layer's share of `saved`: what gradient
             checkpointing recomputes, and gradients between its operations.
     """
 
-    kept: int
+    saved: int
     loss: int
     layer: int
 
     @property
     def peak(self) -> int:
-        return self.kept + max(self.loss, self.layer)
+        return self.saved + max(self.loss, self.layer)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class _PackedRow:
 
 
 def activation_bytes(config: PalConfig, row: RowShape, execution: Execution) -> Activations:
-    """Counts what one row of a batch keeps.
+    """Counts what one row of a batch saves for its backward pass.
 
     Counted per layer and token of width d: each norm keeps its input in fp32 and, where its weights or those behind
     it are trained, its output before and after scaling; attention keeps queries, keys, values and output (fused

@@ -131,7 +131,7 @@ def whole_time_steps(frames: int, grid: Grid) -> int:
 
 
 def sequence_shape(config: PalConfig, row: RowShape) -> SequenceShape:
-    """Counts the audio tokens of one row by the connectors' own rule, and places them."""
+    """Counts the audio tokens of one row by the connectors' own rule, and finds their positions."""
     streams = config.stream_specs() if row.frames else ()
     counts = tuple(
         count_audio_tokens(

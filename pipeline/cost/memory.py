@@ -40,13 +40,13 @@ class ZeroMemory:
     step: int
     host: int = 0
 
-    def peak(self, kept: int, loss: int, layer: int) -> int:
+    def peak(self, saved: int, loss: int, layer: int) -> int:
         """Returns the most bytes at any time of a step; see `activations.Activations` for the arguments."""
         states = self.parameters + self.optimizer
         passes = states + self.gathered
-        at_loss = passes + self.carried + kept + loss
-        # Activations make room for gradients that were not there before.
-        in_layers = passes + self.carried + self.buckets + layer + max(kept, self.fresh)
+        at_loss = passes + self.carried + saved + loss
+        # Activations are freed while these gradients appear.
+        in_layers = passes + self.carried + self.buckets + layer + max(saved, self.fresh)
         return max(at_loss, in_layers, states + self.gradients + self.step)
 
 

@@ -22,7 +22,7 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Bytes read and written for each trained element in an optimizer step: gradient, master copy and two states in fp32;
 # the plain Adam of a CPU goes over them operation by operation.
 ADAM_TRAFFIC = {True: 28, False: 80}
-# Bytes read and written for each byte that is kept: operations run one by one, forward and for the gradient.
+# Bytes read and written for each saved byte: operations run one by one, forward and for the gradient.
 PASS_TRAFFIC = 8
 
 
@@ -101,7 +101,7 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
     execution = run.execution(checkpointing=train.gradient_checkpointing)
     activations = activation_bytes(size.config, row, execution)
     without_audio = activation_bytes(size.config, replace(row, frames={}), execution)
-    peak = zero.peak(micro * activations.kept, micro * activations.loss, micro * activations.layer)
+    peak = zero.peak(micro * activations.saved, micro * activations.loss, micro * activations.layer)
     memory = {
         "parameters": zero.parameters,
         "gradients": zero.gradients,
@@ -164,7 +164,7 @@ def _seconds(run: _Run) -> dict[str, float]:
     gpu = cluster.gpu
     flops = training_flops(size.config, row, train.trainable)
     activations = activation_bytes(size.config, row, run.execution(checkpointing=False))
-    moved = PASS_TRAFFIC * (activations.kept + activations.loss)
+    moved = PASS_TRAFFIC * (activations.saved + activations.loss)
     launches = run.passes * size.config.language_model.num_hidden_layers * cluster.layer_launch_s
     if train.gradient_checkpointing:
         launches *= 4 / 3  # a second forward pass

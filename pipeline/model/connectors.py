@@ -79,10 +79,10 @@ class QFormerBlock(nn.Module):
         self.ffn = Mlp(hidden, hidden, inner=4 * hidden)
         self.ffn_norm = nn.LayerNorm(hidden)
 
-    def forward(self, x_CQD: Tensor, frames_CFD: Tensor, seen_CQF: Tensor) -> Tensor:
+    def forward(self, x_CQD: Tensor, frames_CFD: Tensor, mask_CQF: Tensor) -> Tensor:
         x_CQD = self.self_norm(x_CQD + self.self_attention(x_CQD, x_CQD))
         if self.cross_attention is not None and self.cross_norm is not None:
-            x_CQD = self.cross_norm(x_CQD + self.cross_attention(x_CQD, frames_CFD, seen_CQF))
+            x_CQD = self.cross_norm(x_CQD + self.cross_attention(x_CQD, frames_CFD, mask_CQF))
         return self.ffn_norm(x_CQD + self.ffn(x_CQD))
 
 
@@ -116,10 +116,10 @@ class QFormerConnector(AudioConnector):
         """See `FrameConnector.forward`."""
         frames_ND = self.frames_norm(self.frames_in(features[0]))
         frames_CFD = pad_sequence(list(frames_ND.split(lengths[0].tolist())), batch_first=True)
-        seen_C1F = to_device((torch.arange(frames_CFD.shape[1]) < lengths[0][:, None])[:, None], frames_ND.device)
+        mask_C1F = to_device((torch.arange(frames_CFD.shape[1]) < lengths[0][:, None])[:, None], frames_ND.device)
         x_CQD = self.queries.expand(len(frames_CFD), -1, -1)
         for block in self.blocks:
-            x_CQD = block(x_CQD, frames_CFD, seen_C1F.expand(-1, x_CQD.shape[1], -1))
+            x_CQD = block(x_CQD, frames_CFD, mask_C1F.expand(-1, x_CQD.shape[1], -1))
         return self.project(x_CQD.flatten(0, 1))
 
 

@@ -77,19 +77,19 @@ class LfstLayer(nn.Module):
         self.norm = nn.LayerNorm(hidden)
         self.ffn = Mlp(hidden, hidden, bias=False)
 
-    def forward(self, x_GD: Tensor, mean_GD: Tensor, windows: Sequence[Tensor], present_GK: Tensor) -> Tensor:
+    def forward(self, x_GD: Tensor, mean_GD: Tensor, windows: Sequence[Tensor], mask_GK: Tensor) -> Tensor:
         """Returns the next state of the cells.
 
         Args:
             x_GD, mean_GD: state of each cell, and the mean of its clip.
             windows: for each encoder (cells, window, hidden).
-            present_GK: which frames of all windows exist.
+            mask_GK: True for the frames of all windows that exist.
         """
         q_GD = self.query_in(torch.cat([x_GD, self.context_in(mean_GD)], dim=-1))
         keys_GKD = torch.cat([norm(window) for norm, window in zip(self.key_norms, windows, strict=True)], dim=1)
         values_GKD = torch.cat([norm(window) for norm, window in zip(self.value_norms, windows, strict=True)], dim=1)
         keys_values = self.attention.keys_values(keys_GKD, values_GKD)
-        out_GD = self.attention.attend(self.query_norm(q_GD)[:, None], keys_values, present_GK[:, None])[:, 0]
+        out_GD = self.attention.attend(self.query_norm(q_GD)[:, None], keys_values, mask_GK[:, None])[:, 0]
         return x_GD + self.ffn(self.norm(q_GD + out_GD))
 
 
@@ -156,20 +156,20 @@ class LfstConnector(AudioConnector):
         bands, device = self.grids.bands, features[0].device
         clip_of_step = torch.repeat_interleave(torch.arange(len(steps_C)), steps_C)
         step_in_clip = torch.arange(len(clip_of_step)) - (steps_C.cumsum(0) - steps_C)[clip_of_step]
-        windows, present = [], []
+        windows, masks = [], []
         for e, (x_NW, n) in enumerate(zip(features, lengths, strict=True)):
             h_ND = self.encoders_in[e](x_NW)
             if e == 0:
                 clip_of_frame = to_device(torch.repeat_interleave(torch.arange(len(n)), n), device)
                 sums = torch.zeros(len(n), h_ND.shape[1], dtype=h_ND.dtype, device=device)
                 mean_CD = sums.index_add(0, clip_of_frame, h_ND) / to_device(n, device)[:, None]
-            window_GKD, present_GK = self._windows(e, h_ND, n, clip_of_step, step_in_clip)
+            window_GKD, mask_GK = self._windows(e, h_ND, n, clip_of_step, step_in_clip)
             windows.append(window_GKD)
-            present.append(present_GK)
+            masks.append(mask_GK)
         mean_GD = mean_CD[to_device(clip_of_step, device)].repeat_interleave(bands, dim=0)
         x_GD = self.latent.expand(len(mean_GD), -1)
         for layer in self.layers:
-            x_GD = layer(x_GD, mean_GD, windows, to_device(torch.cat(present, dim=1), device))
+            x_GD = layer(x_GD, mean_GD, windows, to_device(torch.cat(masks, dim=1), device))
         tokens = self.project(x_GD).unflatten(0, (-1, bands))  # (steps, bands, W)
         newlines = self.newline.expand(len(tokens), 1, -1)
         return torch.cat([tokens, newlines], dim=1).flatten(0, 1)
@@ -185,8 +185,8 @@ class LfstConnector(AudioConnector):
         frame = (begin[clip_of_step][:, None] + time * bands)[:, :, None] + torch.arange(bands)  # (steps, w_t, bands)
         frame = torch.where(present[:, :, None], frame, 0)
         cells_GK = frame.unflatten(2, (self.grids.bands, w_f)).transpose(1, 2).reshape(-1, w_t * w_f)
-        present_GK = present[:, None, :, None].expand(-1, self.grids.bands, -1, w_f).reshape(-1, w_t * w_f)
+        mask_GK = present[:, None, :, None].expand(-1, self.grids.bands, -1, w_f).reshape(-1, w_t * w_f)
         window_GKD = h_ND[to_device(cells_GK, h_ND.device)]
         if str(encoder) in self.window_positions:
             window_GKD = window_GKD + self.window_positions[str(encoder)]
-        return window_GKD, present_GK
+        return window_GKD, mask_GK

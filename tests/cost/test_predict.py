@@ -1,4 +1,4 @@
-"""A plan's numbers agree with DeepSpeed's estimators, with what the model keeps, and with each other."""
+"""A plan's numbers agree with DeepSpeed's estimators, with what autograd saves, and with each other."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ def cluster(name: str = "a100_80", **changes: Any) -> ClusterConfig:
     return load_config(ClusterConfig, name, [f"{key}={value}" for key, value in changes.items()])
 
 
-def held(policy: str, world_size: int) -> Any:
+def planned_states(policy: str, world_size: int) -> Any:
     train = TrainConfig(steps=1)
     ds_config = build_ds_config(policy, train, world_size=world_size, accumulation=1, on_gpu=True)
     return zero_memory(ds_config, GROUPS, [], world_size=world_size, on_gpu=True)
 
 
 @pytest.mark.parametrize("gpus", [8, 64])
-def test_states_agree_with_deepspeeds_own_estimators(gpus: int) -> None:
-    """The one for stage 2 counts half-precision gradients of the rank's partition too, which pass through buckets."""
+def test_states_agree_with_the_estimators_of_deepspeed(gpus: int) -> None:
+    """The estimator of stage 2 also counts half-precision gradients of the rank's partition, which pass buckets."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     nodes = gpus // 8
     passing = 2 * TRAINED / gpus
-    two = held("zero2", gpus)
+    two = planned_states("zero2", gpus)
     _, expected = estimate_zero2_model_states_mem_needs(TRAINED, 8, nodes, cpu_offload=False)
     assert two.parameters + two.gradients + two.optimizer + passing == pytest.approx(expected, rel=1e-3)
-    three = held("zero3", gpus)
+    three = planned_states("zero3", gpus)
     _, expected, largest = estimate_zero3_model_states_mem_needs(TRAINED, 0, 8, nodes, False, False)
     replicated = 2 * sum(GROUPS[1]) * (1 - 1 / gpus)  # below the persistence threshold
     states = three.parameters - replicated + three.gradients + three.optimizer
     assert states == pytest.approx(expected - largest, rel=1e-3)
-    offloaded = held("zero2_offload", gpus)
+    offloaded = planned_states("zero2_offload", gpus)
     _, expected = estimate_zero2_model_states_mem_needs(TRAINED, 8, nodes, cpu_offload=True)
     assert offloaded.parameters == pytest.approx(expected, rel=1e-3) and not offloaded.optimizer
 
@@ -74,7 +74,7 @@ def test_states_agree_with_deepspeeds_own_estimators(gpus: int) -> None:
 @pytest.mark.parametrize("integration", ["plits", "lal", "pal_v3", "flamingo"])
 @pytest.mark.parametrize("trainable", ["all", "all_but_ffn", "connector"])
 @pytest.mark.parametrize("questions", [1, 3])
-def test_counted_activations_are_those_that_the_model_keeps(
+def test_counted_activations_are_those_that_autograd_saves(
     integration: str, trainable: Any, questions: int, tmp_path: Path
 ) -> None:
     run = PlannedRun("wide", integration, zero_stage=0)
@@ -83,24 +83,24 @@ def test_counted_activations_are_those_that_the_model_keeps(
     model = PalForCausalLM(size.config)
     set_trainable(model, trainable)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if tensor.is_floating_point() and storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         loss = model(**make_batch(config)).loss
     log_probabilities = 4 * 2 * WORKLOAD.answer_tokens * questions * 2000
     execution = Execution(element_bytes=4, trainable=trainable, on_gpu=False)
     counted = activation_bytes(size.config, row_shape(config, WORKLOAD), execution)
-    assert 2 * counted.kept == pytest.approx(sum(kept.values()) - log_probabilities, rel=0.08)
+    assert 2 * counted.saved == pytest.approx(sum(saved.values()) - log_probabilities, rel=0.08)
     assert loss.isfinite()
 
 
-def test_operations_give_the_known_hours_of_an_epoch_of_openaqa() -> None:
+def test_an_epoch_of_openaqa_takes_the_hours_of_its_operations() -> None:
     """Llama-3.2-1B, N_a 512, N_t 100, eight A100 at 45 % of their peak."""
     workload, hours = load_config(WorkloadConfig, "openaqa_workload"), {}
     for integration, questions, expected in (("plits", 1, 5.2), ("lal", 1, 1.4), ("lal", 8, 1.0), ("pal_v3", 1, 2.5)):
@@ -112,7 +112,7 @@ def test_operations_give_the_known_hours_of_an_epoch_of_openaqa() -> None:
     assert hours["plits", 1] < whole < 1.5 * hours["plits", 1]
 
 
-def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> None:
+def test_the_search_chooses_the_fastest_that_fits_and_explains_the_others() -> None:
     config = openaqa(model__language_model="meta-llama/Llama-3.1-8B-Instruct", train__global_batch_size=512)
     predictions = search(config, cluster(), load_config(WorkloadConfig, "openaqa_workload"))
     best = cheapest(predictions)
@@ -123,7 +123,7 @@ def test_the_search_takes_the_fastest_that_fits_and_explains_the_others() -> Non
     assert any(line.startswith("zero0: micro-batch 1 needs") and "optimizer" in line for line in lines)
 
 
-def test_of_equally_fast_ways_the_one_that_recomputes_less_is_taken() -> None:
+def test_of_equally_fast_ways_the_search_chooses_the_one_that_recomputes_less() -> None:
     config = openaqa(model__language_model="llama-3.1-70b", model__integration="lal", train__global_batch_size=1024)
     slow = cluster(nodes=128, between_nodes_gb_s=20)  # the collectives of stage 3 take longer than all else
     predictions = search(config, slow, load_config(WorkloadConfig, "openaqa_workload"), ["zero3"])
@@ -143,12 +143,12 @@ def test_partitioning_and_checkpointing_save_memory() -> None:
 
 def test_a_frozen_language_model_costs_less(tmp_path: Path) -> None:
     workload = load_config(WorkloadConfig, "openaqa_workload")
-    all_of_it, connector = (
+    everything, connector = (
         predict(openaqa(train__trainable=t, model__integration="lal"), cluster(), workload)
         for t in ("all", "connector")
     )
-    assert connector.memory_gib["optimizer"] < all_of_it.memory_gib["optimizer"] / 2
-    assert connector.seconds["products"] < all_of_it.seconds["products"]
+    assert connector.memory_gib["optimizer"] < everything.memory_gib["optimizer"] / 2
+    assert connector.seconds["products"] < everything.seconds["products"]
 
 
 def test_more_nodes_are_faster_but_less_efficient() -> None:
@@ -177,6 +177,6 @@ def test_the_command_writes_the_contract(tmp_path: Path, capsys: pytest.CaptureF
         ({"model__language_model": "/no/such/model"}, 8, "cannot be read"),
     ],
 )
-def test_mistakes_are_told(changes: dict[str, Any], gpus: int, fault: str) -> None:
+def test_mistakes_are_reported(changes: dict[str, Any], gpus: int, fault: str) -> None:
     with pytest.raises(UserError, match=fault):
         search(openaqa(**changes), cluster(), load_config(WorkloadConfig, "openaqa_workload"))

@@ -1,4 +1,4 @@
-"""Opens what an evaluation asks about: a prepared feature set, or a published benchmark with its own audio files."""
+"""Opens question sets: a prepared feature set, or a published benchmark with its own audio files."""
 
 from __future__ import annotations
 

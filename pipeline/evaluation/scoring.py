@@ -72,7 +72,7 @@ def exact_match(prediction: str, answer: str) -> bool:
 
 
 def score(predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
-    """Returns the accuracy (fraction of correct answers, 0 to 1) over all questions, by task and by domain.
+    """Computes the accuracy (fraction of correct answers, 0 to 1) over all questions, by task and by domain.
 
     Returns:
         `{accuracy, ci95: [low, high], questions, clips, by_task, by_domain}` as plain JSON; each entry of `by_task`

@@ -1,4 +1,4 @@
-"""Another number of ranks goes on where the first stopped: 2 -> 1 -> 2 ranks leaves no seam in the curve."""
+"""Another number of ranks resumes where the first stopped: 2 -> 1 -> 2 ranks leaves the curve unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import LANGUAGE_MODEL, STEPS, Curve, build, settings, train_steps, weights
 
 WAYS = [("zero1", LANGUAGE_MODEL), ("zero2", "none"), ("zero2", LANGUAGE_MODEL), ("zero3", LANGUAGE_MODEL)]
-ALONE = range(1, 3)  # steps of the single rank
+ALONE = range(1, 3)  # steps that a single rank takes
 
 
 def begin(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any, dict[str, str]]:
@@ -25,7 +25,7 @@ def begin(folder: Path, policy: str, frozen: str) -> tuple[Curve, Any, dict[str,
     return curve + train_steps(engine, range(ALONE.start, STEPS), 2), weights(engine), saved
 
 
-def go_on(folder: Path, policy: str, frozen: str, source: str, steps: range) -> dict[str, Any]:
+def resume(folder: Path, policy: str, frozen: str, source: str, steps: range) -> dict[str, Any]:
     engine = build(settings(policy, 2), frozen)
     fresh, converted = engine.checksums(), folder / f"{source}-universal"
     if read_ranks().is_main:
@@ -43,13 +43,13 @@ def on_every_way(function: Any, folder: Path, *arguments: Any) -> dict[str, Any]
 
 
 def test_two_ranks_then_one_then_two_keep_the_curve(tmp_path: Path) -> None:
-    """fp32: losses within 1e-6 of the run that nobody interrupted, weights within a small part of a step. What is
-    loaded is what was saved, by a checksum that knows neither the stage nor the number of ranks."""
+    """fp32: losses within 1e-6 of the uninterrupted run, weights within a small fraction of a step. The loaded weights
+    are the saved ones, by a checksum that depends on neither the stage nor the number of ranks."""
     for policy, frozen in WAYS:
         (tmp_path / f"{policy}-{frozen}").mkdir()
     straight = run_on_ranks(on_every_way, 2, begin, tmp_path)[0]
-    alone = run_on_ranks(on_every_way, 1, go_on, tmp_path, "first", ALONE)[0]
-    together = run_on_ranks(on_every_way, 2, go_on, tmp_path, "second", range(ALONE.stop, STEPS))[0]
+    alone = run_on_ranks(on_every_way, 1, resume, tmp_path, "first", ALONE)[0]
+    together = run_on_ranks(on_every_way, 2, resume, tmp_path, "second", range(ALONE.stop, STEPS))[0]
     for way, (curve, final, saved) in straight.items():
         one, two = alone[way], together[way]
         assert one["loaded"] == saved and two["loaded"] == one["saved"], way

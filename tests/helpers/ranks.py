@@ -10,11 +10,23 @@ import queue
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.ranks import free_port
 
 START_METHOD = "spawn"  # torch's threads do not survive a fork
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What all ranks of a call have in common."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    world_size: int
+    port: int
+    limit_s: float
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, limit_s: float = 240) -> list[Any]:
@@ -25,11 +37,8 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
     """
     context = multiprocessing.get_context(START_METHOD)
     results: Any = context.Queue()
-    port = free_port()
-    processes = [
-        context.Process(target=_rank, args=(function, arguments, rank, world_size, port, limit_s, results))
-        for rank in range(world_size)
-    ]
+    group = _Group(function, arguments, world_size, free_port(), limit_s)
+    processes = [context.Process(target=_rank, args=(group, rank, results)) for rank in range(world_size)]
     for process in processes:
         process.start()
     outcomes: dict[int, tuple[bool, Any]] = {}
@@ -52,31 +61,23 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *arguments: Any,
     return [outcomes[rank][1] for rank in range(world_size)]
 
 
-def _rank(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    rank: int,
-    world_size: int,
-    port: int,
-    limit_s: float,
-    results: Any,
-) -> None:
+def _rank(group: _Group, rank: int, results: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
+        WORLD_SIZE=str(group.world_size),
+        LOCAL_WORLD_SIZE=str(group.world_size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
+        MASTER_PORT=str(group.port),
         DS_ACCELERATOR="cpu",
     )
-    faulthandler.dump_traceback_later(limit_s - 5)  # shows where each rank waits
+    faulthandler.dump_traceback_later(group.limit_s - 5)  # shows where each rank waits
     try:
         import torch
 
         torch.set_num_threads(1)
         # As bytes, because a tensor in a queue is lost when its process ends.
-        results.put((rank, True, pickle.dumps(function(*arguments))))
+        results.put((rank, True, pickle.dumps(group.function(*group.arguments))))
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
     faulthandler.cancel_dump_traceback_later()

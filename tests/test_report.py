@@ -10,10 +10,12 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.core.errors import UserError
+from pipeline.experiments.run_report import write_report
 from pipeline.report import main
-from pipeline.tracking.reader import LOSS
+from pipeline.tracking.reader import LOSS, TrainedRun
 from pipeline.tracking.writer import EVALUATIONS
 
+UNSCORED = "withheld-test"  # a benchmark whose publishers keep the answers
 VARIANTS = {"plits": (0.90, 1.4), "lal": (0.92, 0.8), "pal_v3": (0.94, 0.9)}
 
 
@@ -24,7 +26,7 @@ def scores(accuracy: float) -> dict[str, Any]:
 
 def log_run(
     client: MlflowClient, experiment: str, name: str, accuracy: float | None, memory: float, folder: Path
-) -> None:
+) -> str:
     run = client.create_run(experiment, run_name=name)
     run_id = run.info.run_id
     for key, value in (("model.integration", name), ("train.seed", "0"), ("output", f"runs/{name}")):
@@ -40,6 +42,7 @@ def log_run(
         )
         client.log_artifact(run_id, str(file), EVALUATIONS)
     client.set_terminated(run_id, "FINISHED" if accuracy is not None else "FAILED")
+    return run_id
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,12 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     log_run(client, mixed, "lal", 0.5, 1.0, folder)
     log_run(client, mixed, "lal", None, 1.0, folder)
     client.create_experiment("empty", artifact_location=artifacts)
+    withheld = client.create_experiment("withheld", artifact_location=artifacts)
+    file = folder / f"{UNSCORED}.json"
+    file.write_text(json.dumps({"unscored": 9, "clips": 3}))
+    for name in ("plits", "lal"):
+        run_id = log_run(client, withheld, name, 0.5, 1.0, folder)
+        client.log_artifact(run_id, str(file), EVALUATIONS)
     log_scaling(client, client.create_experiment("scaling", artifact_location=artifacts), folder)
     return uri
 
@@ -141,6 +150,43 @@ def test_runs_without_evaluation_or_with_the_same_name_are_shown(uri: str, tmp_p
     assert (done["status"], failed["status"]) == ("FINISHED", "FAILED")
     assert failed["accuracy"] is None
     assert done["accuracy"] == 0.5
+
+
+def test_an_evaluation_without_scores_is_shown_as_unscored(uri: str, tmp_path: Path) -> None:
+    assert main(["withheld", "--uri", uri, "--out", str(tmp_path), "--json", str(tmp_path / "r.json")]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())["table"]
+    by_benchmark = {(row["run"], row["benchmark"]): (row["accuracy"], row["unscored"]) for row in rows}
+    assert by_benchmark == {
+        ("plits", "held-out"): (0.5, 0),
+        ("plits", UNSCORED): (None, 9),
+        ("lal", "held-out"): (0.5, 0),
+        ("lal", UNSCORED): (None, 9),
+    }
+    markdown = (tmp_path / "report.md").read_text()
+    assert f"| lal | {UNSCORED} | unscored | - | - |" in markdown
+    assert "| lal | held-out | 50.0 (47.0 to 52.0) |" in markdown
+    assert "by task: held-out" in markdown and f"by task: {UNSCORED}" not in markdown
+
+
+def test_runs_whose_only_evaluation_is_unscored_are_reported(tmp_path: Path) -> None:
+    runs = [
+        TrainedRun(
+            name=name,
+            label=name,
+            started=0.0,
+            tags={},
+            run_id=name,
+            status="FINISHED",
+            params={"train.seed": name, "resolved.total_parameters": name},
+            metrics={"peak_memory_gib": 1.0, "samples_per_s": 1.0},
+            losses=[],
+            evaluations={UNSCORED: {"unscored": 9, "clips": 3}},
+        )
+        for name in ("0", "1")
+    ]
+    report = write_report("withheld", runs, tmp_path)
+    assert [(row["accuracy"], row["unscored"]) for row in report.table] == [(None, 9)] * 2
+    assert {file.name for file in report.files} == {"report.md", "report.csv"}
 
 
 def test_a_scaling_experiment_is_pooled_plotted_and_fitted(uri: str, tmp_path: Path) -> None:

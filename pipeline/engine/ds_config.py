@@ -72,7 +72,7 @@ def build_ds_config(
         "optimizer": {
             "type": "AdamW",
             "params": {
-                "lr": train.learning_rate,
+                "lr": train.learning_rate,  # a default: each parameter group passes its own rate to the optimizer
                 "betas": [train.adam_beta1, train.adam_beta2],
                 "eps": ADAM_EPSILON,
                 "weight_decay": train.weight_decay,

@@ -93,9 +93,11 @@ class Engine:
     def evaluating(self) -> Iterator[None]:
         """Turns gradients and dropout off within the block."""
         self._engine.eval()
-        with self._torch.no_grad():
-            yield
-        self._engine.train()
+        try:
+            with self._torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Returns the scalar loss of one micro-batch."""

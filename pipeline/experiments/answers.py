@@ -81,7 +81,7 @@ def answer_questions(
     Args:
         correctness_of: returns which questions of a benchmark a run answered correctly.
     """
-    finished = {run.name: run for run in runs if run.status == "FINISHED" and benchmark in run.evaluations}
+    finished = {run.name: run for run in runs if run.status == "FINISHED" and benchmark in run.scored}
     correctness = {name: correctness_of(run, benchmark) for name, run in finished.items()}
     answers = [
         Answer(question, _measured_variants(question, sweep.seeds, finished, benchmark))
@@ -115,7 +115,7 @@ def _measured_variants(
     for settings in question.runs:
         names = {seed: trial_name({**settings, SEED: seed}) for seed in seeds}
         runs = {seed: finished[name] for seed, name in names.items() if name in finished}
-        scores = {seed: run.evaluations[benchmark] for seed, run in runs.items()}
+        scores = {seed: run.scored[benchmark] for seed, run in runs.items()}
         pooled = pool_seeds([(score["accuracy"], *score["ci95"]) for score in scores.values()]) if scores else None
         by_seed = {seed: score["accuracy"] for seed, score in scores.items()}
         variants.append(Variant(label_of(settings) or "baseline", runs, by_seed, pooled))

@@ -76,7 +76,7 @@ def _details(runs: Sequence[TrainedRun]) -> list[str]:
     if differing:
         rows = [[run.label, *(run.params.get(key, "-") for key in differing)] for run in runs]
         parts += ["## Differences between the runs", markdown_table(["run", *differing], rows)]
-    for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
+    for benchmark in sorted({benchmark for run in runs for benchmark in run.scored}):
         parts += [f"## Accuracy by task: {benchmark}", markdown_table(*tables.task_cells(runs, benchmark))]
     return parts
 
@@ -90,8 +90,8 @@ def _figures(experiment: str, runs: Sequence[TrainedRun], pooled: Sequence[Row])
     curves = [Curve(run.label, *zip(*run.losses, strict=True)) for run in runs if run.losses]
     if curves and readable:
         figures["loss"] = plot_loss_curves(curves, f"Training loss: {experiment}")
-    for benchmark in sorted({benchmark for run in runs for benchmark in run.evaluations}):
-        evaluated = [run for run in runs if benchmark in run.evaluations]
+    for benchmark in sorted({benchmark for run in runs for benchmark in run.scored}):
+        evaluated = [run for run in runs if benchmark in run.scored]
         subject = f"{experiment}, {benchmark}"
         for cost, x_label in COST_LABELS.items():
             points = _points(evaluated, pooled, benchmark, cost)
@@ -100,8 +100,8 @@ def _figures(experiment: str, runs: Sequence[TrainedRun], pooled: Sequence[Row])
                 figures[f"accuracy_{cost}_{benchmark}"] = plot_accuracy_against(points, x_label, title)
         if not readable:
             continue
-        accuracies = [_domain_accuracy(run.label, run.evaluations[benchmark]) for run in evaluated]
-        baseline = evaluated[0].evaluations[benchmark].get("majority_baseline", {"by_domain": {}})["by_domain"]
+        accuracies = [_domain_accuracy(run.label, run.scored[benchmark]) for run in evaluated]
+        baseline = evaluated[0].scored[benchmark].get("majority_baseline", {"by_domain": {}})["by_domain"]
         figures[f"accuracy_by_domain_{benchmark}"] = plot_accuracy_by_domain(
             accuracies,
             {domain: scores["accuracy"] for domain, scores in baseline.items()},
@@ -117,7 +117,7 @@ def _points(evaluated: Sequence[TrainedRun], pooled: Sequence[Row], benchmark: s
     if any(row["seeds"] > 1 for row in pooled):
         rows = [row for row in pooled if row["benchmark"] == benchmark and row[cost] is not None]
         return [Point(row["settings"], row[cost], row["accuracy"], row["ci95_low"], row["ci95_high"]) for row in rows]
-    scores = [(run, run.evaluations[benchmark]) for run in evaluated if cost in run.metrics]
+    scores = [(run, run.scored[benchmark]) for run in evaluated if cost in run.metrics]
     return [Point(run.label, run.metrics[cost], score["accuracy"], *score["ci95"]) for run, score in scores]
 
 

@@ -20,7 +20,7 @@ Cells = tuple[list[str], list[list[str]]]  # headings, rows
 def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
     """Returns one row per run and benchmark as plain JSON; accuracies are 0 to 1, missing values None."""
     differing = differing_parameters(runs)
-    domains = sorted({d for run in runs for scores in run.evaluations.values() for d in scores["by_domain"]})
+    domains = sorted({d for run in runs for scores in run.scored.values() for d in scores["by_domain"]})
     rows = []
     for run in runs:
         shared: Row = {"run": run.label, "run_id": run.run_id, "status": run.status}
@@ -32,8 +32,7 @@ def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
 
 
 def _scores_row(scores: Mapping[str, Any] | None, domains: Sequence[str]) -> Row:
-    if scores is None:
-        scores = {"accuracy": None, "ci95": (None, None), "by_domain": {}}
+    scores = {"accuracy": None, "ci95": (None, None), "by_domain": {}} | dict(scores or {})
     low, high = scores["ci95"]
     return {
         "accuracy": scores["accuracy"],
@@ -42,6 +41,7 @@ def _scores_row(scores: Mapping[str, Any] | None, domains: Sequence[str]) -> Row
         **{f"accuracy_{domain}": scores["by_domain"].get(domain, {}).get("accuracy") for domain in domains},
         "swapped_audio_accuracy": scores.get("swapped_audio", {}).get("accuracy"),
         "majority_baseline_accuracy": scores.get("majority_baseline", {}).get("accuracy"),
+        "unscored": scores.get("unscored", 0),
     }
 
 
@@ -95,7 +95,7 @@ def pooled_cells(pooled: Sequence[Row]) -> Cells:
 
 def task_cells(runs: Sequence[TrainedRun], benchmark: str) -> Cells:
     """Returns the accuracy by task: one row per task, one column per run."""
-    tasks = {run.label: run.evaluations[benchmark]["by_task"] for run in runs if benchmark in run.evaluations}
+    tasks = {run.label: run.scored[benchmark]["by_task"] for run in runs if benchmark in run.scored}
     names = sorted({task for scores in tasks.values() for task in scores})
     rows = [
         [name, *(f"{100 * scores[name]['accuracy']:.1f}" if name in scores else "-" for scores in tasks.values())]
@@ -114,5 +114,5 @@ def _percent_cell(column: str) -> Callable[[Row], str]:
 
 def _accuracy_cell(row: Row) -> str:
     if row["accuracy"] is None:
-        return "-"
+        return "unscored" if row["unscored"] else "-"
     return f"{100 * row['accuracy']:.1f} ({100 * row['ci95_low']:.1f} to {100 * row['ci95_high']:.1f})"

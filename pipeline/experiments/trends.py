@@ -89,8 +89,8 @@ class Group:
         return label_of(named) or self.runs[0].params.get("model.integration", self.runs[0].label)
 
     def accuracy(self, benchmark: str) -> Estimate | None:
-        """Returns the accuracy over all seeds; None if no run was evaluated on the benchmark."""
-        scores = [run.evaluations[benchmark] for run in self.runs if benchmark in run.evaluations]
+        """Returns the accuracy over all seeds; None if no run has scores on the benchmark."""
+        scores = [run.scored[benchmark] for run in self.runs if benchmark in run.scored]
         return pool_seeds([(s["accuracy"], *s["ci95"]) for s in scores]) if scores else None
 
     def mean(self, metric: str) -> float | None:
@@ -116,7 +116,7 @@ def group_runs(runs: Sequence[TrainedRun]) -> list[Group]:
 def pooled_rows(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Returns one row per group and benchmark as plain JSON; `front_*` is whether it is on that Pareto front."""
     rows = []
-    for benchmark in sorted({name for group in groups for run in group.runs for name in run.evaluations}):
+    for benchmark in sorted({name for group in groups for run in group.runs for name in run.scored}):
         evaluated = [(group, pooled) for group in groups if (pooled := group.accuracy(benchmark)) is not None]
         fronts = {}
         for cost, less_is_better in COSTS.items():
@@ -148,7 +148,7 @@ def trend_figures(experiment: str, groups: Sequence[Group]) -> dict[str, Figure]
     from pipeline.plots import Line, plot_accuracy_by
 
     figures = {}
-    for benchmark in sorted({name for group in groups for run in group.runs for name in run.evaluations}):
+    for benchmark in sorted({name for group in groups for run in group.runs for name in run.scored}):
         for name, factor in FACTORS.items():
             lines: dict[tuple[tuple[str, str], ...], list[tuple[float, float, float, float]]] = {}
             for group in groups:

@@ -46,6 +46,11 @@ class TrainedRun:
     losses: Sequence[tuple[int, float]]
     evaluations: Mapping[str, Any]
 
+    @property
+    def scored(self) -> dict[str, Any]:
+        """Returns the evaluations with scores; where a benchmark's publishers withhold all answers there are none."""
+        return {benchmark: scores for benchmark, scores in self.evaluations.items() if "accuracy" in scores}
+
 
 def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experiment]:
     """Opens an experiment by its name.
@@ -59,7 +64,9 @@ def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experimen
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
-        raise UserError(uri, "there is no such MLflow database", "give the tracking store of the runs as --uri")
+        remedy = "set --uri or MLFLOW_TRACKING_URI to the store of the runs; `pal train` writes mlflow.db beside the "
+        remedy += "output folder, so runs in runs/NAME are in sqlite:///runs/mlflow.db"
+        raise UserError(uri, "there is no such MLflow database", remedy)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.core.ranks import read_ranks
-from pipeline.engine import ADAM_EPSILON, trained_weights
+from pipeline.engine import ADAM_EPSILON, Engine, trained_weights
 from pipeline.training.lr_schedule import lr_multiplier
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.tiny_engine import (
@@ -156,6 +156,15 @@ def test_trained_weights_are_read_from_every_stage_in_half_precision(tmp_path: P
         for name, tensor in trained.items():
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor.to(final[name].dtype), final[name]), f"{policy} {name}"
+
+
+def test_an_error_while_evaluating_leaves_the_model_in_training_mode() -> None:
+    engine = object.__new__(Engine)  # without DeepSpeed and ranks, which take seconds
+    engine._torch, engine._engine = torch, torch.nn.Linear(1, 1)
+    with pytest.raises(RuntimeError, match="out of memory"), engine.evaluating():
+        assert not engine._engine.training and not torch.is_grad_enabled()
+        raise RuntimeError("out of memory")
+    assert engine._engine.training and torch.is_grad_enabled()
 
 
 def divide_by_nan(policies: list[str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""The documentation agrees with the tree: links, paths, the layers and sentences of the import rule, the maps."""
+"""The documentation agrees with the tree: links, paths, names, the import rule, the maps, and the limits on sizes."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -17,6 +18,13 @@ README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "pipeline" / "README.md").read_text()
 CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
 OLD_PATHS = "CHANGELOG.md"  # names paths of earlier versions
+SOURCES = sorted(file for folder in ("pipeline", "data_prep", "ds_configs") for file in (ROOT / folder).rglob("*.py"))
+MAX_LINES, MAX_PARAMETERS = 300, 6
+SIGNATURES_OF_TRANSFORMERS = {
+    "pipeline/model/attention.py: pal_attention",
+    "pipeline/model/configuration.py: __init__",
+    "pipeline/model/modeling.py: forward",
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -30,6 +38,34 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_paths_of_modules_exist(page: Path) -> None:
     paths = re.findall(r"`((?:pipeline|data_prep|tests)/[\w/]+\.py)`", page.read_text())
     assert page.name == OLD_PATHS or not [path for path in paths if not (ROOT / path).is_file()]
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "data_prep"])
+def test_the_table_of_files_names_files_and_what_they_define(folder: str) -> None:
+    table = (ROOT / folder / "README.md").read_text().partition("## Which file to open")[2].partition("\n## ")[0]
+    entries = re.findall(r"`([\w/]+/\w+\.py)`(?: \(([^)]*)\))?", table)
+    assert len(entries) > 5 and not [path for path, _ in entries if not named_file(folder, path).is_file()]
+    names = [(path, name) for path, listed in entries for name in re.findall(r"`(\w+)`", listed)]
+    assert names and not [
+        (path, name)
+        for path, name in names
+        if not re.search(rf"^\s*(?:def |class )?{name}\b", named_file(folder, path).read_text(), re.MULTILINE)
+    ]
+
+
+def test_files_of_the_product_are_short() -> None:
+    lines = {file.relative_to(ROOT).as_posix(): len(file.read_text().splitlines()) for file in SOURCES}
+    assert len(lines) > 100 and not {path: count for path, count in lines.items() if count > MAX_LINES}
+
+
+def test_functions_of_the_product_have_few_parameters() -> None:
+    long = {
+        f"{file.relative_to(ROOT).as_posix()}: {function.name}"
+        for file in SOURCES
+        for function in ast.walk(ast.parse(file.read_text()))
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef) and num_parameters(function) > MAX_PARAMETERS
+    }
+    assert long == SIGNATURES_OF_TRANSFORMERS
 
 
 def test_the_architecture_draws_the_layers_of_the_contracts() -> None:
@@ -66,6 +102,18 @@ def test_the_readme_fits_on_a_few_screens() -> None:
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_the_table_of_commands_names_a_command(command: str) -> None:
     assert f"`pal {command}" in ARCHITECTURE
+
+
+def named_file(folder: str, path: str) -> Path:
+    """Returns a file that the README of `folder` names, relative to that folder or to the repository."""
+    return ROOT / path if path.startswith("data_prep/") else ROOT / folder / path
+
+
+def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Returns the number of parameters, without `self`, `cls`, `*args` and `**kwargs`."""
+    arguments = function.args
+    parameters = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return sum(parameter.arg not in ("self", "cls") for parameter in parameters)
 
 
 def holds_sources(folder: Path) -> bool:

@@ -1,7 +1,7 @@
 """Maps an encoder's config to its contract (cheap) and to the encoder itself (loads its package and weights).
 
-To add an encoder: subclass `Encoder` in a module of this folder, add its config to `EncoderConfig` in
-`data_prep/config.py`, and handle it in `describe_encoder` and `build_encoder`.
+To add an encoder, subclass `Encoder` in a module of this folder, add its config to `EncoderConfig` in
+`data_prep/config.py`, and handle it in `describe_encoder` and `build_encoder`, and in `_layout` if it has weights.
 """
 
 from __future__ import annotations

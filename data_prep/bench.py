@@ -20,15 +20,18 @@ from typing import Any
 from data_prep.config import PrepareConfig, WhisperConfig
 from data_prep.prepare import prepare
 from pipeline.config.loading import validate_config
-from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_dry_run, add_json, write_results
 from pipeline.core.errors import run_command
 
 RATE_HZ, CHANNELS = 44100, 2
 
 
+DESCRIPTION = "Compare the whole preparation with a bare loop of the encoder on the same cores, in one run."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="pal bench prepare", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pal bench prepare", description=DESCRIPTION)
     parser.add_argument("--clips", type=int, default=64, help="number of clips (default: %(default)s)")
     parser.add_argument("--clip-s", type=float, default=10.0, help="seconds of each clip (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="number of actors, and of processes of the bare loop")
@@ -39,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dry_run:
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), args.clips, args.clip_s, args.workers)
-    print(json.dumps(figures, indent=2))
-    write_figures(figures, args.json)
+        results = measure(Path(folder), args.clips, args.clip_s, args.workers)
+    print(json.dumps(results, indent=2))
+    write_results(results, args.json)
     return 0
 
 
@@ -61,16 +64,16 @@ def measure(folder: Path, clips: int, clip_s: float, workers: int) -> dict[str, 
         "bench",
     )
     first_clips_per_s = bare_clips_per_s(config, clips, workers)
-    figures = prepare(config)
+    results = prepare(config)
     second_clips_per_s = bare_clips_per_s(config, clips, workers)
-    pipeline, encoder = clips / figures["work_s"], (first_clips_per_s + second_clips_per_s) / 2
+    pipeline, encoder = clips / results["work_s"], (first_clips_per_s + second_clips_per_s) / 2
     return {
         "pipeline_clips_per_s": pipeline,
         "encoder_clips_per_s": encoder,
         "ratio": pipeline / encoder,
         "encoder_clips_per_s_before": first_clips_per_s,
         "encoder_clips_per_s_after": second_clips_per_s,
-        "pipeline_wall_s": figures["wall_s"],
+        "pipeline_wall_s": results["wall_s"],
     }
 
 

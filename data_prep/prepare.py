@@ -34,7 +34,7 @@ from data_prep.job.ray_actors import ActorPool, ray_cluster
 from data_prep.job.store import Store, open_store
 from data_prep.manifests.reader import audio_path, audio_roots, manifest_sha256, read_clips
 from pipeline.config.loading import dump_config, load_config
-from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
 from pipeline.core.console import logger, progress
 from pipeline.core.errors import EXIT_FAILURE, run_command
 from pipeline.core.feature_contract import EncoderContract
@@ -48,22 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: see `prepare`.
     """
-    parser = argparse.ArgumentParser(prog="pal prepare", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="pal prepare",
+        description="Extract features partition by partition and finalize the set. Rerun the same command to resume.",
+    )
     add_config(parser)
-    add_json(parser, "the figures of the run")
+    add_json(parser)
     add_dry_run(parser, "print the resolved config and the expected size")
-    parser.add_argument("--retry-rejects", action="store_true", help="repeat partitions with rejected clips")
+    parser.add_argument("--retry-rejects", action="store_true", help="retry rejected clips (re-runs their partitions)")
     args = parser.parse_intermixed_args(argv)
     config = load_config(PrepareConfig, args.config, args.overrides)
     if args.dry_run:
         print(dump_config(config), end="")
     try:
-        figures = prepare(config, dry_run=args.dry_run, retry_rejects=args.retry_rejects)
+        results = prepare(config, dry_run=args.dry_run, retry_rejects=args.retry_rejects)
     except PreparationFailed as error:
         logger.error(f"{config.output}: {error}")
         return EXIT_FAILURE
-    print(json.dumps(figures, indent=2))
-    write_figures(figures, args.json)
+    print(json.dumps(results, indent=2))
+    write_results(results, args.json)
     return 0
 
 
@@ -176,12 +179,12 @@ def _extract(
         commits[commit.partition] = commit
         check_rejects(config, plan, commits)
 
-    def on_progress(in_work: Mapping[int, PartitionProgress], workers: int) -> None:
+    def on_progress(in_progress: Mapping[int, PartitionProgress], workers: int) -> None:
         elapsed_s = max(time.monotonic() - start, 1e-9)
-        clips = _clips_done(commits) + sum(partition.position for partition in in_work.values())
+        clips = _clips_done(commits) + sum(partition.position for partition in in_progress.values())
         audio_s = sum(commit.audio_s for commit in commits.values()) - audio_s_at_start
-        audio_s += sum(partition.audio_s for partition in in_work.values())
-        rejects = len(all_rejects(plan, commits)) + sum(partition.rejected for partition in in_work.values())
+        audio_s += sum(partition.audio_s for partition in in_progress.values())
+        rejects = len(all_rejects(plan, commits)) + sum(partition.rejected for partition in in_progress.values())
         note = (
             f"{(clips - clips_at_start) / elapsed_s:.1f} clips/s, {audio_s / 3600 / elapsed_s:.3g} audio-hours/s, "
             f"{rejects} rejected, {workers} worker{'s' if workers != 1 else ''}"

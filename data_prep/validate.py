@@ -16,18 +16,20 @@ import numpy as np
 from data_prep.job.commits import COMMITS, INDEX, REJECTS, Commit, column_names, merged_index, read_record
 from data_prep.job.store import Store, open_store
 from data_prep.statistics import Statistics
-from pipeline.core.arguments import add_json, write_figures
+from pipeline.core.arguments import add_json, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, run_command
 from pipeline.core.feature_contract import CLIPS, FeatureContract, load_contract
 
+DESCRIPTION = "Check files, hashes, shapes, counts and the order of clips of a finished feature set."
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Validates a feature set; returns 0 if it is valid and 1 if it has problems."""
-    parser = argparse.ArgumentParser(prog="pal validate", description=__doc__)
-    parser.add_argument("shards", help="folder of the feature set")
+    parser = argparse.ArgumentParser(prog="pal validate", description=DESCRIPTION)
+    parser.add_argument("shards", metavar="feature_set", help="folder of the feature set")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="plot statistics of the set (.png, .pdf, .svg)")
-    add_json(parser, "clips, questions and problems")
+    add_json(parser)
     args = parser.parse_args(argv)
     store = open_store(args.shards)
     with store.fetch("") as folder:  # copies only top-level files from an object store
@@ -42,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         title = f"{args.shards}: {contract.clips} clips, {contract.audio_hours:.2f} hours"
         draw(statistics, title).savefig(args.picture, dpi=150)
-    figures = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
-    write_figures(figures, args.json)
+    results = {"clips": contract.clips, "questions": contract.questions, "problems": problems}
+    write_results(results, args.json)
     return EXIT_FAILURE if problems else 0
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipeline.core.arguments import add_encoder_option, add_json, require_positive, write_figures
+from pipeline.core.arguments import add_encoder_option, add_json, require_positive, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.feature_contract import read_encoders
 from pipeline.core.streams import IntegrationKind
+from pipeline.core.units import MIB
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
     from pipeline.inference.encode_audio import AudioEncoders, EncodedAudio
@@ -49,13 +50,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _answer_about_file(responder: Responder, audio_encoders: AudioEncoders, arguments: argparse.Namespace) -> None:
-    """Encodes the clip, answers the given or typed questions, and writes pictures and figures on request."""
+    """Encodes the clip, answers the given or typed questions, and writes pictures and results on request."""
     start = time.perf_counter()
     audio = audio_encoders.encode(arguments.clip)
     encoded = time.perf_counter()
     prefix = responder.prefill([audio.features], arguments.hide)
     prefilled = time.perf_counter()
-    cache_mib = prefix.nbytes / 2**20
+    cache_mib = prefix.nbytes / MIB
     logger.info(
         f"{arguments.clip}: {audio.duration_s:.1f} s of audio encoded and prefilled in {prefilled - start:.2f} s; "
         f"the prefix cache takes {cache_mib:.1f} MiB"
@@ -69,14 +70,14 @@ def _answer_about_file(responder: Responder, audio_encoders: AudioEncoders, argu
         print()
     if arguments.picture:
         _draw(responder, audio, answers, arguments)
-    figures = {
+    results = {
         "answers": [asdict(answer) for answer in answers],
         "audio_s": audio.duration_s,
         "audio_cache_mib": cache_mib,
         "audio_encode_s": encoded - start,
         "audio_prefill_s": prefilled - encoded,
     }
-    write_figures({**figures, **_speed(answers)}, arguments.json)
+    write_results({**results, **_speed(answers)}, arguments.json)
 
 
 def _answer_about_stream(responder: Responder, audio_encoders: AudioEncoders, arguments: argparse.Namespace) -> None:
@@ -85,7 +86,7 @@ def _answer_about_stream(responder: Responder, audio_encoders: AudioEncoders, ar
 
     audio = create_streaming_audio(responder, audio_encoders, arguments.keep_s)
     answers: list[Answer] = []
-    answer_figures = []
+    answer_results = []
     max_nbytes = 0
     # Not sys.stdin's own buffer: Python aborts when it exits while a thread still reads from that.
     source = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115 (closing it would wait for the thread)
@@ -95,13 +96,13 @@ def _answer_about_stream(responder: Responder, audio_encoders: AudioEncoders, ar
         for question in arguments.question:
             print(f"[{received_s:.0f} s] ", end="")
             answers.append(responder.answer_streaming(prefix, question, _print_text))
-            answer_figures.append({"received_s": received_s, **asdict(answers[-1])})
+            answer_results.append({"received_s": received_s, **asdict(answers[-1])})
             print()
         del prefix  # frees its memory before more audio arrives
-    cache_mib = max_nbytes / 2**20
+    cache_mib = max_nbytes / MIB
     logger.info(f"{received_s:.1f} s of audio received; its cache took at most {cache_mib:.1f} MiB")
-    figures = {"answers": answer_figures, "audio_s": received_s, "audio_cache_mib": cache_mib}
-    write_figures({**figures, **_speed(answers)}, arguments.json)
+    results = {"answers": answer_results, "audio_s": received_s, "audio_cache_mib": cache_mib}
+    write_results({**results, **_speed(answers)}, arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_encoder_option(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default: 256)"
+        "--max-new-tokens", type=int, default=256, metavar="N", help="maximum new tokens per answer (default: 256)"
     )
     parser.add_argument(
         "--every-s", type=float, metavar="S", help="with -: seconds of audio between rounds of questions (default: 60)"
@@ -152,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="HOST:PORT",
         help="with --web: address to serve at (default: 127.0.0.1:7860, reachable from this machine only)",
     )
-    add_json(parser, "the answers and figures")
+    add_json(parser)
     return parser
 
 

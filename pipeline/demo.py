@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.loading import shipped_config
-from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_dry_run, add_json, write_results
 from pipeline.core.console import format_duration, logger
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.files import atomic_write, lock_folder
@@ -43,7 +43,7 @@ class Stage:
     Attributes:
         name: name of the stage, for people and for its files.
         command: module and arguments, which go to `python -m` together with `--json`.
-        headline: keys of the figures that are shown when the stage is done.
+        headline: keys of the results that are shown when the stage is done.
     """
 
     name: str
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         return failure.exit_code
     wall_s = time.monotonic() - started
     if arguments.json:
-        write_figures({"variants": _variant_figures(out), "wall_s": round(wall_s, 1)}, arguments.json)
+        write_results({"variants": _variant_results(out), "wall_s": round(wall_s, 1)}, arguments.json)
     print(f"\nFinished in {format_duration(wall_s)}. Report and plots: {out / 'report' / 'report.md'}")
     print(f"To see the runs in MLflow: `make ui` (mlflow ui --backend-store-uri {_tracking_uri(out)})")
     return 0
@@ -79,16 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal demo",
         description="Make a synthetic corpus and its features, train the same small model as PLITS, LAL and PAL, and "
-        "compare the three. If stopped at any moment and started again, it resumes from what is finished.",
+        "compare the three. Rerun the same command to resume from what is finished.",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="folder for everything (default: %(default)s)"
     )
     parser.add_argument("--clips", type=int, default=1500, help="clips in the corpus (default: %(default)s)")
-    parser.add_argument("--nproc", type=int, default=2, help="ranks to train with (default: %(default)s)")
+    parser.add_argument("--nproc", type=int, default=2, help="number of ranks (default: %(default)s)")
     add_json(parser)
     add_dry_run(parser, "print the commands without running them")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the shipped config `demo`")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="overrides of the shipped config `demo`")
     return parser
 
 
@@ -200,33 +200,33 @@ def run_stages(out: Path, stages: Sequence[Stage]) -> None:
             continue
         logger.info("%s ...", label)
         started = time.monotonic()
-        figures, last_line = run_logged(
+        results, last_line = run_logged(
             LoggedCommand(
                 stage.name,
                 stage.command,
                 log=_stage_file(out, stage.name, "log"),
-                figures=_stage_file(out, stage.name, "figures.json"),
+                results=_stage_file(out, stage.name, "figures.json"),
             ),
             show=is_last,
             heartbeat_s=None if is_last else HEARTBEAT_S,
             on_heartbeat=partial(_report, label, started),
         )
         wall_s = round(time.monotonic() - started, 1)
-        record = {"command": stage.command, "wall_s": wall_s, "figures": figures}
+        record = {"command": stage.command, "wall_s": wall_s, "figures": results}
         atomic_write(done, json.dumps(record, indent=2).encode())
-        _report(label, started, ", ".join(f"{key} {figures[key]:.4g}" for key in stage.headline) or last_line)
+        _report(label, started, ", ".join(f"{key} {results[key]:.4g}" for key in stage.headline) or last_line)
 
 
 def _report(label: str, started: float, text: str) -> None:
     logger.info("%s %-12s %s", label, format_duration(time.monotonic() - started), text)
 
 
-def _variant_figures(out: Path) -> dict[str, Any]:
-    """Returns the figures of each variant for `--json`; accuracies are 0 to 1."""
+def _variant_results(out: Path) -> dict[str, Any]:
+    """Returns the results of each variant for `--json`; accuracies are 0 to 1."""
     variants = {}
     for variant in VARIANTS:
-        train = _figures(out, f"train {variant}")
-        (scores,) = _figures(out, f"evaluate {variant}").values()
+        train = _results(out, f"train {variant}")
+        (scores,) = _results(out, f"evaluate {variant}").values()
         variants[variant] = {
             "accuracy": scores["accuracy"],
             "accuracy_by_domain": {domain: group["accuracy"] for domain, group in scores["by_domain"].items()},
@@ -241,9 +241,9 @@ def _stage_file(out: Path, stage: str, kind: str) -> Path:
     return out / STAGES / f"{stage.replace(' ', '_')}.{kind}"
 
 
-def _figures(out: Path, stage: str) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(_stage_file(out, stage, "done.json").read_text(encoding="utf-8"))["figures"]
-    return figures
+def _results(out: Path, stage: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads(_stage_file(out, stage, "done.json").read_text(encoding="utf-8"))["figures"]
+    return results
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from typing import Any
 
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core import provenance
-from pipeline.core.arguments import add_config, add_json, write_figures
+from pipeline.core.arguments import add_config, add_json, write_results
 from pipeline.core.console import format_table, logger
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.core.ranks import Ranks, is_rank, read_ranks
+from pipeline.core.units import GIB
 from pipeline.launch import rank_process, supervisor
 from pipeline.tracking import writer
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         problems.append({"check": "launcher", "host": "", "fault": message})
     if code and all(problem["check"] in ("answer", "launcher") for problem in problems):
         logger.error(message)
-    write_figures({"nodes": nodes, "problems": problems}, arguments.json)
+    write_results({"nodes": nodes, "problems": problems}, arguments.json)
     return EXIT_FAILURE if problems else 0
 
 
@@ -72,13 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="pal doctor",
         description="Check the machines before a run: versions, GPUs, disks, clocks, tracker, features, and a timed "
         "all-reduce under the launcher. With CONFIG, also check the output folder, features and tracker of that "
-        "experiment. Exits with 1 if something is wrong.",
+        "experiment. Exits with code 1 if something is wrong.",
     )
     add_config(parser, optional=True)
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on each machine (default: its GPUs, or 1)")
-    parser.add_argument("--hostfile", type=Path, metavar="F", help="machines, one `HOST slots=N` per line")
+    parser.add_argument("--nproc", type=int, metavar="N", help="ranks per host (default: one per GPU, else 1)")
+    parser.add_argument("--hostfile", type=Path, metavar="F", help="DeepSpeed hostfile (one `HOST slots=N` per line)")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for nodes (120)")
-    add_json(parser, "the state of every node and the problems")
+    add_json(parser)
     return parser
 
 
@@ -101,7 +102,7 @@ def run_rank(config: ExperimentConfig | None, ranks: Ranks, timeout_s: float) ->
 
 
 def _report(ranks: Ranks, values: Mapping[str, Any]) -> None:
-    rank_process.report(json.dumps({"rank": ranks.rank, **values}))
+    rank_process.print_to_parent(json.dumps({"rank": ranks.rank, **values}))
 
 
 def inspect_node(config: ExperimentConfig | None, ranks: Ranks) -> Node:
@@ -115,12 +116,12 @@ def inspect_node(config: ExperimentConfig | None, ranks: Ranks) -> Node:
         "ranks": ranks.local_world_size,
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **provenance.package_versions()},
         "code": provenance.git_state().get("git.commit", "")[:12],
-        "gpus": [f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus],
+        "gpus": [f"{gpu.name} {gpu.total_memory / GIB:.0f} GiB" for gpu in gpus],
         "busy_gpus": [n for n, (free, total) in enumerate(memory) if free < 0.9 * total],
         "folder": str(existing),
-        "disk_gib": round(shutil.disk_usage(existing).free / 2**30, 1),
+        "disk_gib": round(shutil.disk_usage(existing).free / GIB, 1),
         "disk_fault": None if os.access(existing, os.W_OK) else f"{existing} is not writable",
-        "shared_memory_gib": round(shutil.disk_usage(SHARED_MEMORY).free / 2**30, 1),
+        "shared_memory_gib": round(shutil.disk_usage(SHARED_MEMORY).free / GIB, 1),
     }
     if config is not None:
         node["features_fault"] = _fault(lambda: _read_features(config))

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.arguments import add_config, add_json, write_figures
+from pipeline.core.arguments import add_config, add_json, write_results
 from pipeline.core.console import format_duration, format_table, logger
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.ranks import ACCELERATOR_VARIABLE
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         logger.error(failure)
         return EXIT_FAILURE
     wall_s = time.monotonic() - started
-    write_figures({"faults": [asdict(outcome) for outcome in outcomes], "wall_s": round(wall_s, 1)}, arguments.json)
+    write_results({"faults": [asdict(outcome) for outcome in outcomes], "wall_s": round(wall_s, 1)}, arguments.json)
     print(f"{table(outcomes)}\n\n{format_duration(wall_s)}; logs of all jobs: {out}/*.log")
     return 0 if all(outcome.recovered for outcome in outcomes) else EXIT_FAILURE
 
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_config(parser, optional=True)
     parser.add_argument("--out", type=Path, default=Path("runs/drill"), help="a new folder (default: %(default)s)")
-    add_json(parser, "the table")
+    add_json(parser)
     return parser
 
 

@@ -1,7 +1,7 @@
 """`pal evaluate MODEL BENCHMARK...`: generates and scores an exported model's answers, with controls.
 
-The results are a function of model and features: neither the batch size, the number of processes nor an interruption
-changes them.
+Neither the number of processes nor an interruption changes the results; the batch size changes the last bits of the
+logits, and so an answer only where two tokens are almost equally likely.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.arguments import add_encoder_option, add_json, require_positive, write_figures
+from pipeline.core.arguments import add_encoder_option, add_json, require_positive, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     _log_to_run(config, results)
     if arguments.predictions:
         _write_predictions(arguments.predictions, results)
-    write_figures({name: result.scores for name, result in results.items()}, arguments.json)
+    write_results({name: result.scores for name, result in results.items()}, arguments.json)
     if output:
         shutil.rmtree(journal)
     return 0
@@ -78,18 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)"
+        "--max-new-tokens", type=int, default=64, metavar="N", help="maximum new tokens per answer (default: 64)"
     )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes, one on each GPU (default: 1)")
     parser.add_argument(
         "--share",
         type=_share,
         metavar="I/N",
-        help="answer part I of N (from 0) without scoring: one on each node, all with the same --predictions",
+        help="answer shard I of N (from 0) without scoring: one on each node, all with the same --predictions",
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of remote sets")
     add_encoder_option(parser)
-    add_json(parser, "the scores")
+    add_json(parser)
     parser.add_argument(
         "--predictions",
         type=Path,

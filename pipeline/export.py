@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.core.arguments import add_json, write_figures
+from pipeline.core.arguments import add_json, write_results
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 from pipeline.core.feature_contract import load_contract
 from pipeline.training import checkpoint_dir, run_dir
@@ -23,10 +23,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     source = find_checkpoint(arguments.checkpoint)
     require_free(arguments.out)
-    figures = export(source, arguments.out)
-    print(f"{arguments.out} holds {figures['parameters']:,} parameters of {source}")
-    write_figures(figures, arguments.json)
-    return 0 if figures["max_abs_difference"] == 0 else EXIT_FAILURE
+    results = export(source, arguments.out)
+    print(f"{arguments.out} holds {results['parameters']:,} parameters of {source}")
+    write_results(results, arguments.json)
+    return 0 if results["max_abs_difference"] == 0 else EXIT_FAILURE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.arguments import add_config, add_json, write_figures
+from pipeline.core.arguments import add_config, add_json, write_results
 from pipeline.core.console import format_table
 from pipeline.core.errors import UserError, run_command
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("CONFIG", "has no effect on --table", "leave one out")
     if not arguments.table and arguments.config is None:
         raise UserError("CONFIG", "is missing", "give an experiment's YAML file, or --table")
-    write_figures(_print_tables() if arguments.table else _plan_stages(arguments), arguments.json)
+    write_results(_print_tables() if arguments.table else _plan_stages(arguments), arguments.json)
     return 0
 
 
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan_stages(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Plans and prints every requested stage of the config; returns the figures of the run."""
+    """Plans and prints every requested stage of the config; returns the results of the run."""
     from pipeline.config import ExperimentConfig, choose_stages, load_config
     from pipeline.config.cluster import ClusterConfig, WorkloadConfig
     from pipeline.cost.workload import measure_workload
@@ -75,7 +75,7 @@ def _plan_stages(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> dict[str, Any]:
-    """Returns the figures of `pal plan`: the config as written, the cheapest way to run it, and why not the others."""
+    """Returns the results of `pal plan`: the config as written, the cheapest way to run it, and why not the others."""
     from pipeline.cost.extraction import extraction
     from pipeline.cost.predict import predict
     from pipeline.cost.search import cheapest, explain_alternatives, search
@@ -86,10 +86,10 @@ def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadCon
     best = cheapest(predictions)
     steps, size = total_steps(config, workload), model_size(config, workload)
     return {
-        **_figures(as_written, steps, cluster),
+        **_results(as_written, steps, cluster),
         "parameters_total": size.total,
         "parameters_trained": size.trained,
-        "cheapest": None if best is None else _figures(best, steps, cluster),
+        "cheapest": None if best is None else _results(best, steps, cluster),
         "alternatives": explain_alternatives(predictions),
         "extraction": extraction(cluster, workload, config.model.encoders),
         "workload": workload.model_dump(mode="json"),
@@ -97,7 +97,7 @@ def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadCon
 
 
 def _whole_run(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the figures of the only stage, or of the one that needs most memory with the time of all stages."""
+    """Returns the results of the only stage, or of the one that needs most memory with the time of all stages."""
     if len(stages) == 1:
         return next(iter(stages.values()))
     largest = max(stages.values(), key=lambda stage: stage["memory_gib_per_gpu"]["total"])
@@ -105,7 +105,7 @@ def _whole_run(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {**largest, **sums, "fits": all(stage["fits"] for stage in stages.values()), "stages": stages}
 
 
-def _figures(prediction: Prediction, steps: int, cluster: ClusterConfig) -> dict[str, Any]:
+def _results(prediction: Prediction, steps: int, cluster: ClusterConfig) -> dict[str, Any]:
     hours = steps * prediction.step_s / 3600
     values = asdict(prediction)
     return {
@@ -124,13 +124,13 @@ def _print_plan(stage: str, results: dict[str, Any], config: ExperimentConfig, c
     heading = f"{config.model.language_model}, {config.model.integration}: {parameters}"
     print(f"{f'stage {stage}: ' if stage else ''}{heading}; {cluster.gpus} x {cluster.gpu.name}\n")
     rows = []
-    for name, figures in (("as written", results), ("cheapest", results["cheapest"])):
-        if figures is not None:
-            how = f"{figures['zero']}, micro-batch {figures['micro_batch_size']}"
-            how += ", checkpointing" if figures["gradient_checkpointing"] else ""
-            memory = {f"{part} GiB": value for part, value in figures["memory_gib_per_gpu"].items()}
+    for name, prediction in (("as written", results), ("cheapest", results["cheapest"])):
+        if prediction is not None:
+            how = f"{prediction['zero']}, micro-batch {prediction['micro_batch_size']}"
+            how += ", checkpointing" if prediction["gradient_checkpointing"] else ""
+            memory = {f"{part} GiB": value for part, value in prediction["memory_gib_per_gpu"].items()}
             shown = ("step_time_s", "mfu", "tokens_per_s", "days", "cost")
-            rows.append({"": name, "how": how, **memory, **{key: figures[key] for key in shown}})
+            rows.append({"": name, "how": how, **memory, **{key: prediction[key] for key in shown}})
     print(_text(rows))
     print("\n" + "\n".join(results["alternatives"]))
     print(f"\n{_preparation(results['extraction'])}")
@@ -165,9 +165,9 @@ def _print_tables() -> dict[str, Any]:
     return {"openaqa": openaqa, "rows": rows}
 
 
-def _preparation(figures: dict[str, float]) -> str:
-    hours = f"encoders {figures['encoder_hours']:.2f} h, decoding {figures['decoding_hours']:.2f} h"
-    return f"features {figures['storage_gib']:,.1f} GiB, {figures['hours']:.2f} h to prepare ({hours})"
+def _preparation(results: dict[str, float]) -> str:
+    hours = f"encoders {results['encoder_hours']:.2f} h, decoding {results['decoding_hours']:.2f} h"
+    return f"features {results['storage_gib']:,.1f} GiB, {results['hours']:.2f} h to prepare ({hours})"
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

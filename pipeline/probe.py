@@ -12,7 +12,7 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.arguments import add_json, require_positive, write_figures
+from pipeline.core.arguments import add_json, require_positive, write_results
 from pipeline.core.console import format_table, logger
 from pipeline.core.errors import run_command
 
@@ -39,15 +39,15 @@ def main(argv: Sequence[str]) -> int:
     features = open_feature_set(arguments.shards, list(responder.feature_fingerprints), arguments.cache)
     require_same_features(responder.feature_fingerprints, features.contract, arguments.shards, str(arguments.model))
     clips = evenly_spaced(len(features), arguments.limit)
-    figures = {
+    results = {
         "attention_mass": attention_mass(responder, features, clips, arguments.questions),
         "masking": score_without_pathways(responder, features, clips, arguments.batch_size),
     }
-    _print_tables(figures)
+    _print_tables(results)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        _draw(figures, responder, features, clips, arguments)
-    write_figures(figures, arguments.json)
+        _draw(results, responder, features, clips, arguments)
+    write_results(results, arguments.json)
     return 0
 
 
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)"
+        "--max-new-tokens", type=int, default=64, metavar="N", help="maximum new tokens per answer (default: 64)"
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="folder for local copies of remote sets")
     return parser
@@ -146,12 +146,12 @@ def _probe_question(responder: Responder, features: FeatureSet, index: int) -> t
     return clip, responder.attention_mass(arrays, question.question, question.answer)
 
 
-def _print_tables(figures: dict[str, Any]) -> None:
+def _print_tables(results: dict[str, Any]) -> None:
     print("attention of the positions that predict an answer, % of each layer")
     kinds = ("text", "lal", "plits")
-    mass = [[str(row["layer"]), *(f"{row[kind]:.1%}" for kind in kinds)] for row in figures["attention_mass"]]
+    mass = [[str(row["layer"]), *(f"{row[kind]:.1%}" for kind in kinds)] for row in results["attention_mass"]]
     print(format_table([["layer", *kinds], *mass], right=True))
-    scores = figures["masking"]
+    scores = results["masking"]
     domains = list(scores[NOTHING]["by_domain"])
     accuracies = [
         [hidden, *(f"{group['accuracy']:.1%}" for group in (row, *(row["by_domain"][domain] for domain in domains)))]
@@ -161,7 +161,7 @@ def _print_tables(figures: dict[str, Any]) -> None:
 
 
 def _draw(
-    figures: dict[str, Any],
+    results: dict[str, Any],
     responder: Responder,
     features: FeatureSet,
     clips: Sequence[int],
@@ -172,7 +172,7 @@ def _draw(
     from pipeline import plots
 
     name, out = arguments.model.resolve().parent.name, arguments.out
-    mass = figures["attention_mass"]
+    mass = results["attention_mass"]
     kinds = [kind for kind in ("lal", "plits") if any(row[kind] for row in mass)]
     plots.plot_attention_by_layer(mass, f"Attention by layer: {name}").savefig(out / "attention_by_layer.png")
     heads = {kind: [[head[kind] for head in row["by_head"]] for row in mass] for kind in kinds}
@@ -183,7 +183,7 @@ def _draw(
             {domain: (group["accuracy"], *group["ci95"]) for domain, group in row["by_domain"].items()},
             {},
         )
-        for label, row in figures["masking"].items()
+        for label, row in results["masking"].items()
     ]
     title = f"Accuracy with audio hidden: {name}"
     plots.plot_accuracy_by_domain(accuracies, {}, title).savefig(out / "masking.png")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.arguments import add_json, write_figures
+from pipeline.core.arguments import add_json, write_results
 from pipeline.core.errors import run_command
 
 if TYPE_CHECKING:  # scipy takes seconds to import, which `--help` must not
@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
     log_back(client, experiment, files)
     print_table(experiment.name, report.table)
     print(f"report: {out / 'report.md'}")
-    figures = {"table": report.table, "fits": report.fits, "files": [str(file) for file in files]}
-    write_figures(figures, arguments.json)
+    results = {"table": report.table, "fits": report.fits, "files": [str(file) for file in files]}
+    write_results(results, arguments.json)
     return 0
 
 
@@ -50,13 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("experiment", help="name of the MLflow experiment")
     parser.add_argument("--uri", help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite:///runs/mlflow.db)")
     parser.add_argument("--out", type=Path, help="folder for the report (default: runs/EXPERIMENT/report)")
-    parser.add_argument(
-        "--answers", type=Path, metavar="FILE", help="also write the answers to a sweep's questions to this page"
-    )
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="write the sweep's findings to this Markdown page")
     parser.add_argument(
         "--append", type=Path, nargs="*", default=[], metavar="FILE", help="Markdown files to append to --answers"
     )
-    parser.add_argument("--command", default="pal report", help="command that --answers names as its generator")
+    parser.add_argument("--command", default="pal report", help="command line to credit in that page")
     add_json(parser)
     return parser
 
@@ -92,7 +90,7 @@ def print_table(experiment: str, table: Sequence[Row]) -> None:
     for row in rows:
         view.add_row(*row)
     console = Console()
-    console.width = max(console.width, 200)  # on a narrow terminal lines may wrap, but no figure is truncated
+    console.width = max(console.width, 200)  # on a narrow terminal lines may wrap, but no number is truncated
     console.print(view)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.config import DataConfig, load_config
 from pipeline.config.fields import PositiveInt
-from pipeline.core.arguments import add_json, write_figures
+from pipeline.core.arguments import add_json, write_results
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.records import Strict
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="MANIFEST",
         help="JSON lines with the questions to train the tokenizer on",
     )
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="changes to the config")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="config overrides")
     add_json(parser)
     arguments = parser.parse_args(argv)
     config = load_config(ScratchConfig, arguments.config, arguments.set)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     save_random_language_model(arguments.out, texts, RandomLanguageModel(**config.model_dump()))
     parameters = _count_parameters(arguments.out / "model.safetensors")
-    write_figures({"parameters": parameters}, arguments.json)
+    write_results({"parameters": parameters}, arguments.json)
     print(f"{arguments.out} holds a {config.model_type} with {parameters / 1e6:.2f} million parameters")
     return 0
 

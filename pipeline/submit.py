@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipeline.config import load_config
 from pipeline.core import redact
-from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
 from pipeline.core.records import Strict
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
         status, code = str(client.get_job_status(job_id)), 0
     else:
         status, code = follow(client, job_id, stop_on_interrupt=arguments.stop_on_interrupt)
-    write_figures({"job_id": job_id, "status": status}, arguments.json)
+    write_results({"job_id": job_id, "status": status}, arguments.json)
     return code
 
 
@@ -84,13 +84,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="pal submit",
         usage="pal submit CONFIG [key.sub=value ...] [options] -- COMMAND ...",
         description="Run a command as a job of a Ray cluster and show its log. CONFIG describes the cluster (shipped: "
-        f"ray_job). Exits with the code of the command, or with {EXIT_STOPPED} if the job was stopped.",
+        f"ray_job). Exits with the code of the command, or with code {EXIT_STOPPED} if the job was stopped.",
     )
     add_config(parser)
     parser.add_argument("--no-wait", action="store_true", help="return as soon as the job is submitted")
     parser.add_argument("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job (default: it continues)")
     add_dry_run(parser, "print what would be submitted, with the names of variables but not their values")
-    add_json(parser, "the id and status of the job")
+    add_json(parser)
     separator = [*argv, "--"].index("--")
     arguments, command = parser.parse_intermixed_args(argv[:separator]), [*argv[separator + 1 :]]
     if not command:

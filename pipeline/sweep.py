@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
 from pipeline.core.console import Progress, format_table, logger, progress
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
                    for trial, row in zip(trials, rows, strict=True)]  # fmt: skip
     else:
         results = run(sweep, trials, arguments.ray)
-    write_figures({"runs": results}, arguments.json)
+    write_results({"runs": results}, arguments.json)
     failed = [result for result in results if result["status"] == "FAILED"]
     return EXIT_FAILURE if failed else 0
 
@@ -41,10 +41,12 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal sweep",
-        description="Run the trials of a scaling experiment. The same command again runs those that are not finished.",
+        description="Run the trials of a scaling experiment. Rerun the same command to run the unfinished ones.",
     )
     add_config(parser, "sweep")
-    parser.add_argument("--ray", metavar="ADDRESS", help="run the trials on this Ray cluster, as many at once as fit")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="Ray cluster address, or `auto`: runs as many trials at once as fit"
+    )
     add_dry_run(parser, "print the table of trials and run nothing")
     add_json(parser)
     return parser

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.config import ExperimentConfig, choose_stages, dump_config, load_config
-from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, run_command
 from pipeline.core.files import lock_folder
 from pipeline.core.ranks import is_rank, read_ranks
 from pipeline.launch import supervisor
 from pipeline.training import run_dir
-from pipeline.training.job import mark_failed, read_figures, run_rank
+from pipeline.training.job import mark_failed, read_results, run_rank
 from pipeline.training.preflight import check, describe
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     if code:
         mark_failed(stages, code)
     elif arguments.json:
-        write_figures(read_figures(stages), arguments.json)
+        write_results(read_results(stages), arguments.json)
     return code
 
 
@@ -96,21 +96,25 @@ def _run_job(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal train",
-        description="Train one model with DeepSpeed. Started again with the same config, a run resumes from its newest "
-        f"checkpoint. A run that is ended by a signal saves first and exits with {EXIT_STOPPED}.",
+        description="Train one model with DeepSpeed. Rerun the same command to resume from the newest checkpoint. On a "
+        "first signal, the run finishes its step, saves a checkpoint and exits with code "
+        f"{EXIT_STOPPED}; a second one ends it at once.",
     )
     add_config(parser)
     parser.add_argument(
-        "--nproc", type=int, metavar="N", help="ranks on this machine, or on the Ray cluster (default: its GPUs, or 1)"
+        "--nproc",
+        type=int,
+        metavar="N",
+        help="number of ranks (default: one per GPU, else 1); per host with --hostfile",
     )
     launcher = parser.add_mutually_exclusive_group()
-    launcher.add_argument("--hostfile", type=Path, metavar="F", help="hosts, one `HOST slots=N` a line")
-    launcher.add_argument("--ray", metavar="ADDRESS", help="place the ranks on the nodes of this Ray cluster (auto)")
+    launcher.add_argument("--hostfile", type=Path, metavar="F", help="DeepSpeed hostfile (one `HOST slots=N` per line)")
+    launcher.add_argument("--ray", metavar="ADDRESS", help="Ray cluster address, or `auto`")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="N", help="times to resume from the newest checkpoint on failure"
+        "--max-restarts", type=int, default=0, metavar="N", help="maximum number of automatic restarts after a failure"
     )
     parser.add_argument(
-        "--reshard", action="store_true", help="resume from a checkpoint that another number of ranks wrote, too"
+        "--reshard", action="store_true", help="allow resuming from a checkpoint saved with a different number of ranks"
     )
     parser.add_argument("--stage", metavar="NAME", help="run only this stage of the config (default: all, in order)")
     add_dry_run(parser, "check the config, and print what would be trained")

@@ -81,5 +81,5 @@ def test_a_file_that_we_did_not_write_is_never_unpickled(trained: Path, tmp_path
     with pytest.raises(UserError, match="damaged"):
         find_checkpoint(source)
     with log_lines() as warnings:
-        assert checkpoint_dir.newest_good(tmp_path) is None
+        assert checkpoint_dir.newest_intact(tmp_path) is None
     assert len(warnings) == 1 and not (tmp_path / "ran").exists()

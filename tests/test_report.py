@@ -233,6 +233,9 @@ def test_answers_need_a_sweep(uri: str, tmp_path: Path) -> None:
 
 def test_a_missing_database_is_not_created(tmp_path: Path) -> None:
     database = tmp_path / "mlflow.db"
-    with pytest.raises(UserError, match="no such MLflow database"):
+    with pytest.raises(UserError, match="no such MLflow database") as error:
         main(["demo", "--uri", f"sqlite:///{database}", "--out", str(tmp_path)])
+    assert all(
+        name in str(error.value) for name in (str(database), "--uri or MLFLOW_TRACKING_URI", "beside the output")
+    )
     assert not database.exists()

@@ -1,8 +1,8 @@
 """Runs partitions on Ray actors: starts or joins a cluster, starts actors and replaces dead ones.
 
-Only requests, progress and commit records pass through Ray: actors read the plan, decode, encode and write shards
-themselves, so that the object store stays empty. An actor gets its next partition when it has finished the last one,
-which is all the back-pressure that is needed.
+Only small objects pass through Ray: the config, a partition's part of the plan, progress and commit records. Actors
+read audio and write shards themselves, so that neither waveforms nor features enter the object store. An actor gets its
+next partition when it has finished the last one; this is sufficient back-pressure.
 """
 
 from __future__ import annotations
@@ -50,9 +50,8 @@ def ray_cluster() -> Iterator[None]:
     """
     joins = "RAY_ADDRESS" in os.environ
     if not joins:  # ray reads these variables when it is imported
-        os.environ.setdefault(
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
-        )  # so that Ray addresses this machine as 127.0.0.1
+        # Makes Ray address this machine as 127.0.0.1.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if not joins and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
@@ -107,19 +106,19 @@ class ActorPool:
         Args:
             partitions: indices of the partitions.
             on_commit: receives the commit record of each partition once, in any order.
-            on_progress: receives the progress of the partitions in work, and the number of actors.
+            on_progress: receives the progress of the partitions in progress, and the number of actors.
 
         Returns:
             seconds from the first actor being ready to the last commit.
 
         Raises:
-            PreparationFailed: actors cannot be placed or started, keep dying without a clip to blame, or the node of
+            PreparationFailed: actors cannot be placed or started, keep dying and no clip is responsible, or the node of
                 this driver is lost.
         """
         import ray
 
         waiting = deque(PartitionTask(partition, self._plan.partitions[partition].clips) for partition in partitions)
-        in_work: dict[int, PartitionProgress] = {}
+        in_progress: dict[int, PartitionProgress] = {}
         started = time.monotonic()
         try:
             while waiting or any(actor.task for actor in self._actors.values()):
@@ -129,11 +128,11 @@ class ActorPool:
                     continue
                 ready, _ = ray.wait(list(self._actors), timeout=0.5, fetch_local=False)
                 for reference in ready:
-                    self._handle_result(reference, waiting, in_work, on_commit)
+                    self._handle_result(reference, waiting, in_progress, on_commit)
                 self._check_starts(len(partitions), time.monotonic() - started)
                 self._end_stalled()
                 self._check_node()
-                on_progress(in_work, len(self._actors))
+                on_progress(in_progress, len(self._actors))
         finally:
             for actor in self._actors.values():
                 ray.kill(actor.handle)
@@ -157,7 +156,7 @@ class ActorPool:
         node_id = ray.get_runtime_context().get_node_id()
         if not any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
             raise PreparationFailed(
-                "this driver's node left the cluster; committed partitions are kept, run the command again"
+                "this driver's node left the cluster; committed partitions are kept; rerun the same command to resume"
             )
 
     def _end_stalled(self) -> None:
@@ -200,7 +199,7 @@ class ActorPool:
         self,
         reference: Any,
         waiting: deque[PartitionTask],
-        in_work: dict[int, PartitionProgress],
+        in_progress: dict[int, PartitionProgress],
         on_commit: Callable[[Commit], None],
     ) -> None:
         """Handles one result (or the death) of an actor and assigns it its next work."""
@@ -223,7 +222,7 @@ class ActorPool:
                 if self._start_failures >= MAX_START_FAILURES:
                     raise PreparationFailed(f"workers die while starting: {_summary(error)}") from error
             else:
-                in_work.pop(task.partition, None)
+                in_progress.pop(task.partition, None)
                 task.on_worker_death(self._config.max_attempts)
                 waiting.appendleft(task)
             return
@@ -231,13 +230,13 @@ class ActorPool:
             self._first_ready, self._start_failures = self._first_ready or time.monotonic(), 0
             self._starts += 1
         elif isinstance(result, Commit):
-            in_work.pop(task.partition, None)
+            in_progress.pop(task.partition, None)
             on_commit(result)
             actor.task = None
         elif task.probe is not None:
             task.on_probe_success()
         else:
-            in_work[task.partition] = result
+            in_progress[task.partition] = result
             task.on_progress(result.position)
             self._actors[reference] = actor  # more progress or the commit record will follow
             return

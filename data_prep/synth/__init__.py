@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_dry_run, add_json, write_results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {"clips": arguments.clips, **summary(plan_corpus(arguments.clips, arguments.seed))}
     else:
         record = write_corpus(arguments.out, arguments.clips, arguments.seed)
-    write_figures(record, arguments.json)
+    write_results(record, arguments.json)
     verb = "would hold" if arguments.dry_run else "holds"
     print(
         f"{arguments.out} {verb} {record['clips']} clips ({record['test_clips']} held out), "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.bench.case import DTYPES, SHAPES, Case, Shape, model_config, run
-from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_dry_run, add_json, write_results
 from pipeline.core.console import format_table, logger
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.units import GIB, GIGA
@@ -27,7 +27,7 @@ PLOT_AUDIO_TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures every case, prints the tables and writes the figures.
+    """Measures every case, prints the tables and writes the results.
 
     Raises:
         UserError: sizes that do not fit each other, or a device that does not exist.
@@ -62,14 +62,14 @@ def main(argv: Sequence[str]) -> int:
     if args.json is not None:
         import torch
 
-        figures = {
+        results = {
             "rows": rows,
             "device": _device_name(args.device),
             "torch": torch.__version__,
             "threads": args.threads or torch.get_num_threads(),
             "counted_llama_3_2_1b": counted,
         }
-        write_figures(figures, args.json)
+        write_results(results, args.json)
     if args.plot is not None and not args.dry_run:
         from pipeline.plots import plot_cost
 
@@ -167,8 +167,12 @@ def _cell(value: float | None) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
+DESCRIPTION = """Measure speed and memory of the integrations, and count their operations. Every measurement runs in a
+process of its own."""
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pal bench integration", description=__doc__)
+    parser = argparse.ArgumentParser(prog="pal bench integration", description=DESCRIPTION)
     parser.add_argument("--shape", choices=SHAPES, default="small", help="sizes of the language model (default: small)")
     for name in ("layers", "hidden", "ffn", "heads", "kv-heads", "vocabulary"):
         parser.add_argument(f"--{name}", type=int, help="this size of the language model, instead of the shape's")

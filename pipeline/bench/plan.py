@@ -1,4 +1,4 @@
-"""`pal bench plan OUT.md`: what `pal plan` predicts, beside what DeepSpeed holds and takes in small runs on CPU ranks.
+"""`pal bench plan OUT.md`: compares predicted with measured memory and time, in small runs on CPU ranks.
 
 The table is Markdown, for `pal report --append`."""
 
@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.arguments import add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_dry_run, add_json, write_results
 from pipeline.core.console import markdown_table, progress
 from pipeline.core.errors import UserError, run_command
 from pipeline.core.ranks import ACCELERATOR_VARIABLE, free_port
@@ -96,12 +96,16 @@ def main(argv: Sequence[str]) -> int:
         {**asdict(run), **{part: {"predicted": p, "measured": m} for part, (p, m) in comparison.items()}}
         for run, comparison in zip(RUNS, comparisons, strict=True)
     ]
-    write_figures({"steps": arguments.steps, "load_average": load, "rows": rows}, arguments.json)
+    write_results({"steps": arguments.steps, "load_average": load, "rows": rows}, arguments.json)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pal bench plan", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="pal bench plan",
+        description="Compare predicted with measured memory and time, in small runs on CPU ranks. Writes a Markdown "
+        "table for `pal report --append`.",
+    )
     parser.add_argument("out", type=Path, metavar="OUT.md", help="Markdown file to write")
     parser.add_argument("--steps", type=int, default=STEPS, help="timed steps (default: %(default)s); 0: only bytes")
     add_json(parser)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import ExperimentConfig, load_config
-from pipeline.core.arguments import add_config, add_dry_run, add_json, write_figures
+from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_USER_ERROR, UserError, run_command
 from pipeline.core.ranks import is_rank, read_ranks
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # imports torch, which `--help` must not
 
 CLIPS = 300
 WARM_UP_STEPS = 5
-FIGURES = "figures.json"
+RESULTS = "results.json"
 MLFLOW_START_S = 120.0
 
 
@@ -61,20 +61,21 @@ def main(argv: Sequence[str]) -> int:
         if code:
             logger.error(message)
             return code
-        figures = json.loads((folder / "run" / FIGURES).read_text(encoding="utf-8"))
-    print(json.dumps(figures, indent=2))
-    write_figures(figures, arguments.json)
+        results = json.loads((folder / "run" / RESULTS).read_text(encoding="utf-8"))
+    print(json.dumps(results, indent=2))
+    write_results(results, arguments.json)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pal bench train",
-        description=f"{__doc__} Without a config it measures the demo's, on a corpus made for it.",
+        description="Compare the training loop with the bare DeepSpeed engine on the same batches in memory, in one "
+        "run. Without a config, measure the demo's, on a corpus made for it.",
     )
     add_config(parser, optional=True)
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--nproc", type=int, metavar="N", help="ranks on this machine (default: its GPUs, or 1)")
+    parser.add_argument("--nproc", type=int, metavar="N", help="number of ranks (default: one per GPU, else 1)")
     add_json(parser)
     add_dry_run(parser, "print what would be measured")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -91,9 +92,9 @@ def _run_rank(config: ExperimentConfig) -> int:
         init_process_group(ranks, config.train.collective_timeout_s)
         rank_process.watch_parent(lambda: os._exit(EXIT_FAILURE))
         trainer = Trainer(config, ranks, threading.Event())
-        figures = measure(trainer)
+        results = measure(trainer)
         if ranks.is_main:
-            (config.output / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            (config.output / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         trainer.engine.close()
         leave_process_group()
         return 0

@@ -1,4 +1,4 @@
-"""Reads a typed, strict config: `base:` file < YAML < `key.sub=value` overrides; reports every error in it."""
+"""Reads a typed, strict config: `base:` file < YAML < `key.sub=value` overrides; names the key of the first error."""
 
 from __future__ import annotations
 

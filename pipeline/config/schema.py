@@ -90,7 +90,7 @@ class CheckpointConfig(Strict):
     """When checkpoints are written and how many are kept.
 
     Attributes:
-        every_steps: number of steps between two checkpoints.
+        every_steps: number of steps between two checkpoints. One is also saved before each validation, and at the end.
         keep: number of the newest checkpoints to keep. While one is written, the disk holds one more.
         keep_best: number of further checkpoints to keep, those with the lowest validation loss.
         background: write while training continues; each rank then holds a second copy of its part in host memory.

@@ -1,4 +1,4 @@
-"""Command-line arguments that several commands share, and the file that a command writes its figures to."""
+"""Command-line arguments that several commands share, and the file that a command writes its results to."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def add_config(parser: argparse.ArgumentParser, name: str = "config", *, optiona
     parser.add_argument(
         name, nargs="?" if optional else None, help="a YAML file, or the name of a config that ships with the software"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="changes to the config")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config overrides")
 
 
-def add_json(parser: argparse.ArgumentParser, what: str = "the figures") -> None:
-    """Adds `--json FILE`, for `write_figures`."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help=f"also write {what} to this file as JSON")
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json FILE`, for `write_results`."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
 
 
 def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
@@ -33,10 +33,10 @@ def add_dry_run(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help=what)
 
 
-def write_figures(figures: Mapping[str, Any], file: Path | None) -> None:
-    """Writes the figures of a command as JSON; does nothing without a file."""
+def write_results(results: Mapping[str, Any], file: Path | None) -> None:
+    """Writes the results of a command as JSON; does nothing without a file."""
     if file is not None:
-        file.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def add_encoder_option(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.core.units import GIB
+
 _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "mlflow", "ray", "numpy", "pal-pipeline")
 
 
@@ -43,7 +45,7 @@ def machine() -> str:
     cpus = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
     chips = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or cpus[:1]
     names = ", ".join(f"{chips.count(chip)} x {chip}" if len(chips) > 1 else chip for chip in dict.fromkeys(chips))
-    gib = psutil.virtual_memory().total / 2**30
+    gib = psutil.virtual_memory().total / GIB
     return f"{names or platform.machine()}, {psutil.cpu_count()} CPU cores, {gib:.0f} GiB of memory"
 
 

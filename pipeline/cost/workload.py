@@ -105,11 +105,11 @@ def measure_workload(config: ExperimentConfig) -> WorkloadConfig:
     contract = load_contract(config.data.train)
     require_encoders(contract, config.model.encoders, config.data.train)
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    _, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
+    _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     selected = features.table.select(config.data.tasks, config.data.datasets)
     sample = features.table.clip[selected[np.linspace(0, len(selected) - 1, SAMPLED_CLIPS).astype(np.int64)]]
-    rows = [chat.row(features.clip(int(clip)).questions[:1]) for clip in sample]
-    system_tokens = len(chat.prefix) - 1  # without the placeholder
+    rows = [chat_template.row(features.clip(int(clip)).questions[:1]) for clip in sample]
+    system_tokens = len(chat_template.prefix) - 1  # without the placeholder
     return WorkloadConfig(
         clips=len(np.unique(features.table.clip[selected])),
         questions=len(selected),

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.config import DataConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
+from pipeline.core.labels import IGNORE_INDEX
 
 AUDIO_TOKEN = "<audio>"
-IGNORE_INDEX = -100  # label of a token without loss, as in torch and transformers
 _CACHED_CONVERSATIONS = 100_000
 _TOKENISED_AT_ONCE = 10_000
 _QUESTION, _ANSWER = "[[question]]", "[[answer]]"
@@ -43,7 +43,7 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         fault = f"has no usable tokenizer ({str(error).splitlines()[0]})"
-        raise UserError(language_model, fault, "give a Hugging Face folder or Hub name") from error
+        raise UserError(language_model, fault, "name a Hugging Face folder or a model on the Hub") from error
     tokenizer.add_tokens([AddedToken(AUDIO_TOKEN, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.core.feature_contract import Question
-from pipeline.data.chat_template import IGNORE_INDEX, Row
+from pipeline.core.labels import IGNORE_INDEX
+from pipeline.data.chat_template import Row
 from pipeline.data.feature_set import Clip
 
 Batch = dict[str, Any]

@@ -25,6 +25,7 @@ from pipeline.core.feature_contract import (
     require_encoders,
     require_same_features,
 )
+from pipeline.core.units import GIB
 from pipeline.data.mds_reader import REPAIR, MdsReader, copy_file
 
 
@@ -235,7 +236,7 @@ def open_feature_set(location: str, encoders: Sequence[str], data: DataConfig) -
     Raises:
         UserError: see `FeatureSet`.
     """
-    cache_bytes = None if data.cache_gib is None else int(data.cache_gib * 2**30)
+    cache_bytes = None if data.cache_gib is None else int(data.cache_gib * GIB)
     return FeatureSet(location, encoders, data.cache, cache_bytes)
 
 

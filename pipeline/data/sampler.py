@@ -54,7 +54,7 @@ class PackedSampler:
         shard_sizes: clips per shard, in storage order.
         questions_per_sequence: maximum number of questions in one packed example.
         block_clips: shuffle within blocks of this many stored clips.
-        seed: random seed; the order depends on it, on the selection and on nothing else.
+        seed: random seed; the order depends on it and on the other arguments, not on the number of ranks.
 
     Raises:
         UserError: no question is selected.
@@ -144,7 +144,7 @@ class PackedSampler:
 class MixtureSampler:
     """Interleaves several samplers: an epoch is one epoch of the first, in which every other one has its share.
 
-    The positions of each sampler's examples are drawn anew for each epoch; each sampler resumes where it stopped.
+    The positions of each sampler's examples are reshuffled for each epoch; each sampler resumes where it stopped.
 
     Args:
         samplers: the first one completes one epoch per epoch; packed examples of sampler i get `source` i.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A model under DeepSpeed. Callers see losses, steps and checkpoints, never DeepSpeed itself.
+    """A model under DeepSpeed. Its methods hide DeepSpeed behind losses, steps and checkpoints.
 
     Args:
         model: returns an object with a scalar `.loss`; parameters that are not in `groups` must be frozen.

@@ -1,4 +1,5 @@
-"""Generates answers to many questions in several processes: encodes each clip once, answers no question twice.
+"""Generates answers to many questions in several processes: encodes each clip once for all its questions, and skips
+questions whose answers the journal holds.
 
 Owns groups of clips and processes. Does not know why a clip was chosen or how answers are scored."""
 
@@ -108,8 +109,8 @@ class AnswerGenerator:
         self._model_fingerprint = fingerprint_model(settings.model)
 
     def generate(self, question_set: QuestionSet, source: QuestionSource, pairing: AudioPairing) -> dict[int, str]:
-        """Returns index of the question -> answer for all questions about the clips of `pairing`, as far as their
-        partitions are done.
+        """Returns index of the question -> answer for those questions about the clips of `pairing` that the journal
+        now answers: all of them, unless other machines still work on their partitions.
 
         Args:
             question_set: the question set of `source`.

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.core.errors import UserError
 from pipeline.experiments.trials import Trial, run_trial
-from pipeline.launch.ray_launcher import joined
+from pipeline.launch.ray_launcher import ray_driver
 
 MAX_RETRIES = 5  # for a trial whose node is lost; it resumes from its newest checkpoint
 
@@ -37,7 +37,7 @@ def run_on_cluster(
     Raises:
         UserError: no cluster at this address, or no node that is large enough for a trial.
     """
-    with joined(address):
+    with ray_driver(address):
         kinds = ("GPU", "CPU") if ray.cluster_resources().get("GPU") else ("CPU",)
         bundle = dict.fromkeys(kinds, float(nproc))
         if not any(all(node["Resources"].get(k, 0) >= nproc for k in kinds) for node in ray.nodes() if node["Alive"]):

@@ -248,8 +248,8 @@ def run_trial(
     result: dict[str, Any] = {"params": trial.params, "run_id": None, "metrics": {}}
     try:
         run = partial(run_logged, ends_with_parent=ends_with_parent)
-        figures, _ = run(LoggedCommand("training", command, out / "train.log", out / "train.figures.json"))
-        result |= {"run_id": figures["run_id"], "metrics": {k: v for k, v in figures.items() if isinstance(v, float)}}
+        results, _ = run(LoggedCommand("training", command, out / "train.log", out / "train.figures.json"))
+        result |= {"run_id": results["run_id"], "metrics": {k: v for k, v in results.items() if isinstance(v, float)}}
         if evaluate:
             evaluation = ("pipeline.evaluate", str(out / "model"), *map(str, evaluate))
             scores, _ = run(

@@ -104,7 +104,7 @@ class Responder:
 
     @torch.inference_mode()
     def prefill_stream(self, audio: StreamingAudio, hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
-        """Prefills the prompt's prefix with the audio kept of a stream; valid until the stream receives more audio.
+        """Prefills the prompt's prefix with the retained audio of a stream; valid until the stream receives more audio.
 
         Args:
             hidden: see `prefill`.

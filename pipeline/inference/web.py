@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind
+from pipeline.core.units import MIB
 from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, AudioEncoders, EncodedAudio, spectrogram
 from pipeline.inference.responder import Responder
 from pipeline.model import PrefixCache
@@ -83,7 +84,7 @@ class Page:
         except UserError as error:
             return None, None, f"⚠️ **{path.name}** {error.fault}; {error.remedy}.", *NO_ANSWER
         session = ClipSession(audio)
-        cache_mib = self._prefix(session, self._pathways).nbytes / 2**20
+        cache_mib = self._prefix(session, self._pathways).nbytes / MIB
         picture = plot_spectrogram(clip_spectrogram, audio.duration_s, SPECTROGRAM_HIGHEST_HZ, path.name)
         status = f"Encoded {audio.duration_s:.1f} s of audio; its prefix cache takes {cache_mib:.1f} MiB."
         return session, picture, status, *NO_ANSWER

@@ -25,7 +25,7 @@ SAVE, END = "save", "end"
 STOP_REQUEST_POLL_S = 1.0
 _PEER_GRACE_PERIOD_S = 5.0  # how long other ranks may take to notice that they lost one
 SUPERVISED = "PAL_SUPERVISED"
-MARKED = "PYTHON_PAL_MARKED"  # PYTHON_, because the launcher passes on variables to other hosts by prefix
+HAS_PARENT = "PYTHON_PAL_HAS_PARENT"  # PYTHON_, because the launcher passes on variables to other hosts by prefix
 
 
 def lost_ranks(output: Path) -> str:
@@ -66,9 +66,9 @@ def ranks_of(output: Path) -> dict[int, dict[str, Any]]:
     return {record["rank"]: record for record in records}
 
 
-def report(line: str) -> None:
+def print_to_parent(line: str) -> None:
     """Prints a line for the console of the command that started the job."""
-    prefix = CONSOLE if MARKED in os.environ else ""
+    prefix = CONSOLE if HAS_PARENT in os.environ else ""
     print(f"{prefix}{line}", flush=True)
 
 
@@ -76,7 +76,7 @@ class _ParentHandler(logging.Handler):
     """Sends log records to the console of the command that started the job."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        report(self.format(record))
+        print_to_parent(self.format(record))
 
 
 def configure_rank_logging(rank: int) -> None:
@@ -84,7 +84,7 @@ def configure_rank_logging(rank: int) -> None:
 
     From ranks other than 0, only warnings and errors are sent.
     """
-    configure_logging(_ParentHandler() if MARKED in os.environ else None)
+    configure_logging(_ParentHandler() if HAS_PARENT in os.environ else None)
     logger.handlers[0].addFilter(RankFilter(rank))
 
 
@@ -103,7 +103,7 @@ def watch_parent(stop: Callable[[], None]) -> None:
 
 def watch_stop_request(output: Path, stop: Callable[[], None]) -> None:
     """Does the same as `watch_parent` on a host that the pipes of the parent do not reach, through a file."""
-    if SUPERVISED in os.environ or MARKED not in os.environ:
+    if SUPERVISED in os.environ or HAS_PARENT not in os.environ:
         return
 
     def poll_requests() -> None:
@@ -140,7 +140,7 @@ def record_exit(output: Path, rank: int, step: int | None, code: int, message: s
     Returns:
         `code`.
     """
-    alone = SUPERVISED not in os.environ and MARKED not in os.environ
+    alone = SUPERVISED not in os.environ and HAS_PARENT not in os.environ
     if alone:
         logger.error(message)
     record = {"rank": rank, "step": step, "code": code, "message": message, "lost_peer": lost_peer, "time": time.time()}

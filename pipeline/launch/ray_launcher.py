@@ -40,7 +40,7 @@ _INHERITED = ("PYTHON", "PAL_", "NCCL", "UCX", "MLFLOW", "OMP_", "TOKENIZERS_", 
 
 
 @contextlib.contextmanager
-def joined(address: str) -> Iterator[None]:
+def ray_driver(address: str) -> Iterator[None]:
     """Makes this process a driver of the cluster at this address (`auto`: the cluster of this machine or Ray job).
 
     Raises:
@@ -69,7 +69,7 @@ def devices(address: str, nproc: int | None) -> tuple[bool, int]:
     """
     if nproc is not None and nproc < 1:
         raise UserError("--nproc", f"{nproc} is below 1", "give 1 or more")
-    with joined(address):
+    with ray_driver(address):
         resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0)) if not is_cpu_forced() else 0
     available, kind = (gpus, "GPUs") if gpus else (int(resources.get("CPU", 0)), "CPUs")
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="output folder of the job")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="MODULE ARGUMENTS")
     arguments = parser.parse_args(argv)
-    with joined(arguments.address):
+    with ray_driver(arguments.address):
         # When a Ray job is stopped, all its processes receive the signal. Ray's handler would end this process, and
         # the ranks with it, before they have saved; the parent requests the stop through the pipe instead.
         for number in (signal.SIGTERM, signal.SIGINT):  # RAY_JOB_STOP_SIGNAL may be either
@@ -184,7 +184,7 @@ class _Job:
             if self._stop_requested.is_set():
                 return False
             if not reported:
-                rank_process.report(f"waiting until the cluster has resources for {group.bundle_count} ranks")
+                rank_process.print_to_parent(f"waiting until the cluster has resources for {group.bundle_count} ranks")
                 reported = True
         return True
 

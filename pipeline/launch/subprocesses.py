@@ -1,4 +1,4 @@
-"""Runs a command as a child process that does not outlive its parent, keeps its log and reads its figures back."""
+"""Runs a command as a child process that does not outlive its parent, keeps its log and reads its results back."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class LoggedCommand:
         name: name of the command in messages.
         arguments: module and arguments, which go to `python -m`.
         log: receives stdout and stderr.
-        figures: receives the figures, through `--json`.
+        results: receives the results, through `--json`.
     """
 
     name: str
     arguments: Sequence[str]
     log: Path
-    figures: Path
+    results: Path
 
 
 def run_logged(
@@ -68,19 +68,19 @@ def run_logged(
         on_heartbeat: receives the last line of the log while the command runs.
 
     Returns:
-        the figures of the command, and the last line of its log.
+        the results of the command, and the last line of its log.
 
     Raises:
         CommandFailed: the command ended with an error.
     """
-    log, figures = command.log, command.figures
+    log, results = command.log, command.results
     log.parent.mkdir(parents=True, exist_ok=True)
-    figures.unlink(missing_ok=True)
+    results.unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as file:
         settings: dict[str, Any] = {} if show else {"stdout": file, "stderr": subprocess.STDOUT}
         if ends_with_parent:
             settings["preexec_fn"] = _end_with_parent
-        with _child([sys.executable, "-m", *command.arguments, f"--json={figures}"], settings) as process:
+        with _child([sys.executable, "-m", *command.arguments, f"--json={results}"], settings) as process:
             while (exit_code := _wait(process, heartbeat_s)) is None:
                 on_heartbeat(_last_line(log))
     if exit_code == EXIT_USER_ERROR:
@@ -89,7 +89,7 @@ def run_logged(
     if exit_code:
         tail = "".join(f"\n  | {line}" for line in _read_lines(log)[-LOG_TAIL_LINES:])
         raise CommandFailed(f"{command.name} ended with code {exit_code}, see {log}{tail}", EXIT_FAILURE)
-    return json.loads(figures.read_text(encoding="utf-8")), _last_line(log)
+    return json.loads(results.read_text(encoding="utf-8")), _last_line(log)
 
 
 def make_small_experiment(folder: Path, clips: int, language_model: str) -> list[str]:

@@ -1,9 +1,9 @@
 """Starts a launcher for one job and supervises it: console output, signals, failures. Imports torch only to count GPUs.
 
-Parent and ranks communicate through the pipes that the ranks inherit from the launcher. Lines of a rank that begin with
-`CONSOLE` are shown, and every line goes to `launcher.log`. A byte on stdin requests that the ranks save and exit, and
-end of file on stdin means that the parent is gone. pdsh forwards neither to other hosts, so the parent also writes its
-requests to a file in the output folder.
+Parent and ranks communicate through the pipes that the ranks inherit from the launcher. The text after
+`CONSOLE` in a line is shown (pdsh writes the host in front of it), and every line goes to `launcher.log`. A byte on
+stdin requests that the ranks save and exit; EOF means that the parent died. pdsh forwards neither to other hosts, so
+the parent also writes its requests to a file in the output folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.launch.rank_process import (
     CONSOLE,
     END,
     FAILURES,
-    MARKED,
+    HAS_PARENT,
     RANKS,
     SAVE,
     STOP_REQUEST,
@@ -169,7 +169,7 @@ def _launcher(placement: Placement, output: Path) -> list[str]:
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    forced = {SUPERVISED: "1", MARKED: "1", "PYTHONUNBUFFERED": "1"}
+    forced = {SUPERVISED: "1", HAS_PARENT: "1", "PYTHONUNBUFFERED": "1"}
     if not on_gpu:
         forced[ACCELERATOR_VARIABLE] = "cpu"
     # Without a limit, every rank would use all cores, and ranks would wait for each other's threads.
@@ -187,7 +187,7 @@ def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[N
     def forward(number: int, _: object) -> None:
         nonlocal stop_requested
         if stop_requested:
-            _end(process, output)
+            _kill(process, output)
             return
         stop_requested = True
         _request(output, SAVE)
@@ -205,7 +205,7 @@ def _forward_signals(process: subprocess.Popen[str], output: Path) -> Iterator[N
         for number, handler in previous.items():
             signal.signal(number, handler)
         if process.poll() is None:
-            _end(process, output)
+            _kill(process, output)
 
 
 def _request(output: Path, request: str) -> None:
@@ -213,7 +213,7 @@ def _request(output: Path, request: str) -> None:
         (output / STOP_REQUEST).write_text(request)
 
 
-def _end(process: subprocess.Popen[str], output: Path) -> None:
+def _kill(process: subprocess.Popen[str], output: Path) -> None:
     _request(output, END)
     os.killpg(process.pid, signal.SIGKILL)
 
@@ -225,7 +225,7 @@ def _end_after_failure(process: subprocess.Popen[str], output: Path) -> None:
             try:
                 process.wait(_GRACE_PERIOD_S)
             except subprocess.TimeoutExpired:
-                _end(process, output)
+                _kill(process, output)
         time.sleep(STOP_REQUEST_POLL_S)
 
 

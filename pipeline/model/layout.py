@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.core.errors import UserError
+from pipeline.core.labels import IGNORE_INDEX
 from pipeline.core.streams import IntegrationKind, Stream
 from pipeline.model.packing import PackedQuestions, find_packed_questions
 from pipeline.model.positions import (
@@ -23,8 +24,6 @@ from pipeline.model.positions import (
     stream_sets,
     to_device,
 )
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Layout:
         sequence_entries: for each stream the flat entries b * T + t that its tokens take (PLITS; else empty).
         sequence_sources: for each stream the flat tokens that go there.
         audio_layouts: stream indices -> the tokens that they put beside the sequence (LAL, flamingo).
-        input_entries: (B, T_in) flat entry b * T + t of each input token; for a placeholder and for padding the entry
-            before what follows, whose prediction is the next token.
+        input_entries: (B, T_in) for each input token, flat index b * T + t of the hidden state that predicts the token
+            after this input token; for a placeholder and for padding the entry before what follows.
         predictors: (M,) flat entries b * T + t that carry loss.
         targets: (M,) the token that each of them must predict.
         target_tokens: (M,) flat input token b * T_in + t that each target is.
@@ -85,7 +84,7 @@ class Layout:
         max_position: the largest position of the batch.
         reuses_clips: placeholders do not take the clips in their order, each once: `sequence_sources` selects.
         packed_questions: where packed questions are, to attend as rows of their own; None where nothing is packed.
-        plain_causal: memory order alone gives the mask of the sequence (no segments, no padding on the left).
+        plain_causal: storage order in the tensor alone gives the mask of the sequence (no segments, no left padding).
     """
 
     token_ids: Tensor
@@ -191,7 +190,7 @@ def build_layout(
     batch = len(input_ids)
     out = {name: torch.zeros(batch, total, dtype=torch.long) for name in ("token_ids", "segment", "input")}
     out["position"] = torch.full((batch, total), -1)
-    out["labels"] = torch.full((batch, total), IGNORED_LABEL)
+    out["labels"] = torch.full((batch, total), IGNORE_INDEX)
     out_valid = torch.zeros(batch, total, dtype=torch.bool)
     out_audio = torch.zeros(batch, total, dtype=torch.bool)
     text_row, text_column = (valid & ~placeholder).nonzero(as_tuple=True)
@@ -279,5 +278,5 @@ def _targets(labels: Tensor, segment: Tensor, valid: Tensor) -> tuple[Tensor, Te
         if s:
             previous = torch.where(previous < 0, prefix_last, previous)
         predictor = torch.where(in_segment, previous, predictor)
-    row, column = ((labels != IGNORED_LABEL) & valid & (predictor >= 0)).nonzero(as_tuple=True)
+    row, column = ((labels != IGNORE_INDEX) & valid & (predictor >= 0)).nonzero(as_tuple=True)
     return row * total + predictor[row, column], row * total + column

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipeline.data.chat_template import IGNORE_INDEX
+from pipeline.core.labels import IGNORE_INDEX
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "segment_ids", "audio_features", "audio_lengths")
 Batch = dict[str, Any]

@@ -187,7 +187,7 @@ def newest_checkpoint(output: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    newest = checkpoint_dir.newest_good(output)
+    newest = checkpoint_dir.newest_intact(output)
     if newest is None:
         raise UserError(output, "holds no complete checkpoint", "give a step-* folder or a run's output folder")
     return newest[0]

@@ -22,12 +22,12 @@ from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.files import atomic_write, fsync
 from pipeline.core.records import Strict
+from pipeline.core.units import GIB
 
 RECORD = "COMPLETE.json"
 VALIDATION = "validation.json"  # validation loss of a checkpoint; written after it, while training continues
 FORMAT_VERSION: Literal[3] = 3
 _NAME = re.compile(r"step-(\d{6,})")
-_GIB = 2**30
 _SPACE_MARGIN = 1.01  # files hold a little more than tensors
 
 
@@ -168,7 +168,7 @@ def verify(checkpoint: Path) -> CheckpointRecord:
     return record
 
 
-def newest_good(folder: Path) -> tuple[Path, CheckpointRecord] | None:
+def newest_intact(folder: Path) -> tuple[Path, CheckpointRecord] | None:
     """Returns the newest intact checkpoint, or None; logs a warning for each damaged one that it skips.
 
     Raises:
@@ -184,12 +184,12 @@ def newest_good(folder: Path) -> tuple[Path, CheckpointRecord] | None:
     return None
 
 
-def lacking_space(folder: Path, num_bytes: float) -> str | None:
+def space_error(folder: Path, num_bytes: float) -> str | None:
     """Returns a sentence that says why `num_bytes` do not fit on a folder's disk, or None if they fit."""
     free = shutil.disk_usage(folder).free
     if free > num_bytes * _SPACE_MARGIN:
         return None
-    return f"it needs {num_bytes / _GIB:.3f} GiB and {folder} has {free / _GIB:.3f} GiB free"
+    return f"it needs {num_bytes / GIB:.3f} GiB and {folder} has {free / GIB:.3f} GiB free"
 
 
 def record_validation_loss(checkpoint: Path, loss: float) -> None:
@@ -233,13 +233,13 @@ def require_resumable(output: Path, world_size: int, *, reshard: bool) -> None:
             record = read_record(newest)
         except UserError as error:
             if reshard and not isinstance(error, UnsupportedFormatError):
-                return  # damaged: `newest_good` falls back to the previous one
+                return  # damaged: `newest_intact` falls back to the previous one
             raise
         if not reshard and not record.fits(world_size):
-            raise wrong_world_size(newest, record.world_size, world_size)
+            raise world_size_error(newest, record.world_size, world_size)
 
 
-def wrong_world_size(checkpoint: Path, written_by: int, world_size: int) -> UserError:
+def world_size_error(checkpoint: Path, written_by: int, world_size: int) -> UserError:
     """Returns the error for a checkpoint that another number of ranks wrote, where resharding was not requested."""
     fault = f"was written by {written_by} ranks, this job has {world_size}"
     return UserError(checkpoint, fault, f"add --reshard to convert it, or resume with {written_by} ranks (--nproc)")

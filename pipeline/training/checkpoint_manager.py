@@ -39,7 +39,7 @@ class _Save:
 
 
 class CheckpointManager:
-    """Checkpoints of one engine and one loader in `config.output`. All ranks call every method.
+    """Checkpoints of one engine and one loader in `config.output`. All ranks call every method except `upload_to`.
 
     Args:
         reshard: resume from a checkpoint of another number of ranks too.
@@ -60,9 +60,9 @@ class CheckpointManager:
     # ---- saving -----------------------------------------------------------------------------------------------------
 
     def upload_to(self, tracker: Tracker) -> None:
-        """Uploads all checkpoints to the MLflow run from now on; called on rank 0 only."""
+        """Uploads all existing and future checkpoints to the MLflow run. Only rank 0 calls it."""
         self._tracker = tracker
-        self._tidy()
+        self._prune()
 
     def save(self, step: int, seen_tokens: int, throughput: Throughput, run: RunRecord) -> None:
         """Finishes the previous checkpoint and starts that of `step`; logs a failure, which costs that save alone.
@@ -79,7 +79,7 @@ class CheckpointManager:
         snapshot = self._engine.snapshot(temporary, copied=self._settings.background)
         names = checkpoint_dir.files_of(temporary)[self._ranks.rank :: self._ranks.world_size]
         (num_bytes,) = self._engine.sum_over_ranks([snapshot.num_bytes])
-        if self._failed(step, self._on_main(lambda: checkpoint_dir.lacking_space(self._output, num_bytes))):
+        if self._failed(step, self._on_main(lambda: checkpoint_dir.space_error(self._output, num_bytes))):
             if self._ranks.is_main:
                 checkpoint_dir.discard(temporary)
             return
@@ -133,11 +133,11 @@ class CheckpointManager:
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
-    def note_validation(self, step: int, loss: float) -> None:
+    def record_validation_loss(self, step: int, loss: float) -> None:
         """Records the validation loss of the checkpoint of `step`, whether it is committed or in progress."""
         if self._ranks.is_main:
             self._losses[step] = loss
-            self._tidy()
+            self._prune()
 
     def _on_main(self, action: Callable[[], str | None]) -> str | None:
         """Calls `action` on rank 0; returns its result, or the error of the disk, on all ranks."""
@@ -152,8 +152,8 @@ class CheckpointManager:
     def _failed(self, step: int, failure: str | None) -> bool:
         self._failure = None if failure is None else f"the checkpoint of step {step} is not saved: {failure}"
         if failure is not None and self._ranks.is_main:
-            last_good = next((path.name for path in checkpoint_dir.list_checkpoints(self._output)), "none")
-            logger.warning(f"{self._failure}; last good one: {last_good}")
+            newest = next((path.name for path in checkpoint_dir.list_checkpoints(self._output)), "none")
+            logger.warning(f"{self._failure}; newest saved checkpoint: {newest}")
         return failure is not None
 
     def _begin(self, temporary: Path, step: int) -> None:
@@ -162,9 +162,9 @@ class CheckpointManager:
 
     def _commit(self, temporary: Path, record: CheckpointRecord) -> None:
         checkpoint_dir.commit(temporary, record)
-        self._tidy()
+        self._prune()
 
-    def _tidy(self) -> None:
+    def _prune(self) -> None:
         """Writes validation losses into committed checkpoints, uploads checkpoints and removes old ones."""
         for step in list(self._losses):
             if (path := self._output / checkpoint_dir.checkpoint_name(step)).is_dir():
@@ -185,7 +185,7 @@ class CheckpointManager:
                 differs, or the language model is another.
             RuntimeError: the loaded weights are not the saved ones.
         """
-        newest = checkpoint_dir.newest_good(self._output) if self._ranks.is_main else None
+        newest = checkpoint_dir.newest_intact(self._output) if self._ranks.is_main else None
         newest = self._engine.gather_over_ranks(newest)[0]
         if newest is None:
             return 0, 0, Throughput()
@@ -195,7 +195,7 @@ class CheckpointManager:
         elif self._reshard:
             self._load_resharded(path, record)
         else:
-            raise checkpoint_dir.wrong_world_size(path, record.world_size, self._ranks.world_size)
+            raise checkpoint_dir.world_size_error(path, record.world_size, self._ranks.world_size)
         self._compare(path, record)
         self._loader.load_state_dict(record.data)
         progress = dict(record.progress)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import ExperimentConfig
 from pipeline.config.flat import flatten
 from pipeline.core import provenance
-from pipeline.core.arguments import write_figures
+from pipeline.core.arguments import write_results
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from pipeline.core.files import lock_folder
@@ -49,7 +49,7 @@ def run_rank(
     Args:
         config: config of the whole job.
         stages: config of each stage by name.
-        results_file: where rank 0 also writes the figures.
+        results_file: where rank 0 also writes the results.
         reshard: resume from a checkpoint of another number of ranks too.
 
     Returns:
@@ -87,7 +87,7 @@ def run_rank(
                 gc.collect()  # frees DeepSpeed's reference cycles: the next stage needs their memory
             leave_process_group()
             if ranks.is_main and results_file is not None:
-                write_figures(read_figures(stages), results_file)
+                write_results(read_results(stages), results_file)
             return 0
     except UserError as error:
         step = trainer.step if trainer else 0
@@ -110,10 +110,10 @@ def _connect(config: ExperimentConfig, ranks: Ranks, stop: threading.Event) -> N
     rank_process.watch_stop_request(config.output, stop.set)
 
 
-def read_figures(stages: Mapping[str, ExperimentConfig]) -> dict[str, Any]:
-    """Returns the figures of the last stage; those of a curriculum also hold the figures of each stage by name."""
-    figures = {name: json.loads((s.output / run_dir.RESULTS).read_text("utf-8")) for name, s in stages.items()}
-    return {**figures[[*stages][-1]], **({} if "" in stages else {"stages": figures})}
+def read_results(stages: Mapping[str, ExperimentConfig]) -> dict[str, Any]:
+    """Returns the results of the last stage; those of a curriculum also hold the results of each stage by name."""
+    results = {name: json.loads((s.output / run_dir.RESULTS).read_text("utf-8")) for name, s in stages.items()}
+    return {**results[[*stages][-1]], **({} if "" in stages else {"stages": results})}
 
 
 def mark_failed(stages: Mapping[str, ExperimentConfig], code: int) -> None:

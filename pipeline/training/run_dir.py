@@ -17,7 +17,7 @@ from pipeline.core.records import Strict
 from pipeline.training.checkpoint_dir import list_checkpoints
 
 RUN = "run.json"
-RESULTS = "train.json"  # figures of a finished run, written last
+RESULTS = "train.json"  # results of a finished run, written last
 CONFIG = "config.yaml"  # the resolved config, in every checkpoint and in the output folder
 LOCK = ".lock"  # held with `files.lock_folder` by the job that writes into the folder
 LOCK_PATIENCE_S = 3.0  # the ranks of a killed job need a moment to notice

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.core.labels import IGNORE_INDEX
 from pipeline.cost.flops import RowShape, training_flops
-from pipeline.data.chat_template import IGNORE_INDEX
 from pipeline.model import PalConfig
 from pipeline.model.parameters import TrainableSet
 from pipeline.training.batches import Batch

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-GIB = 2**30
+from pipeline.core.units import GIB
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.config import ExperimentConfig
 from pipeline.core.console import format_duration, logger
 from pipeline.core.ranks import Ranks
 from pipeline.data.feature_set import FeatureSet
+from pipeline.engine import ParameterGroup
 from pipeline.tracking.writer import Status, read_metrics
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.batches import Batch, count_answer_tokens, count_text_tokens, model_inputs
@@ -78,7 +79,7 @@ class Trainer:
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the last step; returns the figures of `train.json` on rank 0, an empty dictionary elsewhere.
+        """Trains to the last step; returns the results of `train.json` on rank 0, an empty dictionary elsewhere.
 
         Raises:
             Stopped: a signal ended the run early.
@@ -99,16 +100,18 @@ class Trainer:
                 if stop and not last:
                     self.checkpoints.require_saved()
                     status = "KILLED"
-                    raise Stopped(f"stopped by a signal at step {self.step}; saved, start it again to go on")
+                    raise Stopped(
+                        f"stopped by a signal at step {self.step}; checkpoint saved; rerun the same command to resume"
+                    )
                 if evaluate and self.components.validation is not None:
                     self._validate(self.components.validation)
             self.checkpoints.require_saved()
-            figures = self._export()
+            results = self._export()
             status = "FINISHED"
         finally:
             if self.tracker is not None and not self.tracker.close(status):
                 logger.warning(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
-        return self._write_results(figures)
+        return self._write_results(results)
 
     @property
     def done(self) -> int:
@@ -172,7 +175,7 @@ class Trainer:
         with self.throughput_meter.paused():
             loss = validation_loss(self.components, features, self.config, self.ranks)
         self._record({"validation/loss": loss})
-        self.checkpoints.note_validation(self.step, loss)
+        self.checkpoints.record_validation_loss(self.step, loss)
         logger.info(f"{self._position}  validation loss {loss:.4f}")
 
     # ---- reporting ------------------------------------------------------------------------------------------------
@@ -214,7 +217,7 @@ class Trainer:
         elapsed_s = self.throughput.elapsed_s / self.ranks.world_size
         logger.info(
             f"{self._position}  loss {mean_loss:7.4f}  "
-            f"lr {self.train.learning_rate * multiplier:.2e}  grad {norm:6.3f}  "
+            f"lr {format_rates(self.engine.groups, multiplier)}  grad {norm:6.3f}  "
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
             + (f"mfu {rates['mfu']:4.0%}  " if "mfu" in rates else "")
             + f"{format_duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
@@ -250,29 +253,35 @@ class Trainer:
     # ---- results --------------------------------------------------------------------------------------------------
 
     def _export(self) -> dict[str, float]:
-        """Writes the trained model for evaluation; returns the figures of the run."""
+        """Writes the trained model for evaluation; returns the results of the run."""
         peaks = self.engine.gather_over_ranks(peak_memory_gib(self.engine.device))
         state = self.engine.gathered_state()
         if state is None:
             return {}
         save_model(self.components.model, self.components.tokenizer, self.config, self.output / MODEL, state)
         losses = [metrics["train/loss"] for _, metrics in read_metrics(self.output) if "train/loss" in metrics]
-        figures = {
+        results = {
             "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),
             **self.throughput.rates(self.ranks.world_size),
             "peak_memory_gib": max(peaks),
             "text_tokens": self.seen_tokens,
         }
-        self._record(figures)
-        return figures
+        self._record(results)
+        return results
 
-    def _write_results(self, figures: dict[str, float]) -> dict[str, Any]:
+    def _write_results(self, metrics: dict[str, float]) -> dict[str, Any]:
         if not self.ranks.is_main:
             return {}
         newest = str(checkpoint_dir.list_checkpoints(self.output)[0])
-        results = {"steps": self.step, **figures, "run_id": self.run.run_id, "checkpoint": newest}
+        results = {"steps": self.step, **metrics, "run_id": self.run.run_id, "checkpoint": newest}
         (self.output / run_dir.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         return results
+
+
+def format_rates(groups: Sequence[ParameterGroup], lr_multiplier: float) -> str:
+    """Returns the current learning rates of what is trained, each once."""
+    rates = dict.fromkeys(group.learning_rate * lr_multiplier for group in groups)
+    return "/".join(f"{rate:.2e}" for rate in rates)
 
 
 def _add_losses(tasks: TaskLosses, batch: Batch, output: Any) -> None:

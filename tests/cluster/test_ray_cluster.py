@@ -121,7 +121,7 @@ def test_losses_are_the_same_although_a_node_was_lost_and_the_job_was_stopped(
     out, err = job.communicate(timeout=LIMIT_S)
     assert job.returncode == EXIT_STOPPED, err + out
     assert f"{lost} failed: Ray has lost it on node" in out and "restart 1 of 1" in out and "resumed from" in out
-    assert "saved, start it again to go on" in out
+    assert "checkpoint saved; rerun the same command to resume" in out
 
     done = submitted(cluster, folder, *train)
     out, err = done.communicate(timeout=LIMIT_S)

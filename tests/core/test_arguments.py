@@ -14,7 +14,7 @@ from pipeline.core.arguments import (
     add_encoder_option,
     add_json,
     require_positive,
-    write_figures,
+    write_results,
 )
 from pipeline.core.errors import UserError
 
@@ -46,9 +46,9 @@ def test_a_config_is_required_unless_it_is_optional(capsys: pytest.CaptureFixtur
 
 
 def test_figures_are_json_and_need_a_file(tmp_path: Path) -> None:
-    write_figures({"accuracy": 0.5}, None)
+    write_results({"accuracy": 0.5}, None)
     assert not list(tmp_path.iterdir())
-    write_figures({"accuracy": 0.5, "unit": "±"}, tmp_path / "figures.json")
+    write_results({"accuracy": 0.5, "unit": "±"}, tmp_path / "figures.json")
     text = (tmp_path / "figures.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"accuracy": 0.5, "unit": "±"} and "±" in text
 

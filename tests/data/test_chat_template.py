@@ -3,7 +3,8 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
-from pipeline.data.chat_template import AUDIO_TOKEN, IGNORE_INDEX, ChatTemplate, load_tokenizer
+from pipeline.core.labels import IGNORE_INDEX
+from pipeline.data.chat_template import AUDIO_TOKEN, ChatTemplate, load_tokenizer
 from tests.helpers.feature_sets import CHATML, byte_tokenizer
 
 SYSTEM = "You listen."

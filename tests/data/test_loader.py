@@ -280,7 +280,7 @@ def test_a_mixture_resumes_at_another_world_size(features, chat, text):
 
 def test_bad_mixtures_are_named(features, chat, tmp_path):
     other = write_feature_set(tmp_path / "other", [2], encoders={"log_mel": 8, "clap": 5})
-    with pytest.raises(UserError, match=r"features of 'clap' have fingerprint \w+, data\.train"):
+    with pytest.raises(UserError, match=r"features of 'clap' have fingerprint \w+, but data\.train"):
         loader(features, chat, mixture=[{"path": other, "share": 0.1}])
     with pytest.raises(UserError, match=r"data\.mixture\.0\.tasks: the feature set has no 'sing'"):
         loader(features, chat, mixture=[{"tasks": ["sing"], "share": 0.1}])

@@ -29,9 +29,9 @@ def write_model(folder: Path, integration: str, **sizes: int) -> Path:
         "train": {"steps": 1, "precision": "fp32"},
     }
     config = validate_config(ExperimentConfig, values, "test")
-    tokenizer, chat = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
+    tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     torch.manual_seed(0)
     contract = FeatureSet(folder / "set", ["log_mel"]).contract
-    model = build_model(config, contract, chat.audio_token_id)
+    model = build_model(config, contract, chat_template.audio_token_id)
     save_model(model, tokenizer, config, folder / "model")
     return folder

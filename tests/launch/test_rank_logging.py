@@ -27,9 +27,9 @@ def test_rank_0_logs_everything_and_other_ranks_only_warnings_and_errors(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delenv(rank_process.MARKED, raising=False)
+    monkeypatch.delenv(rank_process.HAS_PARENT, raising=False)
     if has_parent:
-        monkeypatch.setenv(rank_process.MARKED, "1")
+        monkeypatch.setenv(rank_process.HAS_PARENT, "1")
     rank_process.configure_rank_logging(rank)
     logger.info("100% done")
     logger.warning("careful")

@@ -28,7 +28,7 @@ from pipeline.launch import rank_process
 
 what, output = sys.argv[1], Path(sys.argv[2])
 rank_process.register_rank(output, int(os.environ["RANK"]))
-rank_process.report(json.dumps({**os.environ, "cwd": os.getcwd(), "pid": os.getpid()}))
+rank_process.print_to_parent(json.dumps({**os.environ, "cwd": os.getcwd(), "pid": os.getpid()}))
 stop = []
 rank_process.watch_parent(lambda: stop.append(True))
 while what == "wait" and not stop:

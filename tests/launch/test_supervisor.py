@@ -65,7 +65,7 @@ def test_stop_requests_reach_ranks_on_other_hosts_through_the_output_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank_process, "STOP_REQUEST_POLL_S", 0.01)
-    monkeypatch.setenv("PYTHON_PAL_MARKED", "1")
+    monkeypatch.setenv("PYTHON_PAL_HAS_PARENT", "1")
     ended, stopped = threading.Event(), threading.Event()
     monkeypatch.setattr(rank_process.os, "_exit", lambda code: ended.set() if code == EXIT_FAILURE else None)
     supervisor._request(tmp_path, "")
@@ -96,13 +96,13 @@ def test_a_job_on_several_hosts_ends_soon_after_a_rank_has_failed(
 def test_ranks_log_to_the_console_of_their_parent_or_to_stderr(
     rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], restored_logging: None
 ) -> None:
-    monkeypatch.delenv(rank_process.MARKED, raising=False)
+    monkeypatch.delenv(rank_process.HAS_PARENT, raising=False)
     rank_process.configure_rank_logging(rank)
     logger.info("step 1")
     logger.warning("slow disk")
     info = "pal: step 1\n" if rank == 0 else ""
     assert capsys.readouterr() == ("", f"{info}pal: slow disk\n")
-    monkeypatch.setenv(rank_process.MARKED, "1")
+    monkeypatch.setenv(rank_process.HAS_PARENT, "1")
     rank_process.configure_rank_logging(rank)
     logger.info("step 1")
     logger.warning("slow disk")

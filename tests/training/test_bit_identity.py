@@ -1,5 +1,6 @@
-"""Forty undisturbed steps against the same steps killed three times at random and resumed: every loss, every tensor, the
-order of all samples. In one job with two stages, so that the kills fall on both sides of their boundary and on it."""
+"""Forty undisturbed steps against the same steps killed three times at random and resumed: every loss, every tensor,
+the order of all samples. In one job with two stages, so that the kills fall on both sides of their boundary and on
+it."""
 
 from __future__ import annotations
 

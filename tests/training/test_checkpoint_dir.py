@@ -44,7 +44,7 @@ def save(folder: Path, step: int) -> Path:
 
 
 def newest_step(folder: Path) -> int | None:
-    newest = checkpoint_dir.newest_good(folder)
+    newest = checkpoint_dir.newest_intact(folder)
     return newest[1].step if newest else None
 
 
@@ -149,8 +149,8 @@ def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
 
 
 def test_lack_of_space_is_reported_with_the_size_and_the_folder(tmp_path: Path) -> None:
-    assert checkpoint_dir.lacking_space(tmp_path, 1) is None
-    message = checkpoint_dir.lacking_space(tmp_path, 2**60)
+    assert checkpoint_dir.space_error(tmp_path, 1) is None
+    message = checkpoint_dir.space_error(tmp_path, 2**60)
     assert message and f"{2**30:.3f} GiB" in message and str(tmp_path) in message
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_and_never_trained_over(tmp_p
     refusal = r"step-000001: has checkpoint format 2, .* reads format 3; use the version that wrote it, or start a new"
     for read in (
         lambda: checkpoint_dir.require_resumable(tmp_path, 2, reshard=reshard),
-        lambda: checkpoint_dir.newest_good(tmp_path),
+        lambda: checkpoint_dir.newest_intact(tmp_path),
         lambda: checkpoint_dir.verify(path),
     ):
         with pytest.raises(UserError, match=refusal) as error:
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_an_older_format_is_refused_and_never_trained_over(tmp_p
         assert len(str(error.value).splitlines()) == 1
     # The remedy: another output folder.
     checkpoint_dir.require_resumable(tmp_path / "new", 2, reshard=reshard)
-    assert checkpoint_dir.newest_good(tmp_path / "new") is None
+    assert checkpoint_dir.newest_intact(tmp_path / "new") is None
 
 
 def test_an_interrupted_retention_leaves_nothing_that_looks_complete(

@@ -161,7 +161,7 @@ def keep_the_best(output: Path) -> list[list[int]]:
     checkpoints, _ = manager(output, engine, keep_best=1)
     for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4), (4, 0.6)):
         checkpoints.save(step, 0, Throughput(), RUN)
-        checkpoints.note_validation(step, loss)  # the checkpoint is still being written
+        checkpoints.record_validation_loss(step, loss)  # the checkpoint is still being written
         checkpoints.finish()
         steps_kept.append(steps_in(output))
         engine.barrier()
@@ -169,7 +169,7 @@ def keep_the_best(output: Path) -> list[list[int]]:
     if read_ranks().is_main:
         checkpoints.upload_to(uploads)
     checkpoints.save(5, 0, Throughput(), RUN)
-    checkpoints.note_validation(5, 0.1)
+    checkpoints.record_validation_loss(5, 0.1)
     checkpoints.finish()
     if read_ranks().is_main:
         assert uploads.named[0] == ["step-000004", "step-000002"]

@@ -64,7 +64,8 @@ def test_each_stage_starts_from_the_weights_of_the_previous_ones(config: Path, s
     assert all(third[n].equal(first[n]) for n in third if n.startswith("language_model.") and "_proj" not in n)
     assert not any(third[n].equal(second[n]) for n in third if n.startswith("streams."))
     newest = checkpoint_dir.list_checkpoints(straight / FOLDERS[2])[0]
-    assert not any(n.startswith("language_model.") for n in trained_weights(newest))  # an unchanged LLM is not saved again
+    saved = trained_weights(newest)
+    assert not any(n.startswith("language_model.") for n in saved), "an unchanged language model is not saved again"
 
 
 def test_a_stage_is_a_run_of_its_own(config: Path, straight: Path) -> None:

@@ -85,7 +85,7 @@ def test_a_run_that_was_stopped_killed_and_resumed_is_the_same_run(folder: Path,
     wait_for_step(job, output, 2)
     job.send_signal(signal.SIGTERM)
     code, _, err = end_of(job, output)
-    assert code == EXIT_STOPPED and "start it again" in err
+    assert code == EXIT_STOPPED and "rerun the same command" in err
     assert mlflow_run(output).info.status == "KILLED"
 
     job = start_job(*command)

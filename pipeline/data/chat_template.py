@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken
@@ -18,14 +17,11 @@ from pipeline.config import DataConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.labels import IGNORE_INDEX
+from pipeline.data.plain_text import PlainTextTokenizer
+from pipeline.data.template_parts import AUDIO_TOKEN, split_template, unusable_template
 
-AUDIO_TOKEN = "<audio>"
 _CACHED_CONVERSATIONS = 100_000
 _TOKENISED_AT_ONCE = 10_000
-_QUESTION, _ANSWER = "[[question]]", "[[answer]]"
-# Llama 3's template writes today's date and Qwen 3's writes a thinking block. Both are fixed, so that a prompt does not
-# depend on the day and is the same in training and in generation.
-_TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
@@ -57,24 +53,6 @@ class Row:
     segment_ids: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _TemplateParts:
-    """The fixed texts of a conversation.
-
-    Attributes:
-        prefix: everything up to and including the placeholder.
-        before_question, after_question: the user's turn around the question, up to the end of the prompt.
-        before_answer: white space between prompt and answer, which the model itself writes.
-        after_answer: the end of the answer's turn.
-    """
-
-    prefix: str
-    before_question: str
-    after_question: str
-    before_answer: str
-    after_answer: str
-
-
 class ChatTemplate:
     """Renders conversations: system text, a user turn with the clip's placeholder and the question, then the answer.
 
@@ -83,6 +61,10 @@ class ChatTemplate:
     answer, and the end of the answer. Labels are built from these parts and not from `{% generation %}` marks, which
     the templates of Llama and Qwen lack. A tokenizer without a template gets LTU's format (arXiv 2305.10790), with the
     audio in front: `### Instruction:\\n{question}\\n\\n### Response:\\n{answer}`.
+
+    Questions and answers are plain text: a control token in them, or the placeholder, is encoded as its characters (see
+    `PlainTextTokenizer`). Where the template marks turns by plain text instead (`### Response:`), a question or answer
+    with such a mark is an error.
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
@@ -111,14 +93,13 @@ class ChatTemplate:
         loss_on: Literal["answer", "all_text"] = "answer",
     ) -> None:
         self._tokenizer = tokenizer
-        self._name = tokenizer.name_or_path or "the tokenizer"
         self._max_text_tokens = max_text_tokens
         self._loss_on = loss_on
         self._cache: dict[tuple[str, str], tuple[list[int], int]] = {}
-        if AUDIO_TOKEN in system_prompt:
-            raise UserError("data.system_prompt", f"contains {AUDIO_TOKEN}", "remove it: the pipeline places the audio")
         self.audio_token_id: int = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
-        self._parts = self._split(system_prompt)
+        self._plain_text = PlainTextTokenizer(tokenizer)
+        self._parts = split_template(tokenizer, system_prompt)
+        self._turn_marks = self._find_turn_marks(system_prompt)
         self.prefix = self._encode(self._parts.prefix)
         self.end_token_id = self._encode(self._parts.after_answer)[-1]
         self.pad_token_id: int = self.end_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -134,13 +115,13 @@ class ChatTemplate:
             audio: False omits the placeholder, for questions about no clip.
 
         Raises:
-            UserError: a conversation is longer than max_text_tokens, or contains the placeholder.
+            UserError: a conversation is longer than max_text_tokens, or a text contains a mark of the template.
         """
         ids = list(self.prefix) if audio else self.prefix[:-1]
         labels, segments = [IGNORE_INDEX] * len(ids), [0] * len(ids)
         for number, question in enumerate(questions, start=1):
             suffix_ids, prompt_length = self._suffix(question)
-            self._check_length(len(self.prefix) + len(suffix_ids), f"question '{question.question_id}'")
+            self._check_length(len(self.prefix) + len(suffix_ids), _name_of(question))
             unlabelled = prompt_length if self._loss_on == "answer" else 1
             ids += suffix_ids
             labels += [IGNORE_INDEX] * unlabelled + suffix_ids[unlabelled:]
@@ -148,20 +129,25 @@ class ChatTemplate:
         return Row(*(np.array(values, np.int64) for values in (ids, labels, segments)))
 
     def lengths(self, questions: Iterable[Question]) -> Iterator[int]:
-        """Yields the number of tokens after the placeholder for each conversation, without checking them."""
+        """Yields the number of tokens after the placeholder for each conversation, without checking it.
+
+        Raises:
+            UserError: a text contains a mark of the template.
+        """
         questions = iter(questions)
         while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
-            texts = [AUDIO_TOKEN + self._suffix_text(question) for question in chunk]
-            for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]:
-                yield len(ids) - 1
+            names = [_name_of(question) for question in chunk]
+            suffixes = [self._suffix_texts(question) for question in chunk]
+            for ids in self._encode_suffixes(suffixes, names):
+                yield len(ids)
 
     def prompt(self, question: str) -> list[int]:
         """Returns the token ids up to where the answer begins, for generation.
 
         Raises:
-            UserError: the prompt is longer than max_text_tokens, or the question contains the placeholder.
+            UserError: the prompt is longer than max_text_tokens, or the question contains a mark of the template.
         """
-        ids = self.prefix + self._encode_suffix(self._prompt_text(question), repr(question))
+        ids = self.prefix + self._encode_suffixes([self._prompt_texts(question)], [repr(question)])[0]
         self._check_length(len(ids), repr(question))
         return ids
 
@@ -174,9 +160,9 @@ class ChatTemplate:
         """Returns the token ids after the placeholder, and how many of them precede the answer."""
         key = (question.question, question.answer)
         if key not in self._cache:
-            where = f"question '{question.question_id}'"
-            prompt_ids = self._encode_suffix(self._prompt_text(question.question), where)
-            suffix_ids = self._encode_suffix(self._suffix_text(question), where)
+            where = _name_of(question)
+            texts = [self._prompt_texts(question.question), self._suffix_texts(question)]
+            prompt_ids, suffix_ids = self._encode_suffixes(texts, [where, where])
             if suffix_ids[: len(prompt_ids)] != prompt_ids:
                 raise UserError(where, "its answer merges with the prompt's last token", "check the chat template")
             if len(self._cache) >= _CACHED_CONVERSATIONS:
@@ -184,23 +170,33 @@ class ChatTemplate:
             self._cache[key] = suffix_ids, len(prompt_ids)
         return self._cache[key]
 
-    def _prompt_text(self, question: str) -> str:
-        return self._parts.before_question + question.strip() + self._parts.after_question
+    def _prompt_texts(self, question: str) -> list[str]:
+        """Returns the texts between placeholder and answer, the template's and the data's in turn."""
+        return [AUDIO_TOKEN + self._parts.before_question, question.strip(), self._parts.after_question]
 
-    def _suffix_text(self, question: Question) -> str:
-        answer_text = self._parts.before_answer + question.answer.strip() + self._parts.after_answer
-        return self._prompt_text(question.question) + answer_text
+    def _suffix_texts(self, question: Question) -> list[str]:
+        """Does the same as `_prompt_texts` up to the end of the answer."""
+        *texts, after_question = self._prompt_texts(question.question)
+        return [*texts, after_question + self._parts.before_answer, question.answer.strip(), self._parts.after_answer]
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def _encode_suffix(self, text: str, where: str) -> list[int]:
-        # Tokenised after the placeholder: some tokenizers treat the beginning of a text differently.
-        ids = self._encode(AUDIO_TOKEN + text)[1:]
-        if self.audio_token_id in ids:
-            raise UserError(where, f"contains {AUDIO_TOKEN}", "remove it: the pipeline places the audio")
-        return ids
+    def _encode_suffixes(self, suffixes: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids after the placeholder.
+
+        Args:
+            suffixes: texts from `_prompt_texts` or `_suffix_texts`: they begin with the placeholder, since some
+                tokenizers treat the beginning of a text differently.
+            names: names of the conversations in an error.
+        """
+        for texts, name in zip(suffixes, names, strict=True):
+            for mark in self._turn_marks:
+                if any(mark in text for text in texts[1::2]):
+                    fault = f"contains {mark!r}, which marks a turn in the language model's prompts"
+                    raise UserError(name, fault, "reword the text or leave the question out")
+        return [ids[1:] for ids in self._plain_text.encode_batch(suffixes, names)]
 
     def _check_length(self, length: int, where: str) -> None:
         if length > self._max_text_tokens:
@@ -210,63 +206,27 @@ class ChatTemplate:
                 "raise data.max_text_tokens or leave this question out",
             )
 
-    def _split(self, system_prompt: str) -> _TemplateParts:
-        has_template = self._tokenizer.chat_template is not None
-        prompt, conversation = self._render(system_prompt) if has_template else self._render_ltu(system_prompt)
-        markers = (AUDIO_TOKEN, _QUESTION, _ANSWER)
-        positions = [conversation.find(marker) for marker in markers]
-        if any(conversation.count(marker) != 1 for marker in markers) or positions != sorted(positions):
-            raise self._unusable("does not show audio, question and answer once each, in this order")
-        before_audio, _, user_text = prompt.partition(AUDIO_TOKEN)
-        before_question, _, after_question = user_text.partition(_QUESTION)
-        before_answer, _, after_answer = conversation.removeprefix(prompt).partition(_ANSWER)
-        if not conversation.startswith(prompt) or before_answer.strip():
-            raise self._unusable("writes another prompt for generation than for training")
-        # White space after the end of the turn is never generated.
-        after_answer = after_answer.rstrip() or self._tokenizer.eos_token or ""
-        if not after_answer:
-            raise self._unusable("does not end an answer, and the tokenizer has no end-of-sequence token")
-        return _TemplateParts(before_audio + AUDIO_TOKEN, before_question, after_question, before_answer, after_answer)
-
-    def _render(self, system_prompt: str) -> tuple[str, str]:
-        """Returns the generation prompt and the whole conversation, with markers for question and answer."""
-        user = AUDIO_TOKEN + _QUESTION
-        candidates = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]]
-        # Gemma's template has no system role: the system text goes to the beginning of the user's turn.
-        candidates.append([{"role": "user", "content": f"{system_prompt}\n\n{user}"}])
-        if not system_prompt:
-            candidates = [[{"role": "user", "content": user}]]
-        for turns in candidates:
-            try:
-                conversation = self._apply_template([*turns, {"role": "assistant", "content": _ANSWER}], prompt=False)
-            except jinja2.TemplateError:
-                continue
-            if system_prompt.strip() in conversation:
-                return self._apply_template(turns, prompt=True), conversation
-        raise self._unusable("renders no system text and question")
-
-    def _apply_template(self, turns: list[dict[str, str]], *, prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=prompt, **_TEMPLATE_OPTIONS
-        )
-        return text
-
-    def _render_ltu(self, system_prompt: str) -> tuple[str, str]:
-        start = (self._tokenizer.bos_token or "") + (f"{system_prompt}\n\n" if system_prompt else "")
-        prompt = f"{start}{AUDIO_TOKEN}### Instruction:\n{_QUESTION}\n\n### Response:\n"
-        return prompt, prompt + _ANSWER
+    def _find_turn_marks(self, system_prompt: str) -> list[str]:
+        """Returns the plain texts by which the template marks turns; none where control tokens mark them."""
+        prefix = self._parts.prefix.removeprefix(self._tokenizer.bos_token or "").removesuffix(AUDIO_TOKEN)
+        if system_prompt:
+            prefix = prefix.replace(system_prompt.strip(), "")
+        parts = [prefix, self._parts.before_question, self._parts.after_question, self._parts.after_answer]
+        return [part.strip() for part in parts if part.strip() and not self._plain_text.has_control_token(part)]
 
     def _check(self) -> None:
         """Checks that the parts, tokenised one by one, give the conversation, and that labels decode to the answer."""
         example = Question(question_id="example", question="What do you hear?", answer="A dog barks.")
         suffix_ids, prompt_length = self._suffix(example)
-        if self.prefix + suffix_ids != self._encode(self._parts.prefix + self._suffix_text(example)):
-            raise self._unusable("does not tokenise part by part")
+        conversation = self._parts.prefix + "".join(self._suffix_texts(example)).removeprefix(AUDIO_TOKEN)
+        if self.prefix + suffix_ids != self._encode(conversation):
+            raise unusable_template(self._tokenizer, "does not tokenise part by part")
         if "".join(self.decode(suffix_ids[prompt_length:]).split()) != "".join(example.answer.split()):
-            raise self._unusable("gives labels that do not decode to the answer")
+            raise unusable_template(self._tokenizer, "gives labels that do not decode to the answer")
 
-    def _unusable(self, fault: str) -> UserError:
-        return UserError(self._name, f"its chat template {fault}", "use a language model with another chat template")
+
+def _name_of(question: Question) -> str:
+    return f"question '{question.question_id}'"
 
 
 def build_chat_template(

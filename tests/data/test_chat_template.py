@@ -137,6 +137,21 @@ def test_a_prompt_does_not_depend_on_the_day(tmp_path):
     assert "Today Date: 26 Jul 2024" in load_tokenizer(tmp_path).decode(template(load_tokenizer(tmp_path)).prefix)
 
 
+@pytest.mark.parametrize(
+    ("source", "date"),
+    [
+        ("{{ strftime_now('%d %B %Y') }}", "26 July 2024"),
+        ("{% set date_string = strftime_now('%Y-%m-%d') %}{{ date_string }}", "2024-07-26"),
+        ("{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}",
+         "26 Jul 2024"),
+    ],
+)  # fmt: skip
+def test_a_template_that_reads_the_clock_gets_a_fixed_date(tmp_path, source, date):
+    byte_tokenizer(f"Today is {source}.{CHATML}").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(template(tokenizer).prefix).startswith(f"Today is {date}.")
+
+
 def test_long_conversations_are_named_and_never_truncated(chatml):
     length = len(template(chatml).row(QUESTIONS[:1]).input_ids)
     template(chatml, max_text_tokens=length).row(QUESTIONS[:1])
@@ -146,11 +161,17 @@ def test_long_conversations_are_named_and_never_truncated(chatml):
         template(chatml, max_text_tokens=120).prompt("x" * 120)
 
 
-def test_a_placeholder_in_a_text_is_refused(chatml):
-    with pytest.raises(UserError, match=r"question 'bad': contains <audio>"):
-        template(chatml).row([Question(question_id="bad", question="is <audio> loud?", answer="yes")])
-    with pytest.raises(UserError, match=r"data\.system_prompt"):
-        template(chatml, system="Listen to <audio>.")
+def test_a_placeholder_in_a_text_is_plain_text(chatml):
+    row = template(chatml).row([Question(question_id="q", question="is <audio> loud?", answer="<audio> is")])
+    assert (row.input_ids == chatml.convert_tokens_to_ids(AUDIO_TOKEN)).sum() == 1
+    assert template(chatml).decode(row.labels[row.labels != IGNORE_INDEX]) == "<audio> is"
+    assert chatml.decode(row.input_ids).count(AUDIO_TOKEN) == 3
+
+
+@pytest.mark.parametrize("marker", [AUDIO_TOKEN, "[[question]]", "[[answer]]"])
+def test_a_marker_in_the_system_prompt_is_refused(chatml, marker):
+    with pytest.raises(UserError, match=r"data\.system_prompt: contains .*remove it"):
+        template(chatml, system=f"Listen to {marker}.")
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ def test_questions_share_one_prefill(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[int] = []
-    audio_tokens = PalForCausalLM.audio_tokens
-    monkeypatch.setattr(PalForCausalLM, "audio_tokens", lambda *a: calls.append(1) or audio_tokens(*a))
+    audio_kv = PalForCausalLM.audio_kv
+    monkeypatch.setattr(PalForCausalLM, "audio_kv", lambda *a: calls.append(1) or audio_kv(*a))
     questions = [f"What is it? {n}" for n in range(10)]
     arguments = [str(exported / "model"), str(exported / "clip.flac"), "--max-new-tokens=4", "--json"]
     assert main([*arguments, str(tmp_path / "a.json"), *questions]) == 0
@@ -67,7 +67,7 @@ def test_a_mistake_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.Ca
     for arguments, message in (
         ([model, tmp_path / "noise.wav", "What?"], "noise.wav: is undecodable"),
         ([model, tmp_path / "gone.wav", "What?"], "gone.wav: is missing"),
-        ([model, clip, "What <audio>?"], "contains <audio>"),
+        ([model, clip, "What? " * 5000], "text tokens long"),
         ([model, clip, "--encoder=clap=folder", "What?"], "the model has no encoder 'clap'"),
         ([other, clip, "What?"], "does not describe the encoder 'log_mel'"),
         ([tmp_path, clip, "What?"], "is not an exported model"),

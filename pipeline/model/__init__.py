@@ -1,7 +1,7 @@
 """The integrations of audio into a language model, in torch and transformers; peft is imported for LoRA adapters only.
 
-Read `modeling` (the forward pass and the loss) and `base` (its steps), then `layout` and `positions` (where tokens go),
-`mask` (which query attends to which key), `attention` and `audio_kv` (what a layer computes), `generation` (decoding).
+Read `modeling` (the forward pass and the loss) and `base` (its inputs), then `layout` and `positions` (where tokens
+go), `mask` (which query attends to which key), `attention` and `audio_kv` (what a layer computes), `generation`.
 
 Tensor names may end in a suffix of their axes, as in `x_BTD`; docstrings use the same letters for shapes:
 

@@ -3,7 +3,7 @@ which moment of the clip."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,8 +48,8 @@ def probe_attention(
     """
     if any(spec.integration == "flamingo" for spec in model.specs):
         raise UserError("model", "attends to audio apart from text (flamingo)", "probe a model of PLITS or LAL streams")
-    audio = model.audio_kv(model.audio_tokens(audio_features, audio_lengths))
-    layout = model.layout(audio.audio, TextBatch(input_ids, labels=labels))
+    inputs = model.prepare_forward(TextBatch(input_ids, labels=labels), audio_features, audio_lengths)
+    layout, audio = inputs.layout, inputs.attention_inputs.audio.clips
     in_sequence = layout.metadata.audio[0]
     counts = [int(n.sum()) for n in audio.audio.counts]
     mass: list[Tensor] = []
@@ -68,9 +68,9 @@ def probe_attention(
                 token_weights[stream][layer] = sequence_HT.mean(0)[entries]
 
     model.language_model.model(
-        inputs_embeds=model.embed(layout, audio.audio),
-        position_ids=layout.metadata.position.clamp(min=0),
+        inputs_embeds=inputs.embeddings,
+        position_ids=inputs.position_ids,
         use_cache=False,
-        pal=model.attention_inputs(layout, audio, hook),
+        pal=replace(inputs.attention_inputs, hook=hook),
     )
     return AttentionMass(torch.stack(mass), token_weights)

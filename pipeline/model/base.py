@@ -1,8 +1,8 @@
-"""`PalModel`: a language model of transformers, the audio streams, and the parts of a forward pass."""
+"""`PalModel`: a language model of transformers, the audio streams, and what prepares their forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +15,30 @@ from pipeline.model.attention_inputs import AttentionInputs, AttentionPath
 from pipeline.model.audio_kv import AudioKV, PositionedKV
 from pipeline.model.audio_streams import AudioStream, AudioTokens, initialise, run_connectors
 from pipeline.model.configuration import PalConfig
-from pipeline.model.families import audio_embedding_scale, family_of, logit_softcap
+from pipeline.model.families import audio_embedding_scale, family_of
 from pipeline.model.layout import BatchClips, Layout, TextBatch, build_layout
 from pipeline.model.lora import adapt
 
 
+@dataclass(frozen=True)
+class ForwardInputs:
+    """What the language model reads in a forward pass over a batch.
+
+    Attributes:
+        layout: layout of the batch, on the model's device.
+        embeddings: (B, T, D) text embeddings, with the tokens of PLITS at their entries.
+        position_ids: (B, T); 0 at padding.
+        attention_inputs: what attention reads in every layer.
+    """
+
+    layout: Layout
+    embeddings: Tensor
+    position_ids: Tensor
+    attention_inputs: AttentionInputs
+
+
 class PalModel(PreTrainedModel):
-    """The modules of `PalForCausalLM`, and the steps of its forward pass that training and decoding share.
+    """The modules of `PalForCausalLM`, and the steps before its forward pass, which training and decoding share.
 
     Args:
         config: what to build.
@@ -88,39 +105,54 @@ class PalModel(PreTrainedModel):
         for layer in self.language_model.model.layers:
             layer.mlp.compile(dynamic=True)
 
-    def audio_tokens(
-        self, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None
-    ) -> AudioTokens:
-        """Runs every connector; on a dummy clip of silence if the batch holds no clip."""
-        like: Any = self.get_input_embeddings().weight
-        return run_connectors(self.audio_streams, self.config.encoder_widths, audio_features, audio_lengths, like)
+    def prepare_forward(
+        self, text: TextBatch, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None
+    ) -> ForwardInputs:
+        """Prepares a forward pass over a batch: audio tokens, audio KV, layout, embeddings, attention inputs."""
+        audio = self.audio_kv(audio_features, audio_lengths)
+        return self.forward_inputs(self.layout(text, audio), audio)
 
-    def audio_kv(self, audio: AudioTokens) -> AudioKV:
-        """Returns the audio KV of these clips."""
+    def audio_kv(self, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None) -> AudioKV:
+        """Runs every connector, on a dummy clip of silence if there is no clip; returns the audio KV of the clips."""
+        like: Any = self.get_input_embeddings().weight
         return AudioKV(
             self.language_model,
             self.audio_streams,
-            audio,
+            run_connectors(self.audio_streams, self.config.encoder_widths, audio_features, audio_lengths, like),
             norm_audio_tokens=self.config.norm_audio_tokens,
             audio_queries=self.config.audio_queries,
         )
 
-    def layout(
-        self, audio: AudioTokens, text: TextBatch, *, clips: Tensor | None = None, pad_left: bool = False
-    ) -> Layout:
+    def layout(self, text: TextBatch, audio: AudioKV, *, clips: Tensor | None = None, pad_left: bool = False) -> Layout:
         """Lays out the batch, on the model's device; see `build_layout`.
 
         Args:
             clips: (num_placeholders,) clip of each placeholder, row by row; None means in order, each used once.
         """
+        tokens = audio.audio
         none = [torch.empty(0, dtype=torch.long)] * len(self.specs)
-        counts, frames = (none, none) if audio.dummy_clip else (audio.counts, audio.frames)
+        counts, frames = (none, none) if tokens.dummy_clip else (tokens.counts, tokens.frames)
         layout = build_layout(
             text.cpu(), BatchClips(counts, frames, clips), self.specs, self.config.audio_token_id, pad_left=pad_left
         )
         return layout.to(self.get_input_embeddings().weight.device)  # type: ignore[arg-type]
 
-    def embed(self, layout: Layout, audio: AudioTokens) -> Tensor:
+    def forward_inputs(self, layout: Layout, audio: AudioKV) -> ForwardInputs:
+        """Returns the inputs of a pass over a whole layout."""
+        attention_inputs = AttentionInputs(
+            layout.metadata,
+            layout.metadata,
+            PositionedKV(audio, layout.audio_layouts),
+            plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
+            max_position=layout.max_position,
+            system_text_sees_audio=self.config.system_text_sees_audio,
+            attention_path=self.attention_path,
+            packed_questions=layout.packed_questions,
+        )
+        position_ids = layout.metadata.position.clamp(min=0)
+        return ForwardInputs(layout, self._embed(layout, audio.audio), position_ids, attention_inputs)
+
+    def _embed(self, layout: Layout, audio: AudioTokens) -> Tensor:
         """Returns (B, T, D): text embeddings with the tokens of PLITS at their entries."""
         x_BTD = self.get_input_embeddings()(layout.token_ids)
         scale = audio_embedding_scale(self.language_model)
@@ -136,25 +168,3 @@ class PalModel(PreTrainedModel):
             x_ND = x_ND if scale is None else x_ND / scale.to(x_ND)
             x_BTD = x_BTD.flatten(0, 1).index_copy(0, layout.sequence_entries[i], x_ND).view_as(x_BTD)
         return x_BTD
-
-    def attention_inputs(
-        self, layout: Layout, audio: AudioKV, hook: Callable[[int, Tensor], None] | None = None
-    ) -> AttentionInputs:
-        """Returns the attention inputs of a pass over a whole layout; `hook` receives every layer's weights."""
-        return AttentionInputs(
-            layout.metadata,
-            layout.metadata,
-            PositionedKV(audio, layout.audio_layouts),
-            plain_causal=layout.plain_causal and not self.config.system_text_sees_audio,
-            max_position=layout.max_position,
-            system_text_sees_audio=self.config.system_text_sees_audio,
-            attention_path=self.attention_path,
-            packed_questions=layout.packed_questions,
-            hook=hook,
-        )
-
-    def vocabulary_logits(self, hidden: Tensor) -> Tensor:
-        """Returns the vocabulary logits of (..., D) hidden states, bounded in families that do so (Gemma 2)."""
-        logits = self.get_output_embeddings()(hidden)
-        softcap = logit_softcap(self.language_model.config)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.core.errors import UserError
 from pipeline.core.streams import IntegrationKind
@@ -84,7 +83,7 @@ class PalGeneration(PalModel, GenerationMixin):
         Raises:
             UserError: features do not fit the streams.
         """
-        return self.audio_kv(self.audio_tokens(audio_features, audio_lengths)).precompute()
+        return self.audio_kv(audio_features, audio_lengths).precompute()
 
     @torch.no_grad()
     def prefill(
@@ -106,7 +105,7 @@ class PalGeneration(PalModel, GenerationMixin):
         Raises:
             UserError: placeholders and clips disagree, or features do not fit the streams.
         """
-        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
+        audio = self.audio_kv(audio_features, audio_lengths)
         return self.prefill_audio_kv(input_ids, attention_mask, audio, hidden=hidden)
 
     @torch.no_grad()
@@ -119,22 +118,20 @@ class PalGeneration(PalModel, GenerationMixin):
         hidden: Collection[IntegrationKind] = (),
     ) -> PrefixCache:
         """Does the same as `prefill` with clips that are encoded already; releases LAL's keys and values in `audio`."""
-        layout = self.layout(audio.audio, TextBatch(input_ids, attention_mask), pad_left=True)
-        layout = layout.hide(self.specs, hidden)
-        attention_inputs = self.attention_inputs(layout, audio)
-        attention_inputs.audio.precompute()
+        layout = self.layout(TextBatch(input_ids, attention_mask), audio, pad_left=True)
+        inputs = self.forward_inputs(layout.hide(self.specs, hidden), audio)
+        inputs.attention_inputs.audio.precompute()
         audio.release()
         cache = DynamicCache()
-        x_BTD, position_ids = self.embed(layout, audio.audio), layout.metadata.position.clamp(min=0)
-        for chunk_inputs, chunk in prefill_chunks(attention_inputs, x_BTD):
+        for chunk_inputs, chunk in prefill_chunks(inputs.attention_inputs, inputs.embeddings):
             self.language_model.model(
-                inputs_embeds=x_BTD[:, chunk],
-                position_ids=position_ids[:, chunk],
+                inputs_embeds=inputs.embeddings[:, chunk],
+                position_ids=inputs.position_ids[:, chunk],
                 past_key_values=cache,
                 use_cache=True,
                 pal=chunk_inputs,
             )
-        return PrefixCache(attention_inputs, layout.next_position, cache)
+        return PrefixCache(inputs.attention_inputs, layout.next_position, cache)
 
     @torch.no_grad()
     def generate(
@@ -158,7 +155,7 @@ class PalGeneration(PalModel, GenerationMixin):
         Raises:
             UserError: placeholders and clips disagree, or features do not fit the streams.
         """
-        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
+        audio = self.audio_kv(audio_features, audio_lengths)
         return self._generate_with_audio(TextBatch(input_ids, attention_mask), audio, None, settings)
 
     @torch.no_grad()
@@ -221,12 +218,11 @@ class PalGeneration(PalModel, GenerationMixin):
     def _generate_with_audio(
         self, text: TextBatch, audio: AudioKV, clips: Tensor | None, settings: dict[str, Any]
     ) -> Tensor:
-        layout = self.layout(audio.audio, text, clips=clips, pad_left=True)
+        layout = self.layout(text, audio, clips=clips, pad_left=True)
         audio_layouts = {streams: rows.merge_equal_rows() for streams, rows in layout.audio_layouts.items()}
-        attention_inputs = self.attention_inputs(replace(layout, audio_layouts=audio_layouts), audio)
-        attention_inputs.audio.precompute()
-        decoding = Decoding(attention_inputs, layout.next_position)
-        return self._generate(self.embed(layout, audio.audio), decoding, settings)
+        inputs = self.forward_inputs(replace(layout, audio_layouts=audio_layouts), audio)
+        inputs.attention_inputs.audio.precompute()
+        return self._generate(inputs.embeddings, Decoding(inputs.attention_inputs, layout.next_position), settings)
 
     def _generate(self, x_BTD: Tensor, decoding: Decoding, settings: dict[str, Any]) -> Tensor:
         return super().generate(
@@ -252,27 +248,3 @@ class PalGeneration(PalModel, GenerationMixin):
         if input_ids.shape[1] == 0:
             return {"inputs_embeds": inputs_embeds, **inputs}
         return {"input_ids": input_ids[:, -1:], **inputs}
-
-    def _decoding_step(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        past_key_values: Cache,
-        decoding: Decoding,
-    ) -> CausalLMOutputWithPast:
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        rows, new, _ = inputs_embeds.shape
-        if past_key_values.get_seq_length() == 0:
-            decoding.fill_cache(past_key_values, rows)
-        attention_inputs, position_ids = decoding.attention_inputs(past_key_values.get_seq_length(), new, rows)
-        hidden_BTD = self.language_model.model(
-            inputs_embeds=inputs_embeds,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=True,
-            pal=attention_inputs,
-        ).last_hidden_state
-        return CausalLMOutputWithPast(
-            logits=self.vocabulary_logits(hidden_BTD[:, -1:]), past_key_values=past_key_values
-        )

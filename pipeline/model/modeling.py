@@ -1,6 +1,6 @@
 """`PalForCausalLM`: a language model of transformers plus audio streams; no forward of it is patched.
 
-`base` has the steps of the forward pass, `generation` the decoding; `pipeline.model` names the files to read next.
+`base` prepares the forward pass, `generation` drives the decoding; `pipeline.model` names the files to read next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pipeline.model.attention import ATTENTION_NAME
 from pipeline.model.configuration import PalConfig
-from pipeline.model.families import family_of
+from pipeline.model.families import family_of, logit_softcap
 from pipeline.model.generation import Decoding, PalGeneration
 from pipeline.model.layout import TextBatch
 
@@ -104,19 +104,51 @@ class PalForCausalLM(PalGeneration):
         if decoding is not None:
             return self._decoding_step(input_ids, inputs_embeds, past_key_values, decoding)
         assert input_ids is not None
-        audio = self.audio_kv(self.audio_tokens(audio_features, audio_lengths))
-        layout = self.layout(audio.audio, TextBatch(input_ids, attention_mask, segment_ids, labels))
+        text = TextBatch(input_ids, attention_mask, segment_ids, labels)
+        inputs = self.prepare_forward(text, audio_features, audio_lengths)
         hidden_BTD = self.language_model.model(
-            inputs_embeds=self.embed(layout, audio.audio),
-            position_ids=layout.metadata.position.clamp(min=0),
+            inputs_embeds=inputs.embeddings,
+            position_ids=inputs.position_ids,
             use_cache=False,
-            pal=self.attention_inputs(layout, audio),
+            pal=inputs.attention_inputs,
         ).last_hidden_state
+        layout = inputs.layout
         hidden_ND = hidden_BTD.flatten(0, 1)
         if labels is None:
-            return PalOutput(logits=self.vocabulary_logits(hidden_ND[layout.input_entries]))
-        logits = self.vocabulary_logits(hidden_ND[layout.predictors])
+            return PalOutput(logits=self._vocabulary_logits(hidden_ND[layout.input_entries]))
+        logits = self._vocabulary_logits(hidden_ND[layout.predictors])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = F.cross_entropy(logits, layout.targets, reduction="none")
         count = max(len(layout.targets), 1) if num_items_in_batch is None else num_items_in_batch
         return PalOutput(loss=losses.sum() / count, token_losses=losses.detach(), target_tokens=layout.target_tokens)
+
+    def _decoding_step(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        past_key_values: Cache,
+        decoding: Decoding,
+    ) -> CausalLMOutputWithPast:
+        """Computes the logits of the next token: one step of `generate`, whose first step reads the prompts."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        rows, new, _ = inputs_embeds.shape
+        if past_key_values.get_seq_length() == 0:
+            decoding.fill_cache(past_key_values, rows)
+        attention_inputs, position_ids = decoding.attention_inputs(past_key_values.get_seq_length(), new, rows)
+        hidden_BTD = self.language_model.model(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=True,
+            pal=attention_inputs,
+        ).last_hidden_state
+        return CausalLMOutputWithPast(
+            logits=self._vocabulary_logits(hidden_BTD[:, -1:]), past_key_values=past_key_values
+        )
+
+    def _vocabulary_logits(self, hidden: Tensor) -> Tensor:
+        """Returns the vocabulary logits of (..., D) hidden states, bounded in families that do so (Gemma 2)."""
+        logits = self.get_output_embeddings()(hidden)
+        softcap = logit_softcap(self.language_model.config)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap

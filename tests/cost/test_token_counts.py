@@ -97,7 +97,7 @@ def test_plans_and_metrics_count_what_the_model_makes(encoders: tuple[str, ...])
     model = model_of(encoders, "plits")
     features = {name: torch.randn(n, 6) for name, n in frames.items()}
     lengths = {name: torch.tensor([n]) for name, n in frames.items()}
-    made = int(model.audio_tokens(features, lengths).counts[0])
+    made = int(model.audio_kv(features, lengths).audio.counts[0])
     row = RowShape(system_tokens=1, question_tokens=[3], loss_tokens=2, frames=frames)
     shape = sequence_shape(model.config, row)
     assert shape.token_counts == (made,) and shape.length == 1 + made + 3

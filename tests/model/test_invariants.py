@@ -88,9 +88,8 @@ def test_plits_is_the_stock_model_on_the_same_embeddings(family: str) -> None:
     model = build("plits", family)
     given = batch(ROWS[:1], FRAMES[:1])
     with torch.no_grad():
-        tokens = model.audio_tokens(given.audio_features, given.audio_lengths)
-        layout = model.layout(tokens, TextBatch(given.input_ids, given.attention_mask))
-        embeds = model.embed(layout, tokens)
+        text = TextBatch(given.input_ids, given.attention_mask)
+        embeds = model.prepare_forward(text, given.audio_features, given.audio_lengths).embeddings
         expected = stock(model)(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2])).logits
     text = [0, 1, *range(2 + FRAMES[0], embeds.shape[1])]
     columns = [i for i, token in enumerate(ROWS[0]) if token != A]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from pipeline.config.yaml_text import dump_yaml, parse_yaml
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.records import Strict
 
@@ -84,18 +86,6 @@ def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Rejects a repeated key in a mapping; PyYAML would silently keep the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' is repeated", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML mapping from a file.
 
@@ -103,7 +93,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: the file is unreadable, is not YAML, is not a mapping, or repeats a key.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 YAML file") from error
     except yaml.YAMLError as error:
@@ -125,14 +115,16 @@ def validate_config(kind: type[ConfigT], values: dict[str, Any], source: str) ->
         UserError: a value is invalid; the message names the key of the first error.
     """
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
         raise _first_error(kind, error.errors(), source) from error
+    _check_numbers(config, values, source, "")
+    return config
 
 
 def dump_config(config: Strict) -> str:
     """Returns the resolved tree as YAML, with keys in the order of their declaration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -141,7 +133,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise UserError(f"override '{override}'", "is not of the form key.sub=value", "write for example train.seed=1")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}'", "the value is not YAML", "quote the value") from error
     node = values
@@ -153,6 +145,23 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
             raise UserError(f"override '{override}'", f"'{part}' is a value without keys of its own", "check the key")
         node = child
     node[parts[-1]] = value
+
+
+def _check_numbers(value: Any, given: Any, source: str, key: str) -> None:
+    """Checks that numbers are finite and were not given as `true` or `false`, which pydantic reads as 1 and 0."""
+    if isinstance(value, BaseModel | dict):
+        items = value if isinstance(value, dict) else {name: getattr(value, name) for name in value.model_fields_set}
+        values = given if isinstance(given, dict) else {}
+        for name, child in items.items():
+            _check_numbers(child, values.get(name), source, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        elements = given if isinstance(given, list) and len(given) == len(value) else [None] * len(value)
+        for index, child in enumerate(value):
+            _check_numbers(child, elements[index], source, f"{key}.{index}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{source}: {key}", f"{given!r} is not a finite number", "give a finite number")
+    elif isinstance(given, bool) and isinstance(value, int | float) and not isinstance(value, bool):
+        raise UserError(f"{source}: {key}", f"is a number, got {str(given).lower()}", "give a number")
 
 
 def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str) -> UserError:
@@ -173,7 +182,9 @@ def _first_error(kind: type[BaseModel], errors: list[ErrorDetails], source: str)
     if error["type"] == "missing":
         return UserError(f"{source}: {key}", "is missing", "add this key")
     message = error["msg"].removeprefix("Value error, ")
-    return UserError(f"{source}: {key}", f"{message}, got {error['input']!r}", "correct this value")
+    is_unquoted = error["type"] == "string_type" and isinstance(error["input"], bool | int | float)
+    remedy = "put this value in quotes" if is_unquoted else "correct this value"
+    return UserError(f"{source}: {key}", f"{message}, got {error['input']!r}", remedy)
 
 
 def _at(kind: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ import yaml
 
 from data_prep.config import PrepareConfig
 from pipeline.config import ExperimentConfig, dump_config, load_config
+from pipeline.config.yaml_text import dump_yaml, parse_yaml
 from pipeline.core.errors import UserError
 
 MINIMAL = {
@@ -31,7 +32,7 @@ def load(path: Path, *overrides: str) -> ExperimentConfig:
 
 def test_overrides_win_and_numbers_that_yaml_reads_as_strings_are_accepted(config_file: Path) -> None:
     config = load(config_file, "train.learning_rate=2e-5", "model.connector.kind=linear", "train.seed=3")
-    assert config.train.learning_rate == 2e-5  # PyYAML alone reads 2e-5 as a string
+    assert config.train.learning_rate == 2e-5
     assert config.model.connector.kind == "linear"
     assert config.train.seed == 3
 
@@ -161,3 +162,72 @@ def test_an_error_below_a_union_names_the_key_as_it_was_written(tmp_path: Path, 
     file.write_text(f"manifest: m\noutput: o\nencoders: {{clap: {encoder}}}\n", encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_config(PrepareConfig, file)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("train.steps", "010", 10),
+        ("train.steps", "08", 8),
+        ("train.steps", "1e3", 1000),
+        ("train.steps", "1_000", 1000),
+        ("train.steps", "1:30", "valid integer"),
+        ("train.steps", "true", "is a number, got true"),
+        ("train.steps", "yes", "valid integer"),
+        ("train.steps", "10.5", "valid integer"),
+        ("train.steps", ".inf", "finite"),
+        ("train.learning_rate", "2e-5", 2e-5),
+        ("train.learning_rate", "1E-4", 1e-4),
+        ("train.learning_rate", ".5e-3", 5e-4),
+        ("train.learning_rate", "true", "is a number, got true"),
+        ("train.learning_rate", ".inf", "is not a finite number"),
+        ("train.learning_rate", "inf", "is not a finite number"),
+        ("train.learning_rate", "1e999", "is not a finite number"),
+        ("train.learning_rate", ".nan", "greater than 0"),
+        ("train.learning_rate", "0:30", "valid number"),
+        ("data.tasks", "[no, on, yes, off]", ["no", "on", "yes", "off"]),
+        ("data.tasks", "[2024-01-01, 1:30, 1_000]", ["2024-01-01", "1:30", "1_000"]),
+        ("data.tasks", "[010]", "put this value in quotes"),
+        ("data.tasks", "[true]", "put this value in quotes"),
+        ("data.tasks", "['010', \"true\"]", ["010", "true"]),
+    ],
+)
+def test_scalars_are_read_as_they_are_meant_or_named(config_file: Path, key: str, text: str, expected: object) -> None:
+    section, name = key.split(".")
+    values = {**MINIMAL, section: {k: v for k, v in MINIMAL[section].items() if k != name}}  # type: ignore[index]
+    head = yaml.safe_dump({k: v for k, v in values.items() if k != section})
+    lines = yaml.safe_dump(values[section], default_flow_style=True).strip().removeprefix("{").removesuffix("}")
+    config_file.write_text(f"{head}{section}: {{{', '.join(filter(None, [lines, f'{name}: {text}']))}}}\n")
+    for overrides in ((), (f"{key}={text}",)):
+        if isinstance(expected, str):
+            with pytest.raises(UserError, match=rf"{key}.*{expected}"):
+                load(config_file, *overrides)
+        else:
+            assert getattr(getattr(load(config_file, *overrides), section), name) == expected
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "true", "no", "off", "false"])
+def test_words_for_true_and_false_are_accepted_where_a_setting_is_one(config_file: Path, word: str) -> None:
+    assert load(config_file, f"train.compile={word}").train.compile is (word in ("yes", "on", "true"))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("{output: a, output: b}", "key 'output' is repeated"),
+        ("output: {{path}}", "a key must be text"),
+        ("? [a, b]\n: c", "a key must be text"),
+        ("output: a\n---\noutput: b", "but found another document"),
+    ],
+)
+def test_yaml_that_would_lose_a_value_is_refused(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"c\.yaml:\d+:\d+: YAML syntax error \(.*{fault}"):
+        load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "value", ["no", "1e-4", "08", "010", "1:30", "2024-01-01", ".5", "1_000", "~", "", "<<", 2e-5, 1e22, 7, None, True]
+)
+def test_what_is_written_reads_back_equal(value: object) -> None:
+    assert parse_yaml(dump_yaml({"a": value, "b": [value]})) == {"a": value, "b": [value]}

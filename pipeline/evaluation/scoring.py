@@ -1,9 +1,7 @@
-"""Scores of predictions: exact match, accuracy by task and domain, the majority baseline. Needs no model, no files."""
+"""Scores of predictions: accuracy by task and domain, the majority baseline. Needs no model, no files."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.intervals import bootstrap_ci95
-
-MEANINGFUL_PUNCTUATION = "#%&@"  # "C#" is not "C", "5%" is not "5"
-NUMBER_MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)[-+](?=\d)")  # of 3.5, 4:30, 3/4, -2
+from pipeline.evaluation.text_forms import exact_match, literal, normalise
 
 
 @dataclass(frozen=True)
@@ -22,6 +18,7 @@ class Prediction:
     """A generated answer and the reference `answer`.
 
     Attributes:
+        truncated: whether the bound on new tokens ended the generated answer.
         benchmark_correct: whether a published benchmark counts the answer as correct; None where exact match decides.
     """
 
@@ -32,6 +29,7 @@ class Prediction:
     question: str
     answer: str
     prediction: str
+    truncated: bool = False
     benchmark_correct: bool | None = None
 
     @property
@@ -42,33 +40,6 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         """Returns plain JSON types, with `is_correct` as `correct`."""
         return {**{k: v for k, v in asdict(self).items() if k != "benchmark_correct"}, "correct": self.is_correct}
-
-
-def normalise(text: str) -> str:
-    """Returns the form in which answers are compared.
-
-    Unicode compatibility form (NFKC), case folded. Apostrophes are dropped, every other punctuation mark becomes a
-    space, and runs of white space become one space. Marks that belong to a number (`3.5`, `4:30`, `-2`) or change the
-    meaning (`C#`, `5%`) stay.
-    """
-    text = unicodedata.normalize("NFKC", text).casefold().replace("’", "'").replace("−", "-")
-    number_marks = {match.start() for match in NUMBER_MARK.finditer(text)}
-    characters = [
-        character if index in number_marks or character in MEANINGFUL_PUNCTUATION else _without_punctuation(character)
-        for index, character in enumerate(text)
-    ]
-    return " ".join("".join(characters).split())
-
-
-def _without_punctuation(character: str) -> str:
-    if character == "'":
-        return ""
-    return " " if unicodedata.category(character).startswith("P") else character
-
-
-def exact_match(prediction: str, answer: str) -> bool:
-    """Returns whether both are equal after `normalise`."""
-    return normalise(prediction) == normalise(answer)
 
 
 def score(predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:
@@ -121,7 +92,7 @@ class MajorityBaseline:
         by_task: dict[str, Counter[str]] = defaultdict(Counter)
         overall: Counter[str] = Counter()
         for task, question, answer in questions:
-            normalised = normalise(answer)
+            normalised = normalise(answer) or literal(answer)
             by_wording[task, normalise(question)][normalised] += 1
             by_task[task][normalised] += 1
             overall[normalised] += 1

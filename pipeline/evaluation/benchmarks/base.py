@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import csv
+import io
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +47,7 @@ class Benchmark(ABC):
         items: questions, in the order of the file.
 
     Raises:
-        UserError: no such file, incomplete rows, missing audio.
+        UserError: no such file, incomplete or repeated rows, missing audio.
     """
 
     name: str
@@ -57,6 +59,10 @@ class Benchmark(ABC):
         self.items = self._read()
         if not self.items:
             raise UserError(self.file, "holds no questions", f"give the folder of {self.name} as published")
+        repeated = [name for name, count in Counter(item.question_id for item in self.items).items() if count > 1]
+        if repeated:
+            fault = f"holds {len(repeated)} questions more than once, the first is {repeated[0]}"
+            raise UserError(self.file, fault, "remove the copies")
         missing = [item.audio for item in self.items if not item.audio.is_file()]
         if missing:
             fault = f"{len(missing)} of {len(self.items)} audio files are missing, the first is {missing[0]}"
@@ -100,6 +106,41 @@ class Benchmark(ABC):
         return None
 
 
-def words(text: str) -> list[str]:
-    """Returns the words of a text, without case and punctuation."""
-    return re.findall(r"\w+", text.casefold())
+def read_text(file: Path) -> str:
+    """Reads a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        UserError: the file is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(file, f"is not UTF-8 ({error})", "download the file again") from error
+
+
+def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, str]]]:
+    """Reads the rows of a CSV with a header, each with its `file:line`. Other columns than the named ones may be empty.
+
+    Raises:
+        UserError: the file is no such CSV, lacks a column, or has a row with too many fields or without a value.
+    """
+    rows = []
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+        absent = [column for column in columns if column not in reader.fieldnames]
+        if absent:
+            remedy = f"give the published file, whose header names {' and '.join(columns)}"
+            raise UserError(file, f"has no columns {' and '.join(absent)}", remedy)
+        for row in reader:
+            where = f"{file}:{reader.line_num}"
+            if None in row:
+                fault = f"has {len(row) - 1 + len(row[None])} fields, the header has {len(reader.fieldnames)}"
+                raise UserError(where, fault, 'put quotes around a field that holds a comma ("a dog, barking")')
+            empty = [column for column in columns if not (row[column] or "").strip()]
+            if empty:
+                raise UserError(where, f"has no {' and no '.join(empty)}", "download the file again")
+            rows.append((where, {key: value or "" for key, value in row.items()}))
+    except csv.Error as error:
+        raise UserError(f"{file}:{reader.line_num}", f"is no CSV ({error})", "download the file again") from error
+    return rows

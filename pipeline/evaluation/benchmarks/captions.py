@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.evaluation.benchmarks.base import Benchmark, Item, words
+from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_table
+from pipeline.evaluation.text_forms import words
+
+# In order of preference, where a clip has several files; whatever a downloader leaves beside them is no audio.
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".webm")
+# A YouTube id, alone or before a separator: the id may contain separators itself.
+_CLIP_NAME = "(?P<id>[\\w-]{11})(?:[^A-Za-z0-9-].*)?"
 
 
 class _Captions(Benchmark):
@@ -31,13 +38,10 @@ class _Captions(Benchmark):
         row = {"file_name": audio.name, "captions": captions}
         return Item(audio.name, audio, self.prompt, captions[0], (), "sound", self.name, row)
 
-    def _table(self) -> list[dict[str, str]]:
-        with self.file.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
-
     def is_correct(self, item: Item, prediction: str) -> bool:
         """Returns whether the prediction is one of the captions, word for word."""
-        return words(prediction) in [words(caption) for caption in item.row["captions"]]
+        predicted = words(prediction)
+        return bool(predicted) and predicted in [words(caption) for caption in item.row["captions"]]
 
     def question_scores(self, predictions: Mapping[str, str]) -> dict[str, dict[str, float]]:
         """Returns `cider` (arXiv 1411.5726, as CIDEr-D, 0 to 10), which weights words by the number of files with them.
@@ -75,12 +79,10 @@ class Clotho(_Captions):
 
     def _read(self) -> list[Item]:
         items = []
-        for number, row in enumerate(self._table(), start=1):
-            captions = [text for key, text in row.items() if key and key.startswith("caption_") and text]
-            if "file_name" not in row or not captions:
-                raise UserError(
-                    f"{self.file}, clip {number}", "has no file_name or no caption", "download the file again"
-                )
+        for where, row in read_table(self.file, ["file_name"]):
+            captions = [text for key, text in row.items() if key.startswith("caption_") and text.strip()]
+            if not captions:
+                raise UserError(where, "has no caption", "download the file again")
             items.append(self._item(self.file.parent / "evaluation" / row["file_name"], captions))
         return items
 
@@ -89,7 +91,7 @@ class AudioCaps(_Captions):
     """AudioCaps' test split: `test.csv` (audiocap_id, youtube_id, start_time, caption), one caption per line.
 
     Its publishers distribute no audio: the folder holds, at any depth, one file per clip, whose name begins with the
-    YouTube id (11 characters) or with a `Y` and the id.
+    YouTube id (11 characters) or with a `Y` and the id. Hidden files and files that are no audio do not count.
     """
 
     name = "audiocaps"
@@ -97,16 +99,14 @@ class AudioCaps(_Captions):
     prompt = "Describe what you hear in one sentence, in the style of AudioCaps."
 
     def _read(self) -> list[Item]:
-        audio: dict[str, Path] = {}
-        for file in sorted(self.file.parent.rglob("*.*")):
-            if file != self.file:
-                audio.setdefault(file.stem[:11], file)
-                audio.setdefault(file.stem[1:12] if file.stem.startswith("Y") else file.stem[:11], file)
         captions: dict[str, list[str]] = {}
-        for number, row in enumerate(self._table(), start=1):
-            if not row.get("youtube_id") or not row.get("caption"):
-                raise UserError(
-                    f"{self.file}, line {number + 1}", "has no youtube_id or no caption", "download the file again"
-                )
-            captions.setdefault(row["youtube_id"], []).append(row["caption"])
+        for _, row in read_table(self.file, ["youtube_id", "caption"]):
+            captions.setdefault(row["youtube_id"].strip(), []).append(row["caption"])
+        audio: dict[str, Path] = {}
+        files = (file for file in self.file.parent.rglob("*.*") if file.suffix.lower() in AUDIO_SUFFIXES)
+        for file in sorted(files, key=lambda path: (AUDIO_SUFFIXES.index(path.suffix.lower()), path)):
+            if not file.name.startswith("."):
+                for prefix in ("", "Y"):
+                    if match := re.fullmatch(prefix + _CLIP_NAME, file.stem, re.ASCII | re.DOTALL):
+                        audio.setdefault(match["id"], file)
         return [self._item(audio.get(clip, self.file.parent / clip), texts) for clip, texts in captions.items()]

@@ -6,48 +6,53 @@ model is needed; the scores are therefore lower bounds of LTU's."""
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.core.errors import UserError
-from pipeline.evaluation.benchmarks.base import Benchmark, Item
-from pipeline.evaluation.benchmarks.multiple_choice import chosen, named
+from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_table, read_text
+from pipeline.evaluation.benchmarks.class_names import class_key, class_text, named
 
 
 class _Classification(Benchmark):
-    """A benchmark with one class per file."""
+    """A benchmark with one class per file, which is named word for word: letters are not offered."""
 
     domain = "sound"
     question: str
     instruction = "Answer with one of these, word for word"
 
     def is_correct(self, item: Item, prediction: str) -> bool:
-        """Returns whether the answer names the right class and no other."""
-        number = chosen(prediction, item.choices)
-        return number is not None and item.choices[number] == item.answer
+        """Returns whether the answer names all classes of the file and no other."""
+        return {item.choices[number] for number in named(prediction, item.choices)} == set(item.row["labels"])
 
-    def _items(self, root: Path, labels: Mapping[str, Sequence[str]]) -> list[Item]:
-        """Returns the items of audio files (relative to `root`) and their classes."""
-        choices = tuple(sorted({label for classes in labels.values() for label in classes}))
+    def _items(self, root: Path, labels: Iterable[tuple[str, Sequence[str]]]) -> list[Item]:
+        """Returns the items of audio files (relative to `root`) and the published names of their classes.
+
+        Raises:
+            UserError: a name that is empty, or a file that is listed with different classes.
+        """
+        texts: dict[str, str] = {}  # key of a class -> its text
+        classes: dict[str, list[str]] = {}  # file -> keys
+        for file, names in labels:
+            keys = list(dict.fromkeys(map(class_key, names)))
+            if not all(keys) or not keys:
+                raise UserError(self.file, f"gives {file} a class without a name", "download the file again")
+            if classes.setdefault(file, keys) != keys:
+                raise UserError(self.file, f"lists {file} twice, with different classes", "remove one of the rows")
+            for name in names:
+                texts.setdefault(class_key(name), class_text(name))
+        choices = tuple(sorted(texts.values()))
         prompt = f"{self.question}\n{self.instruction}: {', '.join(choices)}."
-        return [
-            Item(file, root / file, prompt, ", ".join(classes), choices, self.domain, self.name, {"labels": classes})
-            for file, classes in labels.items()
-        ]
-
-    def _table(self, columns: Sequence[str]) -> list[dict[str, str]]:
-        """Reads the rows of the questions' file, a CSV with at least these columns."""
-        with self.file.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows or not set(columns) <= rows[0].keys():
-            raise UserError(
-                self.file, f"has no columns {' and '.join(columns)}", f"give the folder of {self.name} as published"
-            )
-        return rows
+        items = []
+        for file, keys in classes.items():
+            row = {"labels": [texts[key] for key in keys]}
+            answer = ", ".join(row["labels"])
+            items.append(Item(file, root / file, prompt, answer, choices, self.domain, self.name, row))
+        return items
 
 
 class _Tagging(_Classification):
@@ -55,10 +60,6 @@ class _Tagging(_Classification):
 
     question = "Which sounds are in this recording?"
     instruction = "Name each that you hear, word for word, out of these"
-
-    def is_correct(self, item: Item, prediction: str) -> bool:
-        """Returns whether the answer names all classes of the file and no other."""
-        return {item.choices[number] for number in named(prediction, item.choices)} == set(item.row["labels"])
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """Returns `f1_micro`; and `f1_macro` and `mean_average_precision` over the classes that occur in these files.
@@ -88,8 +89,8 @@ class Esc50(_Classification):
     question = "Which sound is this?"
 
     def _read(self) -> list[Item]:
-        rows = self._table(["filename", "category"])
-        labels = {f"audio/{row['filename']}": [row["category"].replace("_", " ")] for row in rows}
+        rows = read_table(self.file, ["filename", "category"])
+        labels = [(f"audio/{row['filename'].strip()}", [row["category"]]) for _, row in rows]
         return self._items(self.file.parent.parent, labels)
 
 
@@ -102,8 +103,9 @@ class Gtzan(_Classification):
     question = "Which genre is this music?"
 
     def _read(self) -> list[Item]:
-        paths = sorted(path for path in self.file.glob("*/*") if path.suffix in (".wav", ".au"))
-        return self._items(self.file, {str(path.relative_to(self.file)): [path.parent.name] for path in paths})
+        paths = sorted(path for path in self.file.glob("*/*") if path.suffix.lower() in (".wav", ".au"))
+        visible = [path.relative_to(self.file) for path in paths if not path.name.startswith(".")]
+        return self._items(self.file, [(str(path), [path.parent.name]) for path in visible])
 
 
 class VocalSound(_Classification):
@@ -121,13 +123,12 @@ class VocalSound(_Classification):
         root = self.file.parent.parent
         audio = "audio_16k" if (root / "audio_16k").is_dir() else "audio_44k"
         try:
-            names = [Path(row["wav"]).name for row in json.loads(self.file.read_text(encoding="utf-8"))["data"]]
+            names = [Path(row["wav"]).name for row in json.loads(read_text(self.file))["data"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(self.file, f"is no list of recordings ({error!r})", "download the file again") from error
         class_of = {name: Path(name).stem.rpartition("_")[2] for name in names}
-        return self._items(
-            root, {f"{audio}/{name}": [self.classes.get(class_of[name], class_of[name])] for name in names}
-        )
+        labels = [(f"{audio}/{name}", [self.classes.get(class_of[name], class_of[name])]) for name in names]
+        return self._items(root, labels)
 
 
 class Dcase2017(_Tagging):
@@ -143,13 +144,15 @@ class Dcase2017(_Tagging):
 
     def _read(self) -> list[Item]:
         labels: dict[str, list[str]] = {}
-        with self.file.open(newline="", encoding="utf-8") as file:
-            for line, row in enumerate(csv.reader(file, delimiter="\t"), start=1):
-                if len(row) != 4:
-                    fault = f"has {len(row)} columns instead of file, begin, end, label"
-                    raise UserError(f"{self.file}, line {line}", fault, "download the file again")
-                labels.setdefault(f"{self.audio}/Y{row[0]}", []).append(row[3])
-        return self._items(self.file.parent, labels)
+        rows = csv.reader(io.StringIO(read_text(self.file), newline=""), delimiter="\t")
+        for line, row in enumerate(rows, start=1):
+            if not row:
+                continue
+            if len(row) != 4:
+                fault = f"has {len(row)} columns instead of file, begin, end, label"
+                raise UserError(f"{self.file}, line {line}", fault, "download the file again")
+            labels.setdefault(f"{self.audio}/Y{row[0]}", []).append(row[3])
+        return self._items(self.file.parent, labels.items())
 
 
 class Fsd50k(_Tagging):
@@ -159,8 +162,6 @@ class Fsd50k(_Tagging):
     files = ("FSD50K.ground_truth/eval.csv",)
 
     def _read(self) -> list[Item]:
-        labels: dict[str, Any] = {
-            f"FSD50K.eval_audio/{row['fname']}.wav": row["labels"].replace("_", " ").split(",")
-            for row in self._table(["fname", "labels"])
-        }
+        rows = read_table(self.file, ["fname", "labels"])
+        labels = [(f"FSD50K.eval_audio/{row['fname'].strip()}.wav", row["labels"].split(",")) for _, row in rows]
         return self._items(self.file.parent.parent, labels)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.evaluation.benchmarks.base import Benchmark, Item
+from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_text
+from pipeline.evaluation.text_forms import canonical, words
 
 PROMPT = "Write down what is said, word for word."
 
@@ -27,8 +28,15 @@ class LibriSpeech(Benchmark):
             raise UserError("librispeech", "needs jiwer", "pip install 'pal-pipeline[speech]'") from error
         items = []
         for transcript in sorted(self.file.glob("*/*/*.trans.txt")):
-            for line in transcript.read_text(encoding="utf-8").splitlines():
-                name, _, text = line.partition(" ")
+            if transcript.name.startswith("."):
+                continue
+            for number, line in enumerate(read_text(transcript).split("\n"), start=1):
+                if not line.strip():
+                    continue
+                name, *texts = line.split(maxsplit=1)
+                text = texts[0] if texts else ""
+                if not words(text):
+                    raise UserError(f"{transcript}:{number}", "has no transcript", "download the file again")
                 audio = transcript.parent / f"{name}.flac"
                 items.append(Item(name, audio, PROMPT, text.strip(), (), "speech", self.file.name, {"id": name}))
         return items
@@ -46,7 +54,7 @@ class LibriSpeech(Benchmark):
 
     @staticmethod
     def _wer(references: list[str], hypotheses: list[str]) -> float:
-        """Returns the word error rate without case and punctuation, which the transcripts do not have."""
+        """Returns the word error rate of the canonical forms without case and punctuation, which transcripts lack."""
         import jiwer
 
         plain = jiwer.Compose(
@@ -58,4 +66,5 @@ class LibriSpeech(Benchmark):
                 jiwer.ReduceToListOfListOfWords(),
             ]
         )
+        references, hypotheses = list(map(canonical, references)), list(map(canonical, hypotheses))
         return float(jiwer.wer(references, hypotheses, reference_transform=plain, hypothesis_transform=plain))

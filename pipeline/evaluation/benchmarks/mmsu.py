@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.evaluation.benchmarks.base import Item
-from pipeline.evaluation.benchmarks.multiple_choice import MultipleChoice, chosen
+from pipeline.evaluation.benchmarks.multiple_choice import MultipleChoice, means_answer, text_of
 
 LETTERS = "ABCD"
 
@@ -19,28 +19,31 @@ class Mmsu(MultipleChoice):
     """MMSU: `mmsu*.json` or JSON lines, with the audio beside it."""
 
     name = "mmsu"
-    files = ("mmsu*.json*", "MMSU*.json*", "question/mmsu*.json*")
+    files = tuple(f"{name}*.{kind}" for name in ("mmsu", "MMSU", "question/mmsu") for kind in ("json", "jsonl"))
     audio_key = "audio_path"
     prediction_keys = ("response",)
 
     def _item(self, row: Mapping[str, Any]) -> Item:
-        choices = tuple(row[f"choice_{letter.lower()}"] for letter in LETTERS if row.get(f"choice_{letter.lower()}"))
-        listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+        keys = [f"choice_{letter.lower()}" for letter in LETTERS]
+        texts = ["" if row.get(key) is None else text_of(row, key) for key in keys]
+        while texts and not texts[-1]:
+            texts.pop()  # a gap stays, so that the letters after it are those of the file
+        lettered = zip(LETTERS, texts, strict=False)
+        listed = "\n".join(f"{letter}. {text}" for letter, text in lettered if text)
         return Item(
-            question_id=str(row["id"]),
-            audio=self.file.parent / row[self.audio_key],
-            prompt=f"{row['question']}\n{listed}\nAnswer with the letter of the right choice alone.",
-            answer=row["answer_gt"],
-            choices=choices,
-            domain=row["category"],
-            task=row["task_name"],
+            question_id=text_of(row, "id"),
+            audio=self.file.parent / text_of(row, self.audio_key),
+            prompt=f"{text_of(row, 'question')}\n{listed}\nAnswer with the letter of the right choice alone.",
+            answer=text_of(row, "answer_gt"),
+            choices=tuple(texts),
+            domain=text_of(row, "category"),
+            task=text_of(row, "task_name"),
             row=row,
         )
 
     def is_correct(self, item: Item, prediction: str) -> bool:
         """Returns whether the answer means the right choice; an answer without a choice is wrong."""
-        number = chosen(prediction, item.choices)
-        return number is not None and item.choices[number] == item.answer
+        return means_answer(prediction, item, letters_offered=True)
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
         """Returns `official_accuracy`, over the `official_questions` that the official scorer counts."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.evaluation.benchmarks.base import Item
-from pipeline.evaluation.benchmarks.multiple_choice import MultipleChoice, chosen
+from pipeline.evaluation.benchmarks.multiple_choice import MultipleChoice, means_answer, text_of, texts_of
 
 _WORD = re.compile(r"\w+")
 
@@ -28,30 +28,33 @@ class _StringMatch(MultipleChoice):
     withholds_answers = False
 
     def _item(self, row: Mapping[str, Any]) -> Item:
-        choices = tuple(row["choices"])
+        choices = texts_of(row, "choices")
         listed = "\n".join(f"- {choice}" for choice in choices)
         return Item(
-            question_id=row["id"],
-            audio=self.file.parent / row[self.audio_key],
-            prompt=f"{row['question']}\nAnswer with one of these, word for word:\n{listed}",
-            answer=row.get("answer") or "" if self.withholds_answers else row["answer"],
+            question_id=text_of(row, "id"),
+            audio=self.file.parent / text_of(row, self.audio_key),
+            prompt=f"{text_of(row, 'question')}\nAnswer with one of these, word for word:\n{listed}",
+            answer="" if self.withholds_answers and not row.get("answer") else text_of(row, "answer"),
             choices=choices,
-            domain=row[self.domain_key],
-            task=row[self.task_key],
+            domain=text_of(row, self.domain_key),
+            task=text_of(row, self.task_key),
             row=row,
         )
 
     def is_correct(self, item: Item, prediction: str) -> bool:
         """Returns whether the official scorer counts the answer as correct."""
-        return string_match(item.answer, prediction, item.choices)
+        return string_match(str(item.row.get("answer") or ""), prediction, item.choices)
 
     def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """Returns `official_accuracy`, and `choice_accuracy`, which counts an answer that means the right choice."""
+        """Returns `official_accuracy`, and `choice_accuracy`, which counts an answer that means the right choice.
+
+        They differ where the official scorer wants more than the meaning: it refuses a letter, a word of a wrong choice
+        beside the right one, and another spelling of the right one (composed accents, invisible characters).
+        """
         answered = [(item, predictions[item.question_id]) for item in self.items if item.question_id in predictions]
-        choices = [(item, chosen(prediction, item.choices)) for item, prediction in answered]
         return {
             "official_accuracy": sum(self.is_correct(*pair) for pair in answered) / len(answered),
-            "choice_accuracy": sum(n is not None and i.choices[n] == i.answer for i, n in choices) / len(answered),
+            "choice_accuracy": sum(means_answer(text, item) for item, text in answered) / len(answered),
         }
 
 

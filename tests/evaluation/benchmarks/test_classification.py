@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.evaluation.benchmarks import Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
-from pipeline.evaluation.benchmarks.multiple_choice import named
+from pipeline.evaluation.benchmarks.class_names import named
 from tests.helpers.published import write_audio, write_text
 
 

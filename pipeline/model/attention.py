@@ -1,4 +1,7 @@
-"""What transformers calls in every layer: the attention function "pal", and the hook that runs flamingo blocks."""
+"""What transformers calls in every layer: the attention function "pal", and the hook that runs flamingo blocks.
+
+Both read `AttentionInputs`: audio KV from `audio_kv`, masks from `mask`; the softmax is in `attention_ops`.
+"""
 
 from __future__ import annotations
 

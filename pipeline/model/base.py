@@ -108,7 +108,11 @@ class PalModel(PreTrainedModel):
     def prepare_forward(
         self, text: TextBatch, audio_features: dict[str, Tensor] | None, audio_lengths: dict[str, Tensor] | None
     ) -> ForwardInputs:
-        """Prepares a forward pass over a batch: audio tokens, audio KV, layout, embeddings, attention inputs."""
+        """Prepares a forward pass over a batch.
+
+        In this order: audio tokens (`audio_streams`), audio KV (`audio_kv`), layout (`layout`), embeddings, attention
+        inputs (`attention_inputs`).
+        """
         audio = self.audio_kv(audio_features, audio_lengths)
         return self.forward_inputs(self.layout(text, audio), audio)
 

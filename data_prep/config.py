@@ -123,7 +123,8 @@ class TableConfig(Strict):
     """Templates such as `{caption}` that map the fields of a table (CSV, folder, Parquet, WebDataset) to clips.
 
     Attributes:
-        clip_id: id of the clip; None means the format's own name of it (path, key). Rows of the same clip are joined.
+        clip_id: id of the clip; None means the format's own name of it (path, key); rows with the same audio are
+            joined.
         audio: path of the audio.
         question: question of all rows, since tables hold answers only; required for tables. Among the JSON formats,
             SLAM-LLM uses it for rows without a prompt.
@@ -174,6 +175,8 @@ class PrepareConfig(Strict):
         table: how to read formats that hold no questions.
         audio_root: folder that relative audio paths start from and that no path may leave; None means the folder of
             each manifest, and then absolute paths are allowed.
+        audio_paths: start of the manifest's audio paths -> folder that replaces it, absolute or relative to
+            `audio_root`: `{/data/sls/audioset: my/folder}` for paths of another machine. The longest match counts.
         output: folder of the feature set.
         encoders: encoder of each feature column, by name; `{}` for questions without audio (JSON lines).
         workers: number and resources of the Ray actors.
@@ -190,6 +193,7 @@ class PrepareConfig(Strict):
     format: ManifestFormat = "auto"
     table: TableConfig = TableConfig()
     audio_root: str | None = None
+    audio_paths: dict[str, str] = {}
     output: str
     encoders: dict[ColumnName, EncoderConfig] = {"log_mel": LogMelConfig()}
     workers: WorkersConfig = WorkersConfig()

@@ -6,17 +6,29 @@ addresses; a plain file name may contain a `#`.
 
 from __future__ import annotations
 
+import codecs
+import errno
 import functools
 import glob
 import io
+import json
 import posixpath
 import re
+import stat
+import tempfile
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from pipeline.core.errors import UserError
 
 _TAR_MEMBER = re.compile(r"(?P<file>.+\.tar)#(?P<offset>\d+):(?P<size>\d+)$")
+_BYTE_ORDER_MARKS = [  # UTF-32 first: its mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+]
 _PARQUET_ROW = re.compile(r"(?P<file>.+\.parquet)#(?P<group>\d+)/(?P<row>\d+)$")
 
 
@@ -29,13 +41,37 @@ def open_file(path: str) -> BinaryIO:
     """Opens a seekable binary file for reading.
 
     Raises:
-        OSError: the file is missing or cannot be read.
+        OSError: the file is missing, cannot be read, or is a named pipe or a device, which could block for ever.
     """
     if not is_remote(path):
+        mode = Path(path).stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = "a named pipe" if stat.S_ISFIFO(mode) else "a device or socket"
+            raise OSError(errno.EINVAL, f"is {kind}, not a file", path)
         return Path(path).open("rb")
     import fsspec
 
     return cast(BinaryIO, fsspec.open(path, "rb").open())
+
+
+def open_utf8(path: str) -> BinaryIO:
+    """Opens a text file as UTF-8 without a byte-order mark; converts files whose mark names another encoding.
+
+    Raises:
+        OSError: the file is missing or cannot be read.
+        UnicodeDecodeError: the file is not in the encoding that its mark names.
+    """
+    with open_file(path) as stream:
+        start = stream.read(4)
+    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if start.startswith(mark)), None)
+    if encoding is None:
+        return open_file(path)
+    converted = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    with io.TextIOWrapper(open_file(path), encoding=encoding, newline="") as text:
+        while block := text.read(1 << 20):
+            converted.write(block.encode())
+    converted.seek(0)
+    return cast(BinaryIO, converted)
 
 
 def open_audio(path: str) -> str | BinaryIO:
@@ -88,12 +124,20 @@ def parent(path: str) -> str:
     return posixpath.dirname(path) or "."
 
 
-def audio_column(names_and_types: list[tuple[str, object]]) -> str | None:
-    """Returns the column of a Parquet file with embedded audio (a struct with `bytes`, as Hugging Face writes it)."""
-    for name, kind in names_and_types:
-        if "bytes" in [field.name for field in getattr(kind, "fields", [])]:
-            return name
-    return None
+def audio_column(schema: Any, path: str) -> str:
+    """Returns the column of a Parquet file with embedded audio: a struct with `bytes`, as Hugging Face writes it.
+
+    Raises:
+        UserError: there is no such column, or there are several; names the file.
+    """
+    embedded = [column.name for column in schema if "bytes" in [f.name for f in getattr(column.type, "fields", [])]]
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    columns = [name for name in embedded if features.get(name, {}).get("_type", "Audio") == "Audio"]
+    if not columns:
+        raise UserError(path, "has no column of embedded audio", "give a file of the Hugging Face audio layout")
+    if len(columns) > 1:
+        raise UserError(path, f"has several columns of audio ({', '.join(columns)})", "give a file with one of them")
+    return columns[0]
 
 
 @functools.lru_cache(maxsize=4)  # consecutive clips are in the same row group
@@ -102,6 +146,6 @@ def _audio_of_row_group(path: str, group: int) -> list[bytes]:
 
     with open_file(path) as stream:
         file = pyarrow.parquet.ParquetFile(stream)
-        column = audio_column([(field.name, field.type) for field in file.schema_arrow])
+        column = audio_column(file.schema_arrow, path)
         values = file.read_row_group(group, columns=[column]).column(0).to_pylist()
-    return [value["bytes"] or b"" for value in values]
+    return [(value or {}).get("bytes") or b"" for value in values]

@@ -32,6 +32,7 @@ from data_prep.job.partitions import (
 )
 from data_prep.job.ray_actors import ActorPool, ray_cluster
 from data_prep.job.store import Store, open_store
+from data_prep.manifests.clips import Clip
 from data_prep.manifests.reader import audio_path, audio_roots, manifest_sha256, read_clips
 from pipeline.config.loading import dump_config, load_config
 from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
@@ -90,7 +91,8 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
         require_same_settings(plan, settings, config.output)
     if dry_run:
         roots = audio_roots(config)
-        paths = [audio_path(clip, roots) for clip in read_clips(config) if clip.audio is not None]
+        clips = (clip for clip in read_clips(config) if isinstance(clip, Clip) and clip.audio is not None)
+        paths = [audio_path(clip, roots) for clip in clips]
         return estimate(paths, len(paths), contracts)
     with store.lock():
         if plan is None or plan.manifest_sha256 != manifest_sha256(config) or plan.settings != settings:

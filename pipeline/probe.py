@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` 
     import numpy as np
     from numpy.typing import NDArray
 
+    from pipeline.core.feature_contract import Question
     from pipeline.data.feature_set import Clip, FeatureSet
-    from pipeline.inference.responder import Responder
+    from pipeline.inference.responder import Reply, Responder
     from pipeline.model import AttentionMass
 
 NOTHING = "none"
@@ -33,9 +34,10 @@ def main(argv: Sequence[str]) -> int:
 
     from pipeline.core.feature_contract import require_same_features
     from pipeline.evaluation.question_sets import evenly_spaced, open_feature_set
-    from pipeline.inference.responder import load_responder
+    from pipeline.inference.responder import load_responder, log_decoding
 
     responder = load_responder(arguments.model, arguments.max_new_tokens)
+    log_decoding(arguments.max_new_tokens)
     features = open_feature_set(arguments.shards, list(responder.feature_fingerprints), arguments.cache)
     require_same_features(responder.feature_fingerprints, features.contract, arguments.shards, str(arguments.model))
     clips = evenly_spaced(len(features), arguments.limit)
@@ -95,8 +97,8 @@ def attention_mass(
     chosen = candidates[evenly_spaced(len(candidates), questions)]
     masses: dict[str, list[NDArray[np.float32]]] = {}
     for index in chosen.tolist():
-        clip, attention = _probe_question(responder, features, index)
-        masses.setdefault(clip.domain, []).append(attention.mass.numpy())
+        clip, question, attention = _probe_question(responder, features, index)
+        masses.setdefault(clip.domain_of(question), []).append(attention.mass.numpy())
     overall = np.mean([mass for domain_masses in masses.values() for mass in domain_masses], axis=0)
     by_domain = {domain: np.mean(masses[domain], axis=(0, 2)) for domain in sorted(masses)}
 
@@ -130,20 +132,20 @@ def score_without_pathways(
     groups = group_clips(features.table, {clip: clip for clip in clips}, batch_size)
     results = {}
     for hidden in chain.from_iterable(combinations(kinds, count) for count in range(len(kinds) + 1)):
-        answers: dict[int, str] = {}
+        answers: dict[int, Reply] = {}
         for group_answers in generate_answers(responder, features, groups, batch_size, hidden=hidden):
             answers |= group_answers
         results["+".join(hidden) or NOTHING] = score(make_predictions(features, answers))
     return results
 
 
-def _probe_question(responder: Responder, features: FeatureSet, index: int) -> tuple[Clip, AttentionMass]:
-    """Returns the clip of a question, and the attention of its reference answer."""
+def _probe_question(responder: Responder, features: FeatureSet, index: int) -> tuple[Clip, Question, AttentionMass]:
+    """Returns a question with its clip, and the attention of its reference answer."""
     clip_index = int(features.table.clip[index])
     clip = features.clip(clip_index)
     question = clip.questions[features.table.number[index]]
     arrays = features.features(clip_index, clip.clip_id)
-    return clip, responder.attention_mass(arrays, question.question, question.answer)
+    return clip, question, responder.attention_mass(arrays, question.question, question.answer)
 
 
 def _print_tables(results: dict[str, Any]) -> None:

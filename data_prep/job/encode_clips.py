@@ -15,7 +15,8 @@ from data_prep.config import PrepareConfig
 from data_prep.encoders.base import Encoder, Features
 from data_prep.encoders.preprocessing import PreparedWindow, Segment, preprocess_file
 from data_prep.job.mds_writer import MAX_SAMPLE_BYTES
-from data_prep.manifests.reader import Clip, audio_path, audio_roots
+from data_prep.manifests.clips import Clip
+from data_prep.manifests.reader import audio_path, audio_roots
 
 
 @dataclass

@@ -26,7 +26,7 @@ from data_prep.job.encode_clips import ClipEncoder, ClipState
 from data_prep.job.mds_writer import ColumnWriters, read_partition
 from data_prep.job.partitions import PlannedPartition, read_partition_clips
 from data_prep.job.store import open_store
-from data_prep.manifests.reader import Clip
+from data_prep.manifests.clips import Clip
 from pipeline.core.feature_contract import CLIP_COLUMNS, CLIPS, FEATURE_COLUMNS, EncoderContract
 
 PROGRESS_S = 0.5

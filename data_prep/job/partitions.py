@@ -15,7 +15,8 @@ from data_prep.config import PrepareConfig
 from data_prep.files import container, is_remote
 from data_prep.job.commits import RejectedClip
 from data_prep.job.store import Store
-from data_prep.manifests.reader import Clip, audio_path, audio_roots, manifest_sha256, read_clips
+from data_prep.manifests.clips import Clip, RejectedRow
+from data_prep.manifests.reader import audio_path, audio_roots, manifest_sha256, read_clips
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 from pipeline.core.records import Strict
@@ -110,18 +111,15 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     planned = dict(_planned_clips(store, old))
     first_new = len(old.partitions) if old else 0
     seen_clips: set[str] = set()
-    seen_questions: set[str] = set()
     rejects: list[RejectedClip] = []
     new_clips = 0
     database = sqlite3.connect("")  # on disk once it is large
     database.execute("CREATE TABLE clips (part INTEGER, position INTEGER, row TEXT)")
     for clip in read_clips(config):
-        reject = _reject(clip, seen_clips, seen_questions, needs_audio=bool(config.encoders))
-        if reject is not None:
-            rejects.append(reject)
+        if isinstance(clip, RejectedRow):
+            rejects.append(RejectedClip(**clip.model_dump()))
             continue
         seen_clips.add(clip.clip_id)
-        seen_questions.update(question.question_id for question in clip.questions)
         if clip.clip_id in planned:
             part, position, audio = planned[clip.clip_id]
             if audio != _audio_key(clip):
@@ -133,6 +131,7 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     for clip_id in planned.keys() - seen_clips:
         raise UserError(config.output, f"holds clip {clip_id}, the manifest does not", "choose another `output`")
     manifests = ", ".join(config.manifests)
+    _check_outside_root(config, rejects, len(seen_clips) + len(rejects))
     if not seen_clips:
         raise UserError(manifests, "holds no clip to prepare", "give a manifest with clips")
 
@@ -161,17 +160,19 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     return plan
 
 
-def _reject(clip: Clip, seen_clips: set[str], seen_questions: set[str], *, needs_audio: bool) -> RejectedClip | None:
-    question_ids = [question.question_id for question in clip.questions]
-    if clip.clip_id in seen_clips:
-        reason, detail = "duplicate_id", "clip_id occurred before"
-    elif len(set(question_ids)) < len(question_ids) or not seen_questions.isdisjoint(question_ids):
-        reason, detail = "duplicate_id", "a question_id occurred before"
-    elif clip.audio is None and needs_audio:
-        reason, detail = "outside_root", "the audio path leaves audio_root"
-    else:
-        return None
-    return RejectedClip(clip_id=clip.clip_id, reason=reason, detail=detail, audio=clip.audio)
+def _check_outside_root(config: PrepareConfig, rejects: list[RejectedClip], clips: int) -> None:
+    """Checks how many audio paths leave their root.
+
+    Raises:
+        UserError: more than `max_reject_fraction` of them.
+    """
+    outside = [reject for reject in rejects if reject.reason == "outside_root"]
+    if len(outside) > config.max_reject_fraction * clips:
+        raise UserError(
+            ", ".join(config.manifests),
+            f"{len(outside)} of {clips} audio paths leave the audio folder; {outside[0].detail}",
+            "map the start of these paths to your folder, for example `audio_paths: {/data/sls/audioset: audioset}`",
+        )
 
 
 def _planned_clips(store: Store, plan: Plan | None) -> Iterator[tuple[str, tuple[int, int, str]]]:
@@ -194,7 +195,8 @@ def missing_audio(manifests: str, missing: int, clips: int, example: str) -> Use
     return UserError(
         manifests,
         f"{missing} of {clips} audio paths do not exist, for example {example}",
-        "correct the paths or `audio_root`, or raise `max_reject_fraction`",
+        "correct the paths or `audio_root`, map their start to your folder in `audio_paths`, or raise "
+        "`max_reject_fraction`",
     )
 
 

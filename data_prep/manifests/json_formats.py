@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import ijson
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from data_prep.config import TableConfig
-from data_prep.files import open_file
+from data_prep.files import open_utf8
+from data_prep.manifests.conversations import refuse_unsupported_fields, single_exchange
 from data_prep.manifests.rows import (
     ClipRow,
     QuestionRow,
     TextRow,
-    group_by_clip,
-    missing_field,
     parse_json,
     validate_row,
 )
@@ -51,25 +50,18 @@ class _SlamLlm(_Foreign):
     prompt: str | None = None
 
 
-class _Message(_Foreign):
-    """A turn of a chat."""
-
-    role: str
-    content: str
-
-
 class _Chat(_Foreign):
-    """A conversation of ms-swift or LLaMA-Factory."""
+    """A conversation of ms-swift or LLaMA-Factory (`messages`, or `conversations` in ShareGPT's words)."""
 
-    messages: list[_Message]
+    turns: list[dict[str, Any]] = Field(validation_alias=AliasChoices("messages", "conversations"))
     audios: list[str]
 
 
 class _AudioFlamingo(_Foreign):
     """A conversation of Audio Flamingo 3."""
 
-    sound: str
-    conversations: list[dict[str, str]]
+    sound: str | list[str]
+    conversations: list[dict[str, Any]]
 
 
 # Fields by which the format of a record is detected.
@@ -78,6 +70,7 @@ KEYS = {
     "openaqa": {"instruction", "audio_id", "output"},
     "slam_llm": {"key", "source", "target"},
     "messages": {"messages", "audios"},
+    "messages (ShareGPT)": {"conversations", "audios"},
     "audio_flamingo": {"sound", "conversations"},
 }
 
@@ -86,7 +79,7 @@ def detect(path: str) -> str:
     """Returns the format that shares the most keys with the first record; `jsonl`, our own, by default."""
     _, record = next(json_records(path), ("", None))
     keys = set(record) if isinstance(record, dict) else set()
-    return max(KEYS, key=lambda name: len(KEYS[name] & keys))
+    return max(KEYS, key=lambda name: len(KEYS[name] & keys)).partition(" ")[0]
 
 
 def read_jsonl(path: str, table: TableConfig) -> Iterator[ClipRow]:
@@ -102,56 +95,58 @@ def read_text(path: str) -> Iterator[TextRow]:
 
 
 def read_openaqa(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields OpenAQA by clip; the `input` of a record is appended to its instruction."""
-
-    def convert(value: Any, location: str) -> ClipRow:
+    """Yields the records of OpenAQA; the `input` of a record is appended to its instruction."""
+    for location, value in _foreign_records(path):
         row = validate_row(_OpenAqa, value, location)
         question = f"{row.instruction}\n{row.input}" if row.input else row.instruction
-        questions = [QuestionRow(question=question, answer=row.output, task=row.task)]
-        return ClipRow(clip_id=row.audio_id, audio=row.audio_id, dataset=row.dataset, questions=questions)
-
-    return _grouped(path, convert)
+        yield ClipRow(
+            clip_id=row.audio_id,
+            audio=row.audio_id,
+            dataset=row.dataset,
+            domain=table.domain,
+            questions=[QuestionRow(question=question, answer=row.output, task=row.task)],
+        )
 
 
 def read_slam_llm(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields SLAM-LLM by clip; `table.question` is the question of records without a prompt."""
-
-    def convert(value: Any, location: str) -> ClipRow:
+    """Yields the rows of SLAM-LLM; `table.question` is the question of records without a prompt."""
+    for location, value in _foreign_records(path):
         row = validate_row(_SlamLlm, value, location)
         question = row.prompt or table.question
         if question is None:
             raise UserError(location, "has no 'prompt'", "give the prompt of all rows in `table.question`")
-        return _clip(row.source, [(question, row.target)], table, clip_id=row.key)
-
-    return _grouped(path, convert)
+        yield _clip(row.source, (question, row.target), table, clip_id=row.key)
 
 
 def read_messages(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields chats by clip; each exchange of user and assistant is a question, system messages are ignored."""
-
-    def convert(value: Any, location: str) -> ClipRow:
+    """Yields chats of one exchange between user and assistant about one clip; others are errors."""
+    for location, value in _foreign_records(path):
         row = validate_row(_Chat, value, location)
         if len(row.audios) != 1:
             raise UserError(location, f"has {len(row.audios)} audios", "give rows of one clip each")
-        turns = [(message.role, message.content) for message in row.messages if message.role != "system"]
-        return _clip(row.audios[0], _pairs(turns, ("user", "assistant"), location), table)
-
-    return _grouped(path, convert)
+        yield _clip(row.audios[0], single_exchange(row.turns, location), table)
 
 
 def read_audio_flamingo(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields conversations by clip; each exchange of human and gpt is a question."""
-
-    def convert(value: Any, location: str) -> ClipRow:
+    """Yields conversations of one exchange between human and gpt about one clip; others are errors."""
+    for location, value in _foreign_records(path):
         row = validate_row(_AudioFlamingo, value, location)
-        for turn in row.conversations:
-            for key in ("from", "value"):
-                if key not in turn:
-                    raise missing_field(location, f"conversations.{key}")
-        turns = [(turn["from"], turn["value"]) for turn in row.conversations]
-        return _clip(row.sound, _pairs(turns, ("human", "gpt"), location), table)
+        sounds = [row.sound] if isinstance(row.sound, str) else row.sound
+        if len(sounds) != 1:
+            raise UserError(location, f"has {len(sounds)} sounds", "give rows of one clip each")
+        yield _clip(sounds[0], single_exchange(row.conversations, location), table)
 
-    return _grouped(path, convert)
+
+def _foreign_records(path: str) -> Iterator[tuple[str, Any]]:
+    """Yields the records of another tool, without those fields that change what we would read.
+
+    Raises:
+        UserError: a record has such a field.
+    """
+    for location, value in json_records(path):
+        if isinstance(value, dict):
+            refuse_unsupported_fields(value, location)
+        yield location, value
 
 
 def json_records(path: str) -> Iterator[tuple[str, Any]]:
@@ -164,7 +159,7 @@ def json_records(path: str) -> Iterator[tuple[str, Any]]:
         UserError: the file cannot be read or is not valid JSON.
     """
     try:
-        with open_file(path) as stream:
+        with open_utf8(path) as stream:
             yield from _array_records(stream, path) if _is_array(stream) else _line_records(stream, path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 manifest") from error
@@ -201,20 +196,12 @@ def _array_records(stream: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
         raise UserError(location, f"bad JSON ({reason})", "correct or complete the array") from error
 
 
-def _grouped(path: str, convert: Callable[[Any, str], ClipRow]) -> Iterator[ClipRow]:
-    return group_by_clip(convert(value, location) for location, value in json_records(path))
-
-
-def _clip(audio: str, pairs: list[tuple[str, str]], table: TableConfig, clip_id: str | None = None) -> ClipRow:
-    questions = [QuestionRow(question=question, answer=answer, task=table.task) for question, answer in pairs]
+def _clip(audio: str, exchange: tuple[str, str], table: TableConfig, clip_id: str | None = None) -> ClipRow:
+    question, answer = exchange
     return ClipRow(
-        clip_id=clip_id or audio, audio=audio, dataset=table.dataset, domain=table.domain, questions=questions
+        clip_id=clip_id or audio,
+        audio=audio,
+        dataset=table.dataset,
+        domain=table.domain,
+        questions=[QuestionRow(question=question, answer=answer, task=table.task)],
     )
-
-
-def _pairs(turns: list[tuple[str, str]], roles: tuple[str, str], location: str) -> list[tuple[str, str]]:
-    """Returns question and answer of each exchange, without the audio placeholder."""
-    if len(turns) % 2 or [role for role, _ in turns] != list(roles) * (len(turns) // 2):
-        raise UserError(location, f"does not alternate between turns of {' and '.join(roles)}", "correct this row")
-    questions = [text.replace("<audio>", "").replace("<sound>", "").strip() for _, text in turns[::2]]
-    return list(zip(questions, [answer for _, answer in turns[1::2]], strict=True))

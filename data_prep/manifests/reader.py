@@ -13,13 +13,13 @@ from pathlib import Path
 
 from data_prep.config import PrepareConfig, TableConfig
 from data_prep.files import expand, is_remote, open_file, parent
-from data_prep.manifests import json_formats, table_formats
+from data_prep.manifests import archive_formats, json_formats, table_formats
+from data_prep.manifests.clips import Clip, RejectedRow, SourceRow, absolute_location, join_rows
 from data_prep.manifests.rows import ClipRow, TextRow
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
-from pipeline.core.records import Strict
 
-READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow]]] = {
+READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow] | Iterator[ClipRow | RejectedRow]]] = {
     "jsonl": json_formats.read_jsonl,
     "openaqa": json_formats.read_openaqa,
     "slam_llm": json_formats.read_slam_llm,
@@ -27,27 +27,10 @@ READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow]]] = {
     "audio_flamingo": json_formats.read_audio_flamingo,
     "csv": table_formats.read_csv,
     "folder": table_formats.read_folder,
-    "parquet": table_formats.read_parquet,
-    "webdataset": table_formats.read_webdataset,
+    "parquet": archive_formats.read_parquet,
+    "webdataset": archive_formats.read_webdataset,
 }
-SUFFIXES = {".csv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
-
-
-class Clip(Strict):
-    """One clip of a manifest, with all its questions.
-
-    Attributes:
-        root: index of the root (see `audio_roots`) that `audio` is relative to.
-        audio: path relative to the root, or absolute; None in a set without encoders, or when the path leaves the
-            root, in which case the clip is rejected.
-    """
-
-    clip_id: str
-    root: int
-    audio: str | None
-    dataset: str
-    domain: str
-    questions: list[Question]
+SUFFIXES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
 
 
 def manifest_files(config: PrepareConfig) -> list[str]:
@@ -74,32 +57,48 @@ def _root_of(path: str, config: PrepareConfig) -> str:
     return path if Path(path).is_dir() else parent(path)
 
 
-def read_clips(config: PrepareConfig) -> Iterator[Clip]:
-    """Yields the clips of all manifests in order, clips with duplicate ids included.
+def read_clips(config: PrepareConfig) -> Iterator[Clip | RejectedRow]:
+    """Yields the clips of all manifests in order, each once with all its questions (see `clips.join_rows`).
+
+    Rejected rows come before all clips: those with a repeated id and those whose audio path leaves the root.
 
     Raises:
         UserError: a missing manifest, bad JSON, or a row with a missing, unknown or mistyped field; names the file and
             the line or record.
     """
+    return join_rows(_source_rows(config))
+
+
+def _source_rows(config: PrepareConfig) -> Iterator[SourceRow | RejectedRow]:
     roots = audio_roots(config)
     for path in manifest_files(config):
         root = roots.index(_root_of(path, config))
         for row in _read_rows(path, config):
-            audio = row.audio if isinstance(row, ClipRow) else None
-            yield Clip(
+            if isinstance(row, RejectedRow):
+                yield row
+                continue
+            audio = None
+            if isinstance(row, ClipRow):
+                mapped, may_be_absolute = _mapped_path(row.audio, config)
+                audio = _normalised_path(mapped, may_be_absolute)
+                if audio is None:
+                    absolute = posixpath.isabs(mapped) or is_remote(mapped)
+                    fault = "is absolute, but audio_root is set" if absolute else "leaves its folder"
+                    detail = f"the audio path {row.audio} {fault}"
+                    yield RejectedRow(clip_id=row.clip_id, reason="outside_root", detail=detail)
+                    continue
+            clip = Clip(
                 clip_id=row.clip_id,
                 root=root,
-                audio=None if audio is None else _normalised_path(audio, may_be_absolute=config.audio_root is None),
+                audio=audio,
                 dataset=row.dataset,
                 domain=row.domain,
-                questions=[
-                    Question(**{**q.model_dump(), "question_id": q.question_id or f"{row.clip_id}/{index}"})
-                    for index, q in enumerate(row.questions)
-                ],
+                questions=[Question(**{**q.model_dump(), "question_id": q.question_id or ""}) for q in row.questions],
             )
+            yield SourceRow(clip=clip, location=None if audio is None else absolute_location(audio_path(clip, roots)))
 
 
-def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow] | Iterator[TextRow]:
+def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow | RejectedRow] | Iterator[TextRow]:
     if not config.encoders:
         return json_formats.read_text(path)
     return READERS[_detect_format(path, config)](path, config.table)
@@ -116,7 +115,9 @@ def manifest_sha256(config: PrepareConfig) -> str:
     digest = hashlib.sha256()
     for path in manifest_files(config):
         if Path(path).is_dir():
-            for name in sorted(str(file.relative_to(path)) for file in Path(path).glob("*/*")):
+            for name in sorted(
+                {str(file.relative_to(path)) for file in Path(path).glob("*/**/*") if file.parent != Path(path)}
+            ):
                 digest.update(f"{name}\n".encode())
             continue
         with open_file(path) as stream:
@@ -134,6 +135,19 @@ def _detect_format(path: str, config: PrepareConfig) -> str:
     if is_folder:
         return "folder"
     return SUFFIXES.get(posixpath.splitext(path)[1].lower()) or json_formats.detect(path)
+
+
+def _mapped_path(audio: str, config: PrepareConfig) -> tuple[str, bool]:
+    """Returns the path of a clip's audio after `audio_paths`, and whether it may be absolute."""
+    for prefix in sorted(config.audio_paths, key=len, reverse=True):
+        start = prefix.rstrip("/")
+        if audio.startswith(f"{start}/"):
+            folder = config.audio_paths[prefix]
+            path = posixpath.normpath(audio[len(start) :].lstrip("/"))
+            if path.split("/", 1)[0] == "..":
+                return path, False
+            return posixpath.join(folder, path), posixpath.isabs(folder) or is_remote(folder)
+    return audio, config.audio_root is None
 
 
 def _normalised_path(audio: str, may_be_absolute: bool) -> str | None:

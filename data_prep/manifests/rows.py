@@ -1,11 +1,8 @@
-"""Defines the row that every manifest format is converted to, and groups rows by clip."""
+"""Defines the row that every manifest format is converted to, and validates rows."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import sqlite3
-from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -17,7 +14,7 @@ RowT = TypeVar("RowT", bound=BaseModel)
 
 
 class QuestionRow(Strict):
-    """A question of a row; without a `question_id` it gets one from the clip and its position."""
+    """A question of a row; without a `question_id` it gets one from the id of the row and its position."""
 
     question_id: str | None = None
     question: str
@@ -39,25 +36,6 @@ class ClipRow(TextRow):
     """A row of our own format, to which every other format is converted."""
 
     audio: str
-
-
-def group_by_clip(rows: Iterable[ClipRow]) -> Iterator[ClipRow]:
-    """Yields one row per clip with the questions of all its rows; clips by first appearance, questions in their order.
-
-    Rows are sorted in a temporary database on disk: the largest corpora have millions of questions, in any order.
-    """
-    numbers: dict[str, int] = {}
-    database = sqlite3.connect("")
-    try:
-        database.execute("CREATE TABLE rows (clip INTEGER, row TEXT)")
-        values = ((numbers.setdefault(row.clip_id, len(numbers)), row.model_dump_json()) for row in rows)
-        database.executemany("INSERT INTO rows VALUES (?, ?)", values)
-        ordered = database.execute("SELECT clip, row FROM rows ORDER BY clip, rowid")
-        for _, group in itertools.groupby(ordered, key=lambda pair: pair[0]):
-            first, *others = (ClipRow.model_validate_json(text) for _, text in group)
-            yield first.model_copy(update={"questions": [q for row in (first, *others) for q in row.questions]})
-    finally:
-        database.close()
 
 
 def parse_json(text: str, location: str) -> Any:

@@ -1,4 +1,4 @@
-"""Reads manifests that hold no questions: CSV, a folder per class, Parquet and WebDataset with embedded audio.
+"""Reads tables that hold no questions: CSV and TSV, and a folder per class.
 
 The templates of `TableConfig` make the clip, the question and the answers from the fields of a row.
 """
@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import csv
 import io
-import posixpath
-import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from data_prep.audio.containers import AUDIO_SUFFIXES, HEAD_BYTES, is_audio, is_hidden
 from data_prep.config import TableConfig
-from data_prep.files import audio_column, open_file
-from data_prep.manifests.rows import ClipRow, QuestionRow, group_by_clip, missing_field, parse_json
+from data_prep.files import open_utf8
+from data_prep.manifests.clips import RejectedRow
+from data_prep.manifests.rows import ClipRow
+from data_prep.manifests.templates import TableRow, fill_row
+from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 # Published tables that need no templates: the columns that identify them, and the templates they imply.
 KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"file_name", *(f"caption_{i}" for i in range(1, 6))},  # Clotho
@@ -26,127 +28,115 @@ KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"youtube_id", "start_time", "caption"}, {"audio": "{youtube_id}.wav", "answers": ["{caption}"]}),  # AudioCaps
     ({"filename", "fold", "target", "category"}, {"audio": "{filename}", "answers": ["{category}"]}),  # ESC-50
 ]  # fmt: skip
+SPLITS = {"train", "test", "val", "valid", "validation", "dev", "eval", "training", "testing"}
 
 
-def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields the clips of a CSV file with a header; rows of the same clip are joined."""
+def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
+    """Yields the rows of a CSV or TSV file with a header; lines without any text are skipped.
 
-    def rows() -> Iterator[ClipRow]:
-        try:
-            with io.TextIOWrapper(open_file(path), encoding="utf-8-sig", newline="") as text:
-                reader = csv.DictReader(text, strict=True)
-                templates = _known_table(table, reader.fieldnames or [])
-                for fields in reader:
-                    yield _clip(
-                        {k: v for k, v in fields.items() if v is not None}, templates, f"{path}:{reader.line_num}"
-                    )
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(path, f"cannot be read ({error})", "give a UTF-8 CSV file with a header") from error
+    The delimiter is a comma; a tab or a semicolon in files whose header has no comma; a tab in `.tsv`.
 
-    return group_by_clip(rows())
-
-
-def read_folder(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields the clips of `<class>/<file>`; the fields are `class` and `audio`, and all classes are the choices."""
-    root = Path(path)
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    for name in classes:
-        for file in sorted((root / name).iterdir()):
-            if file.suffix.lower() in AUDIO_SUFFIXES:
-                audio = f"{name}/{file.name}"
-                yield _clip(
-                    {"audio": audio, "class": name}, _with_default_answer(table, "{class}"), path, audio, classes
-                )
-
-
-def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields the rows of a Hugging Face dataset with embedded audio; the other columns are the fields."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with open_file(path) as stream:
-            file = pyarrow.parquet.ParquetFile(stream)
-            column = audio_column([(field.name, field.type) for field in file.schema_arrow])
-            if column is None:
-                raise UserError(path, "has no column of embedded audio", "give a file of the Hugging Face audio layout")
-            field_columns = [field.name for field in file.schema_arrow if field.name != column]
-            for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=[*field_columns, f"{column}.path"]).to_pylist()
-                for row, fields in enumerate(rows):
-                    audio = f"{posixpath.basename(path)}#{group}/{row}"
-                    clip_id = (fields.pop(column) or {}).get("path") or audio
-                    yield _clip({**fields, "audio": audio}, table, f"{path}#{group}/{row}", clip_id)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(path, f"cannot be read ({error})", "give a Parquet file") from error
-
-
-def read_webdataset(path: str, table: TableConfig) -> Iterator[ClipRow]:
-    """Yields one clip per key of a tar file.
-
-    Consecutive members with the same key form a clip: an audio file, and fields from `txt`, `cls`, ... or `json`.
+    Raises:
+        UserError: the file is not text in UTF-8 or in an encoding with a byte-order mark, has no header, a column
+            twice, or a line with more or fewer fields than the header.
     """
     try:
-        with open_file(path) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            key, fields = "", dict[str, Any]()
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                if f"{folder}/{stem}" != key:
-                    if "audio" in fields:
-                        yield _clip(fields, table, f"{path}: {key.lstrip('/')}", fields["__key__"])
-                    key, fields = f"{folder}/{stem}", {"__key__": f"{folder}/{stem}".lstrip("/")}
-                if f".{suffix.lower()}" in AUDIO_SUFFIXES:
-                    fields["audio"] = f"{posixpath.basename(path)}#{member.offset_data}:{member.size}"
-                    continue
-                content = tar.extractfile(member)
-                text = content.read().decode(errors="replace") if content else ""
-                fields |= parse_json(text, f"{path}: {member.name}") if suffix == "json" else {suffix: text.strip()}
-            if "audio" in fields:
-                yield _clip(fields, table, f"{path}: {key.lstrip('/')}", fields["__key__"])
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(path, f"cannot be read ({error})", "give an uncompressed tar file") from error
+        with io.TextIOWrapper(open_utf8(path), encoding="utf-8", newline="") as text:
+            rows = _csv_rows(text, path)
+            columns = [column.strip() for column in next(rows, (0, []))[1]]
+            if not columns:
+                raise UserError(path, "has no header", "begin it with a line of column names, such as audio,caption")
+            repeated = [name for name, count in Counter(columns).items() if count > 1 and name]
+            if repeated:
+                raise UserError(f"{path}:1", f"column '{repeated[0]}' occurs twice", "rename one of them")
+            templates = _known_table(table, columns)
+            for line, cells in rows:
+                if len(cells) != len(columns):
+                    raise UserError(
+                        f"{path}:{line}",
+                        f"has {len(cells)} fields, the header has {len(columns)}",
+                        'put text that holds the delimiter in double quotes: "a dog barks, then a car passes"',
+                    )
+                yield fill_row(TableRow(dict(zip(columns, cells, strict=True)), f"{path}:{line}"), templates)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        fault, remedy = f"cannot be read ({error})", "give a CSV file with a header, in UTF-8 or UTF-16"
+        raise UserError(path, fault, remedy) from error
 
 
-def _known_table(table: TableConfig, columns: Any) -> TableConfig:
+def _csv_rows(text: TextIO, path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields each row that holds any text, the header first, with the number of its last line."""
+    header = text.readline()
+    text.seek(0)
+    delimiter = _delimiter(header, prefers_tab=path.lower().endswith((".tsv", ".tab")))
+    spaced = f"{delimiter} " in header and header.count(delimiter) == header.count(f"{delimiter} ")
+    reader = csv.reader(text, strict=True, delimiter=delimiter, skipinitialspace=spaced)
+    for cells in reader:
+        if any(cell.strip() for cell in cells):
+            yield reader.line_num, cells
+
+
+def _delimiter(header: str, *, prefers_tab: bool) -> str:
+    order = "\t,;" if prefers_tab else ",\t;"
+    return next((delimiter for delimiter in order if delimiter in header), order[0])
+
+
+def read_folder(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
+    """Yields the clips of `<class>/<file>`, deeper ones too; the fields are `class` and `audio`.
+
+    All classes are the choices. Audio is recognised by its ending or its first bytes. Hidden files and folders are
+    skipped; audio outside the classes is rejected; other files are counted in a warning.
+
+    Raises:
+        UserError: the folders are named like splits (train, test), not like classes.
+    """
+    root = Path(path)
+    table = table if "answers" in table.model_fields_set else table.model_copy(update={"answers": ["{class}"]})
+    others: list[str] = []
+    files = {
+        entry.name: _audio_files(root, entry, others, set())
+        for entry in sorted(root.iterdir())
+        if entry.is_dir() and not is_hidden(entry.name)
+    }
+    classes = [name for name, names in files.items() if names]
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        fault = f"has folders named like splits ({', '.join(classes)}), not like classes"
+        raise UserError(path, fault, f"give one split as the manifest: {path.rstrip('/')}/{classes[0]}")
+    for entry in sorted(root.iterdir()):
+        if not entry.is_dir() and not is_hidden(entry.name) and _is_audio(entry):
+            yield RejectedRow(clip_id=entry.name, reason="no_class", detail="lies in no class folder", audio=entry.name)
+    for name in classes:
+        for audio in files[name]:
+            yield fill_row(TableRow({"audio": audio, "class": name}, f"{path}: {audio}", audio, classes), table)
+    if others:
+        logger.warning(f"{path}: left out {len(others)} files that are not audio, for example {others[0]}")
+
+
+def _audio_files(root: Path, folder: Path, others: list[str], seen: set[Path]) -> list[str]:
+    """Returns the audio files below a folder, relative to the root; adds the other files to `others`."""
+    real = folder.resolve()
+    if real in seen:  # a link to a folder above
+        return []
+    names: list[str] = []
+    for entry in sorted(folder.iterdir()):
+        if is_hidden(entry.name):
+            continue
+        if entry.is_dir() and entry.suffix.lower() not in AUDIO_SUFFIXES:
+            names += _audio_files(root, entry, others, seen | {real})
+        else:
+            (names if _is_audio(entry) else others).append(entry.relative_to(root).as_posix())
+    return names
+
+
+def _is_audio(file: Path) -> bool:
+    """Returns whether a file is audio; reads its first bytes only if it is a regular file."""
+    if not file.is_file():
+        return is_audio(file.name, b"")
+    with file.open("rb") as stream:
+        return is_audio(file.name, stream.read(HEAD_BYTES))
+
+
+def _known_table(table: TableConfig, columns: Sequence[str]) -> TableConfig:
     for required_columns, values in KNOWN_TABLES:
         if required_columns <= set(columns) and "answers" not in table.model_fields_set:
             return table.model_copy(update=values)
     return table
-
-
-def _with_default_answer(table: TableConfig, answer: str) -> TableConfig:
-    return table if "answers" in table.model_fields_set else table.model_copy(update={"answers": [answer]})
-
-
-def _clip(
-    fields: dict[str, Any],
-    table: TableConfig,
-    location: str,
-    clip_id: str | None = None,
-    choices: list[str] | None = None,
-) -> ClipRow:
-    if table.question is None:
-        raise UserError(
-            "table.question", f"is not set, and {location} has no question", "give the question of all rows"
-        )
-
-    def fill(template: str) -> str:
-        try:
-            return template.format_map(fields)
-        except (KeyError, IndexError, AttributeError) as error:
-            raise missing_field(location, str(error.args[0])) from error
-
-    audio = fill(table.audio)
-    return ClipRow(
-        clip_id=fill(table.clip_id) if table.clip_id else clip_id or audio,
-        audio=audio,
-        dataset=fill(table.dataset),
-        domain=fill(table.domain),
-        questions=[
-            QuestionRow(question=fill(table.question), answer=fill(answer), task=fill(table.task), choices=choices)
-            for answer in table.answers
-        ],
-    )

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from pipeline.core.errors import UserError
 from pipeline.core.records import Strict
@@ -38,13 +38,26 @@ FEATURE_COLUMNS = {"clip_id": "str", "features": "ndarray:float16"}
 
 
 class Question(Strict):
-    """One question about a clip; `question_id` is unique in the feature set."""
+    """One question about a clip.
+
+    Attributes:
+        question_id: id that is unique in the feature set.
+        dataset, domain: those of the question where they differ from the clip's, because several datasets ask about
+            the same audio; None, which is not stored, means the clip's.
+    """
 
     question_id: str
     question: str
     answer: str
     task: str = "unspecified"
     choices: list[str] | None = None
+    dataset: str | None = None
+    domain: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_source_of_the_clip(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if value is not None or key not in ("dataset", "domain")}
 
 
 class EncoderContract(Strict):

@@ -39,6 +39,10 @@ class Clip:
     domain: str
     questions: tuple[Question, ...]
 
+    def domain_of(self, question: Question) -> str:
+        """Returns the domain of a question about this clip."""
+        return self.domain if question.domain is None else question.domain
+
 
 @dataclass(frozen=True)
 class QuestionTable:
@@ -209,9 +213,11 @@ class FeatureSet:
             for sample in self._clips.samples(shard):
                 dataset = datasets.setdefault(sample["dataset"], len(datasets))
                 for number, question in enumerate(sample["questions"]):
+                    source = question.get("dataset")
+                    source_code = dataset if source is None else datasets.setdefault(source, len(datasets))
                     characters = len(question["question"]) + len(question["answer"])
                     task = tasks.setdefault(question["task"], len(tasks))
-                    rows.append((len(durations), number, characters, task, dataset))
+                    rows.append((len(durations), number, characters, task, source_code))
                 durations.append(sample["duration_s"])
             shard_rows.append(np.array(rows, np.int64).reshape(-1, 5))
         clip, question_numbers, character_counts, task_codes, dataset_codes = np.concatenate(shard_rows).T

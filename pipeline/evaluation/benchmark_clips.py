@@ -37,7 +37,13 @@ class BenchmarkClips:
         domains: dict[Path, str] = {}
         for item in benchmark.items:
             domains.setdefault(item.audio, item.domain)
-            question = Question(question_id=item.question_id, question=item.prompt, answer=item.answer, task=item.task)
+            question = Question(
+                question_id=item.question_id,
+                question=item.prompt,
+                answer=item.answer,
+                task=item.task,
+                domain=item.domain,
+            )
             files.setdefault(item.audio, []).append(question)
         self._files = list(files)
         self._clips = [

@@ -85,7 +85,7 @@ def make_predictions(question_set: QuestionSet, answers: Mapping[int, str]) -> l
             Prediction(
                 question_id=question.question_id,
                 clip_id=clip.clip_id,
-                domain=clip.domain,
+                domain=clip.domain_of(question),
                 task=question.task,
                 question=question.question,
                 answer=question.answer,

@@ -1,0 +1,174 @@
+"""Decides which rows of the manifests are about the same clip, for all formats: a clip is its audio, not its id."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Literal
+
+from data_prep.files import container, is_remote, open_audio
+from pipeline.core.feature_contract import Question
+from pipeline.core.records import Strict
+
+
+class Clip(Strict):
+    """One clip of the manifests, with all its questions.
+
+    Attributes:
+        root: index of the root (see `reader.audio_roots`) that `audio` is relative to.
+        audio: path relative to the root, or absolute; None in a set without encoders.
+    """
+
+    clip_id: str
+    root: int
+    audio: str | None
+    dataset: str
+    domain: str
+    questions: list[Question]
+
+
+class RejectedRow(Strict):
+    """A row of a manifest that is left out; its reason and detail go to rejects.jsonl."""
+
+    clip_id: str
+    reason: Literal["duplicate_id", "outside_root", "empty_field", "no_audio", "no_class"]
+    detail: str
+    audio: str | None = None
+
+
+class SourceRow(Strict):
+    """A row of a manifest with its audio path resolved; a question without an id has an empty `question_id`.
+
+    Attributes:
+        location: absolute path or URL of the audio, also of a member; None in a set without encoders.
+    """
+
+    clip: Clip
+    location: str | None
+
+
+def join_rows(rows: Iterable[SourceRow | RejectedRow]) -> Iterator[Clip | RejectedRow]:
+    """Yields one clip per sound with the questions of all its rows, by first appearance; rejected rows come first.
+
+    Two rows are about the same sound if their audio has the same location, or if they share their id and are members
+    of archives with the same content (Parquet files with a row per question repeat the audio). The first row gives a
+    clip its id, dataset and domain; a question of another dataset or domain keeps its own. A second sound with the
+    same id is called `id@audio`.
+
+    Rows are sorted in a temporary database on disk: the largest corpora have millions of questions, in any order.
+    """
+    identities = _Identities()
+    database = sqlite3.connect("")
+    try:
+        database.execute("CREATE TABLE rows (sound INTEGER, row TEXT)")
+        for row in rows:
+            joined = row if isinstance(row, RejectedRow) else identities.identify(row)
+            if isinstance(joined, RejectedRow):
+                yield joined
+            else:
+                sound, clip = joined
+                database.execute("INSERT INTO rows VALUES (?, ?)", (sound, clip.model_dump_json()))
+        ordered = database.execute("SELECT sound, row FROM rows ORDER BY sound, rowid")
+        for _, group in itertools.groupby(ordered, key=lambda pair: pair[0]):
+            first, *others = (Clip.model_validate_json(text) for _, text in group)
+            questions = [
+                _with_source(question, clip, first) for clip in (first, *others) for question in clip.questions
+            ]
+            yield first.model_copy(update={"questions": questions})
+    finally:
+        database.close()
+
+
+def _with_source(question: Question, clip: Clip, first: Clip) -> Question:
+    """Returns the question with the dataset and domain of its row, where they differ from those of the clip."""
+    update = {key: getattr(clip, key) for key in ("dataset", "domain") if getattr(clip, key) != getattr(first, key)}
+    return question.model_copy(update=update) if update else question
+
+
+class _Identities:
+    """Gives rows the number of their sound, their clip id and their question ids."""
+
+    def __init__(self) -> None:
+        self._sounds: dict[str, int] = {}  # location -> number
+        self._names: dict[str, int] = {}  # clip id -> number; a sound may have several ids
+        self._question_counts: dict[str, int] = {}  # clip id -> number of questions
+        self._question_ids: set[str] = set()
+        self._members: dict[str, list[tuple[int, str]]] = defaultdict(list)  # id of the row -> sounds in archives
+        self._digests: dict[str, str] = {}  # location of a member -> hash of its content
+        self._count = 0
+
+    def identify(self, row: SourceRow) -> tuple[int, Clip] | RejectedRow:
+        """Returns the number of the sound and the row with its ids, or the rejected row."""
+        clip = row.clip
+        if row.location is None and clip.clip_id in self._names:
+            return RejectedRow(clip_id=clip.clip_id, reason="duplicate_id", detail="clip_id occurred before")
+        sound = self._find_sound(row)
+        name = self._name(clip, sound)
+        start = self._question_counts.get(name, 0)
+        questions = [
+            question if question.question_id else question.model_copy(update={"question_id": f"{name}/{index}"})
+            for index, question in enumerate(clip.questions, start)
+        ]
+        question_ids = [question.question_id for question in questions]
+        if len(set(question_ids)) < len(question_ids) or not self._question_ids.isdisjoint(question_ids):
+            detail = "a question_id occurred before"
+            return RejectedRow(clip_id=clip.clip_id, reason="duplicate_id", detail=detail, audio=clip.audio)
+        self._question_ids.update(question_ids)
+        self._question_counts[name] = start + len(questions)
+        self._names[name] = sound
+        if row.location is not None and row.location not in self._sounds:
+            self._sounds[row.location] = sound
+            if _is_member(row.location) and sound == self._count:
+                self._members[clip.clip_id].append((sound, row.location))
+        self._count = max(self._count, sound + 1)
+        return sound, clip.model_copy(update={"clip_id": name, "questions": questions})
+
+    def _find_sound(self, row: SourceRow) -> int:
+        """Returns the number of the sound of a row; the next free number for a new sound."""
+        if row.location is None:
+            return self._count
+        if row.location in self._sounds:
+            return self._sounds[row.location]
+        if _is_member(row.location):
+            for sound, location in self._members.get(row.clip.clip_id, ()):
+                if self._digest(location) == self._digest(row.location):
+                    return sound
+        return self._count
+
+    def _name(self, clip: Clip, sound: int) -> str:
+        """Returns the clip's id, or one made from it when it is that of another sound."""
+        made = f"{clip.clip_id}@{clip.audio}"
+        for name in itertools.chain((clip.clip_id, made), (f"{made}#{number}" for number in itertools.count(2))):
+            if self._names.get(name, sound) == sound:
+                return name
+        raise AssertionError("there is always a free name")
+
+    def _digest(self, location: str) -> str:
+        if location not in self._digests:
+            self._digests[location] = _content_digest(location)
+        return self._digests[location]
+
+
+def _is_member(location: str) -> bool:
+    return container(location) != location
+
+
+def _content_digest(location: str) -> str:
+    """Returns the hash of a member of an archive; its own location if it cannot be read or is empty."""
+    try:
+        stream = open_audio(location)
+    except Exception:  # every kind of archive raises exceptions of its own; the encoding step reports them
+        return location
+    assert not isinstance(stream, str), "a member has no path of its own"
+    with stream:
+        content = stream.read()
+    return hashlib.sha256(content).hexdigest() if content else location
+
+
+def absolute_location(path: str) -> str:
+    """Returns the location by which two paths to the same file are recognised; links are not followed."""
+    return path if is_remote(path) else os.path.abspath(path)  # noqa: PTH100 (resolve() follows links)

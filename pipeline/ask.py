@@ -21,6 +21,7 @@ from pipeline.core.units import MIB
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
     from pipeline.inference.encode_audio import AudioEncoders, EncodedAudio
     from pipeline.inference.responder import Answer, Responder
+    from pipeline.model import PrefixCache
 
 STANDARD_INPUT = "-"
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.web:
         from pipeline.inference.web import serve  # first, because it raises an error where gradio is not installed
 
-    from pipeline.inference.responder import load_config_of, load_responder
+    from pipeline.inference.responder import load_config_of, load_responder, log_decoding
 
     config, model = load_config_of(arguments.model)
     contracts = read_encoders(arguments.model, model.feature_fingerprints, config.data.train)
@@ -39,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     from pipeline.inference.encode_audio import AudioEncoders
 
     responder = load_responder(arguments.model, arguments.max_new_tokens)
+    log_decoding(arguments.max_new_tokens)
     audio_encoders = AudioEncoders(contracts, dict(arguments.encoder), responder.model.device.type)
     if arguments.web:
         serve(responder, audio_encoders, str(arguments.model), *arguments.address)
@@ -64,10 +66,8 @@ def _answer_about_file(responder: Responder, audio_encoders: AudioEncoders, argu
     max_positions = responder.model.config.language_model.max_position_embeddings
     if (positions := int(prefix.next_position)) > max_positions:
         logger.warning(f"the clip takes {positions} positions, more than the {max_positions} of the language model")
-    answers = []
-    for question in arguments.question or _read_questions():
-        answers.append(responder.answer_streaming(prefix, question, _print_text))
-        print()
+    questions = arguments.question or _read_questions()
+    answers = [_answer(responder, prefix, question, arguments) for question in questions]
     if arguments.picture:
         _draw(responder, audio, answers, arguments)
     results = {
@@ -95,9 +95,8 @@ def _answer_about_stream(responder: Responder, audio_encoders: AudioEncoders, ar
         max_nbytes = max(max_nbytes, audio.nbytes)
         for question in arguments.question:
             print(f"[{received_s:.0f} s] ", end="")
-            answers.append(responder.answer_streaming(prefix, question, _print_text))
+            answers.append(_answer(responder, prefix, question, arguments))
             answer_results.append({"received_s": received_s, **asdict(answers[-1])})
-            print()
         del prefix  # frees its memory before more audio arrives
     cache_mib = max_nbytes / MIB
     logger.info(f"{received_s:.1f} s of audio received; its cache took at most {cache_mib:.1f} MiB")
@@ -192,6 +191,15 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')}", f"applies to {mode} only", remedy)
         setattr(arguments, name, default if value is None else value)
     require_positive(arguments, "every_s", "keep_s", "max_new_tokens")
+
+
+def _answer(responder: Responder, prefix: PrefixCache, question: str, arguments: argparse.Namespace) -> Answer:
+    """Prints the answer to a question while it is generated; warns if it is truncated."""
+    answer = responder.answer_streaming(prefix, question, _print_text)
+    print()
+    if answer.truncated:
+        logger.warning(f"the answer is truncated at {arguments.max_new_tokens} tokens; raise --max-new-tokens")
+    return answer
 
 
 def _print_text(text: str) -> None:

@@ -44,7 +44,8 @@ def test_questions_share_one_prefill(
 
     responder = load_responder(exported / "model", 4)
     stored = FeatureSet(exported / "set", ["log_mel"]).features(0, "clip")
-    batch_answers = responder.answer(responder.prefill([stored]), questions, [0] * 10)
+    replies = responder.answer(responder.prefill([stored]), questions, [0] * 10)
+    batch_answers = [reply.text for reply in replies]
     assert [answer["answer"] for answer in figures["answers"]] == batch_answers, "the answers of an evaluation"
 
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{questions[0]}\n\n{questions[1]}\n"))

@@ -41,7 +41,7 @@ class PlainTextTokenizer:
         longest_first = sorted((token.content for token in self._control.values()), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._placeholders = {token.content: f"\ue000{token_id}\ue001" for token_id, token in self._control.items()}
-        # Characters that the vocabulary lacks become the unknown token too, so its text has to be found by its spelling.
+        # Characters that the vocabulary lacks become the unknown token too: its text is found by its spelling.
         self._unknown: str | None = tokenizer.unk_token
         self._counted = self._control.keys() - {tokenizer.unk_token_id}
         self._template_counts: dict[tuple[str, ...], int] = {}

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from pipeline.inference.responder import Reply
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,15 @@ class AnswerJournal:
     folder: Path
     fingerprint: str
 
-    def read(self) -> dict[int, str]:
+    def read(self) -> dict[int, Reply]:
         """Returns index of the question -> answer, for all answers so far."""
         answers = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n"):  # a killed process may have left half a line
-                    fingerprint, question, answer = json.loads(line)
+                    fingerprint, question, *reply = json.loads(line)
                     if fingerprint == self.fingerprint:
-                        answers[question] = answer
+                        answers[question] = Reply(*reply)
         return answers
 
     @contextmanager
@@ -41,20 +43,24 @@ class AnswerJournal:
         with (self.folder / f"{uuid.uuid4().hex}.jsonl").open("w", encoding="utf-8") as file:
             yield file
 
-    def append(self, file: IO[str], answers: Mapping[int, str]) -> None:
+    def append(self, file: IO[str], answers: Mapping[int, Reply]) -> None:
         """Writes answers to a file from `open_file` at once."""
-        file.write("".join(json.dumps([self.fingerprint, *answer]) + "\n" for answer in answers.items()))
+        lines = [[self.fingerprint, index, reply.text, reply.truncated] for index, reply in answers.items()]
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
 
 
-def fingerprint_job(model_fingerprint: str, max_new_tokens: int, pairing: Mapping[int, int], identity: str) -> str:
+def fingerprint_job(
+    model_fingerprint: str, decoding: Mapping[str, Any], pairing: Mapping[int, int], identity: str
+) -> str:
     """Returns the fingerprint of everything that determines the answers.
 
     Args:
+        decoding: settings of decoding.
         pairing: clip of the questions -> clip of the audio.
         identity: identity of the question set.
     """
-    parts = [model_fingerprint, max_new_tokens, sorted(pairing.items()), identity]
+    parts = [model_fingerprint, decoding, sorted(pairing.items()), identity]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
-from pipeline.evaluation.baselines import majority_baseline, swap_within_domains
+from pipeline.evaluation.baselines import majority_baseline, swap_audio
 from pipeline.evaluation.benchmark_clips import BenchmarkClips
 from pipeline.evaluation.benchmarks import Benchmark
 from pipeline.evaluation.generate_answers import AnswerGenerator
@@ -54,8 +54,9 @@ class BenchmarkResult:
     Attributes:
         scores: the scores of `scoring.score`, those of the controls under `swapped_audio` and `majority_baseline`, and
             the metrics of a published benchmark. Questions whose answers the publishers withhold are counted as
-            `unscored`; where all are withheld there are no scores.
-        predictions: predictions as plain JSON, in storage order.
+            `unscored`; where all are withheld there are no scores. `truncated_answers` counts the answers that ended at
+            the bound on new tokens, `decoding` holds the settings of decoding.
+        predictions: predictions as plain JSON, in storage order, each with `decoding`.
         official_files: name -> text of the files that official scorers read.
     """
 
@@ -82,20 +83,22 @@ def evaluate_benchmark(
 
     def predict(pairing: Mapping[int, int]) -> list[Prediction]:
         predictions = make_predictions(question_set, generator.generate(question_set, source, pairing))
+        _warn_of_truncated(source.location, predictions, generator)
         return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
 
     predictions = predict({clip: clip for clip in clips})
-    scores = _score_answered(predictions)
+    scores = _score_generated(predictions) | {"decoding": generator.decoding}
     official_files: dict[str, str] = {}
     if benchmark is not None:
         scores |= _benchmark_metrics(benchmark, predictions)
         official = benchmark.predictions_file({p.question_id: p.prediction for p in predictions})
         official_files = {} if official is None else dict([official])
-    lines = [{"audio": OWN_AUDIO, **prediction.to_json()} for prediction in predictions]
+    decoding = {"decoding": generator.decoding}
+    lines = [{"audio": OWN_AUDIO, **prediction.to_json(), **decoding} for prediction in predictions]
     if options.swap_audio:
-        swapped = predict(_swap(question_set, clips))
-        scores["swapped_audio"] = _score_answered(swapped)
-        lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json()} for prediction in swapped]
+        swapped = predict(swap_audio(question_set, clips))
+        scores["swapped_audio"] = _score_generated(swapped)
+        lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json(), **decoding} for prediction in swapped]
     if options.majority_from is not None:
         baseline = majority_baseline(open_feature_set(options.majority_from, [], source.cache))
         guesses = [replace(p, prediction=baseline.predict(p.task, p.question)) for p in predictions]
@@ -115,7 +118,7 @@ def answer_partition(generator: AnswerGenerator, source: QuestionSource, options
     clips = evenly_spaced(len(question_set), options.limit)
     generator.generate(question_set, source, {clip: clip for clip in clips})
     if options.swap_audio:
-        generator.generate(question_set, source, _swap(question_set, clips))
+        generator.generate(question_set, source, swap_audio(question_set, clips))
 
 
 def apply_benchmark_rules(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:
@@ -152,8 +155,18 @@ def _benchmark_metrics(benchmark: Benchmark, predictions: Sequence[Prediction]) 
     return metrics
 
 
-def _swap(question_set: QuestionSet, clips: Sequence[int]) -> dict[int, int]:
-    return swap_within_domains({clip: question_set.clip(clip).domain for clip in clips})
+def _warn_of_truncated(name: str, predictions: Sequence[Prediction], generator: AnswerGenerator) -> None:
+    if count := sum(prediction.truncated for prediction in predictions):
+        bound = generator.settings.max_new_tokens
+        logger.warning(
+            f"{name}: {count} of {len(predictions)} answers are truncated at {bound} tokens; raise --max-new-tokens"
+        )
+
+
+def _score_generated(predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Scores generated answers, and counts those that were truncated."""
+    truncated = sum(prediction.truncated for prediction in predictions)
+    return _score_answered(predictions) | {"truncated_answers": truncated}
 
 
 def _score_answered(predictions: Sequence[Prediction]) -> dict[str, Any]:

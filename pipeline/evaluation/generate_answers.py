@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ from pipeline.core.streams import IntegrationKind
 from pipeline.data.feature_set import FeatureSet, QuestionTable
 from pipeline.evaluation.answer_journal import AnswerJournal, fingerprint_job, fingerprint_model
 from pipeline.evaluation.question_sets import QuestionSet, QuestionSource, open_question_set
-from pipeline.inference.responder import Responder, load_responder
+from pipeline.inference.responder import Reply, Responder, greedy_decoding, load_responder, log_decoding
 
 AudioPairing = Mapping[int, int]  # clip of the questions -> clip of the audio: the same one, except in a control
 
@@ -107,8 +108,14 @@ class AnswerGenerator:
     def __init__(self, settings: GenerationSettings, pool: Executor | None) -> None:
         self.settings, self._pool = settings, pool
         self._model_fingerprint = fingerprint_model(settings.model)
+        log_decoding(settings.max_new_tokens)
 
-    def generate(self, question_set: QuestionSet, source: QuestionSource, pairing: AudioPairing) -> dict[int, str]:
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Settings of decoding, as plain JSON."""
+        return greedy_decoding(self.settings.max_new_tokens)
+
+    def generate(self, question_set: QuestionSet, source: QuestionSource, pairing: AudioPairing) -> dict[int, Reply]:
         """Returns index of the question -> answer for those questions about the clips of `pairing` that the journal
         now answers: all of them, unless other machines still work on their partitions.
 
@@ -120,7 +127,7 @@ class AnswerGenerator:
             BrokenProcessPool: a process was killed.
         """
         identity = question_set.contract.dump() if isinstance(question_set, FeatureSet) else question_set.identity
-        fingerprint = fingerprint_job(self._model_fingerprint, self.settings.max_new_tokens, pairing, identity)
+        fingerprint = fingerprint_job(self._model_fingerprint, self.decoding, pairing, identity)
         job = Job(self.settings, source, pairing, fingerprint)
         partition, nproc = self.settings.partition, self.settings.nproc
         if self._pool is None:
@@ -184,7 +191,7 @@ def generate_answers(
     *,
     hidden: Collection[IntegrationKind] = (),
     show_progress: bool = True,
-) -> Iterator[dict[int, str]]:
+) -> Iterator[dict[int, Reply]]:
     """Answers every question about the clips of these groups.
 
     A clip is encoded once for all its questions, whatever the batch size.
@@ -204,7 +211,7 @@ def generate_answers(
                 for _, audio_clip in group.clips
             ]
             prefix = responder.prefill(audio, hidden)
-            answers: dict[int, str] = {}
+            answers: dict[int, Reply] = {}
             for first in range(0, len(group.questions), batch_size):
                 batch = group.questions[first : first + batch_size]
                 texts = [clips[row].questions[question_set.table.number[index]].question for index, row in batch]

@@ -15,7 +15,7 @@ from pipeline.evaluation.benchmark_clips import BenchmarkClips
 from pipeline.evaluation.benchmarks import BENCHMARKS
 from pipeline.evaluation.scoring import Prediction
 from pipeline.inference.encode_audio import AudioEncoders
-from pipeline.inference.responder import load_config_of
+from pipeline.inference.responder import Reply, load_config_of
 
 QuestionSet = FeatureSet | BenchmarkClips
 
@@ -75,7 +75,7 @@ def evenly_spaced(count: int, limit: int | None) -> list[int]:
     return [index * count // limit for index in range(limit)]
 
 
-def make_predictions(question_set: QuestionSet, answers: Mapping[int, str]) -> list[Prediction]:
+def make_predictions(question_set: QuestionSet, answers: Mapping[int, Reply]) -> list[Prediction]:
     """Returns generated answers (by index of the question) with their reference answers, in storage order."""
     predictions = []
     for index in sorted(answers):
@@ -89,7 +89,8 @@ def make_predictions(question_set: QuestionSet, answers: Mapping[int, str]) -> l
                 task=question.task,
                 question=question.question,
                 answer=question.answer,
-                prediction=answers[index],
+                prediction=answers[index].text,
+                truncated=answers[index].truncated,
             )
         )
     return predictions

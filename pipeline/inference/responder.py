@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from pipeline.config import ExperimentConfig, load_config
+from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
@@ -25,6 +28,19 @@ Features = Mapping[str, NDArray[np.float16]]
 
 
 @dataclass(frozen=True)
+class Reply:
+    """A generated answer.
+
+    Attributes:
+        text: text of the answer.
+        truncated: whether the bound on new tokens ended it, not the model.
+    """
+
+    text: str
+    truncated: bool
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer and its speed.
 
@@ -33,6 +49,7 @@ class Answer:
         tokens: generated tokens.
         first_token_s: seconds until the first token.
         tokens_per_s: rate after the first token; None for an answer of one token.
+        truncated: whether the bound on new tokens ended the answer, not the model.
     """
 
     question: str
@@ -40,6 +57,7 @@ class Answer:
     tokens: int
     first_token_s: float
     tokens_per_s: float | None
+    truncated: bool
 
 
 def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
@@ -52,6 +70,21 @@ def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
         fault = "is not an exported model" if folder.is_dir() else "does not exist"
         raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
     return load_config(ExperimentConfig, folder / run_dir.CONFIG), PalConfig.from_pretrained(folder)
+
+
+def greedy_decoding(max_new_tokens: int) -> dict[str, Any]:
+    """Returns all settings of decoding that differ from, or are stated beside, transformers' global defaults.
+
+    Nothing is taken from the language model's `generation_config.json` (Qwen 2.5 penalises repetition there, others
+    bound the length or search with beams), so that models of all families are decoded in the same way.
+    """
+    return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
+
+
+def log_decoding(max_new_tokens: int) -> None:
+    """Logs how answers are decoded."""
+    settings = ", ".join(f"{name} {value}" for name, value in greedy_decoding(max_new_tokens).items())
+    logger.info(f"greedy decoding ({settings}); the language model's generation_config.json is not used")
 
 
 def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Responder:
@@ -119,8 +152,8 @@ class Responder:
         questions: Sequence[str],
         rows: Sequence[int],
         streamer: BaseStreamer | None = None,
-    ) -> list[str]:
-        """Generates greedy answers for one batch, each of at most `max_new_tokens` tokens.
+    ) -> list[Reply]:
+        """Generates the answers to one batch with `greedy_decoding`.
 
         Args:
             prefix: prefix cache from `prefill` or `prefill_stream`.
@@ -128,7 +161,7 @@ class Responder:
             streamer: receives each token when it is generated; for a single question.
 
         Raises:
-            UserError: a question is too long, or contains the placeholder.
+            UserError: a question is too long, or contains a mark of the chat template.
         """
         prefix_length = len(self.chat_template.prefix)
         suffixes = [self.chat_template.prompt(question)[prefix_length:] for question in questions]
@@ -141,13 +174,14 @@ class Responder:
             attention_mask=torch.tensor(attention_mask, device=device),
             prefix=prefix,
             prefix_rows=torch.tensor(rows, device=device),
-            max_new_tokens=self._max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.chat_template.end_token_id,
-            pad_token_id=pad,
+            generation_config=GenerationConfig(
+                **greedy_decoding(self._max_new_tokens), eos_token_id=self.chat_template.end_token_id, pad_token_id=pad
+            ),
+            use_model_defaults=False,  # transformers would replace the settings that equal its global defaults
             streamer=streamer,
         )
-        return [self.chat_template.decode(ids) for ids in generated.tolist()]
+        end = self.chat_template.end_token_id
+        return [Reply(self.chat_template.decode(ids), truncated=end not in ids) for ids in generated.tolist()]
 
     def answer_streaming(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
         """Answers one question about the first clip of `prefix`; calls `write` with each new piece of text.
@@ -157,9 +191,10 @@ class Responder:
         """
         streamer = TokenStreamer(self.chat_template, write)
         start = time.perf_counter()
-        (answer,) = self.answer(prefix, [question], [0], streamer=streamer)
+        (reply,) = self.answer(prefix, [question], [0], streamer=streamer)
         first, last, tokens = streamer.times_s[0], streamer.times_s[-1], len(streamer.times_s)
-        return Answer(question, answer, tokens, first - start, (tokens - 1) / (last - first) if tokens > 1 else None)
+        tokens_per_s = (tokens - 1) / (last - first) if tokens > 1 else None
+        return Answer(question, reply.text, tokens, first - start, tokens_per_s, reply.truncated)
 
     def attention_mass(self, features: Features, question: str, answer: str) -> AttentionMass:
         """Measures which parts of clip and text the tokens that predict this answer attend to.

@@ -58,7 +58,7 @@ def test_a_clip_is_encoded_once_and_prefilled_once_per_choice_of_pathways(
 
     features = audio_encoders.encode(exported / "clip.flac").features
     expected = {
-        hidden: responder.answer(responder.prefill([features], hidden), ["What?"], [0])[0]
+        hidden: responder.answer(responder.prefill([features], hidden), ["What?"], [0])[0].text
         for hidden in ((), ("lal",), ("lal", "plits"))
     }
     assert expected[()] != expected["lal", "plits"]
@@ -201,7 +201,7 @@ def test_a_browser_uploads_and_records_clips_asks_and_switches_pathways_off(
     clip, question = exported / "clip.flac", "What?"
     features = audio_encoders.encode(clip).features
     none_hidden, lal_hidden, both_hidden = (
-        responder.answer(responder.prefill([features], hidden), [question], [0])[0]
+        responder.answer(responder.prefill([features], hidden), [question], [0])[0].text
         for hidden in ((), ("lal",), ("lal", "plits"))
     )
     assert none_hidden != both_hidden

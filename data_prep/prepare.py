@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import json
 import sys
@@ -13,6 +14,8 @@ from typing import Any
 from data_prep.config import PrepareConfig
 from data_prep.encoders.build import describe_encoder
 from data_prep.job.commits import (
+    REJECTS,
+    WARNINGS,
     Commit,
     PartitionProgress,
     column_names,
@@ -21,9 +24,10 @@ from data_prep.job.commits import (
     remove_uncommitted,
 )
 from data_prep.job.errors import PreparationFailed
-from data_prep.job.finish import all_rejects, check_rejects, finish_feature_set
+from data_prep.job.finish import all_rejects, all_warnings, check_rejects, finish_feature_set
 from data_prep.job.partitions import (
     Plan,
+    check_rows,
     load_plan,
     make_plan,
     plan_settings,
@@ -32,7 +36,7 @@ from data_prep.job.partitions import (
 )
 from data_prep.job.ray_actors import ActorPool, ray_cluster
 from data_prep.job.store import Store, open_store
-from data_prep.manifests.clips import Clip
+from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.reader import audio_path, audio_roots, manifest_sha256, read_clips
 from pipeline.config.loading import dump_config, load_config
 from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
@@ -91,8 +95,16 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
         require_same_settings(plan, settings, config.output)
     if dry_run:
         roots = audio_roots(config)
-        clips = (clip for clip in read_clips(config) if isinstance(clip, Clip) and clip.audio is not None)
-        paths = [audio_path(clip, roots) for clip in clips]
+        paths: list[str] = []
+        rejects: list[RejectedRow] = []
+        clips = 0
+        for row in read_clips(config):
+            if isinstance(row, RejectedRow):
+                rejects.append(row)
+                continue
+            clips += 1
+            paths += [audio_path(row, roots)] if row.audio is not None else []
+        check_rows(config, rejects, clips)
         return estimate(paths, len(paths), contracts)
     with store.lock():
         if plan is None or plan.manifest_sha256 != manifest_sha256(config) or plan.settings != settings:
@@ -111,6 +123,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
             load = any(set(contracts) - (commits[i].columns.keys() if i in commits else set()) for i in open_partitions)
             work_s = _extract(ActorPool(config, contracts, plan, load), config, plan, done, open_partitions)
         contract = finish_feature_set(config, contracts, plan, [done[i] for i in range(len(plan.partitions))], store)
+    _report_left_out(config, plan, done)
     wall_s = time.monotonic() - start
     return {
         "clips": plan.clips,
@@ -195,6 +208,17 @@ def _extract(
 
     with progress(plan.clips, "clips", clips_at_start + len(plan.rejects)) as shown, ray_cluster():
         return pool.run(open_partitions, on_commit, on_progress)
+
+
+def _report_left_out(config: PrepareConfig, plan: Plan, commits: Mapping[int, Commit]) -> None:
+    """Logs how many clips were rejected or have a warning, by reason; logs nothing where there is none."""
+    for name, reasons in (
+        (REJECTS, [reject.reason for reject in all_rejects(plan, commits)]),
+        (WARNINGS, [warning.warning for warning in all_warnings(commits.values())]),
+    ):
+        if reasons:
+            counts = ", ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons).most_common())
+            logger.warning(f"{config.output}/{name} lists {len(reasons)} clips: {counts}")
 
 
 def _clips_done(commits: Mapping[int, Commit]) -> int:

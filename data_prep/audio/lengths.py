@@ -213,7 +213,7 @@ def _are_chunks(stream: BinaryIO, position: int, size: int) -> bool:
     if stream.read(3) in (b"ID3", b"TAG"):
         return True
     for name, start, stated in _chunks(stream, position, size, "little"):
-        if not all(32 <= byte < 127 for byte in name) or start + stated > size:
+        if name == b"RIFF" or not all(32 <= byte < 127 for byte in name) or start + stated > size:
             return False
     return True
 

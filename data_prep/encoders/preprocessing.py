@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,10 +23,15 @@ class PreparedWindow:
 
 @dataclass(frozen=True)
 class Segment:
-    """The windows that a segment of a clip completes, by encoder, and the duration of the whole clip."""
+    """The windows that a segment of a clip completes, by encoder, and the duration and notes of the whole clip.
+
+    Attributes:
+        notes: see `AudioFile`; complete in the last segment.
+    """
 
     windows: dict[str, list[PreparedWindow]]
     duration_s: float
+    notes: dict[str, str] = field(default_factory=dict)
 
 
 def preprocess_file(path: str, encoders: Mapping[str, Encoder], max_clip_s: float | None = None) -> Iterator[Segment]:
@@ -37,7 +42,7 @@ def preprocess_file(path: str, encoders: Mapping[str, Encoder], max_clip_s: floa
     """
     with AudioFile(path, max_clip_s) as file:
         for windows in preprocess_segments(file.segments(), file.sample_rate_hz, encoders):
-            yield Segment(windows, file.duration_s)
+            yield Segment(windows, file.duration_s, file.notes)
 
 
 def preprocess_segments(

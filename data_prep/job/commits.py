@@ -13,6 +13,7 @@ from pipeline.core.records import Strict
 COMMITS = "commits"
 INDEX = "index.json"
 REJECTS = "rejects.jsonl"
+WARNINGS = "warnings.jsonl"
 
 
 class CommittedFile(Strict):
@@ -48,6 +49,14 @@ class RejectedClip(Strict):
     audio: str | None = None
 
 
+class ClipWarning(Strict):
+    """A line of warnings.jsonl: a clip that is in the set although something is wrong with its audio."""
+
+    clip_id: str
+    warning: str
+    detail: str
+
+
 class Commit(Strict):
     """A finished partition. Writing this record is the atomic commit: without it the partition does not exist.
 
@@ -65,6 +74,7 @@ class Commit(Strict):
     audio_s: float
     columns: dict[str, CommittedColumn]
     rejects: list[RejectedClip]
+    warnings: list[ClipWarning] = []
 
     @property
     def bytes(self) -> int:

@@ -28,12 +28,14 @@ class ClipState:
         windows: features of the windows encoded so far, by encoder.
         pending_windows: number of windows that are in an unfinished batch.
         decoded: whether all of its windows were added to batches.
+        notes: what the user should know about its audio; see `AudioFile`.
         reject: why the clip cannot be encoded, if so.
     """
 
     position: int
     clip: Clip
     duration_s: float = 0.0
+    notes: dict[str, str] = field(default_factory=dict)
     windows: dict[str, list[Features]] = field(default_factory=dict)
     pending_windows: int = 0
     decoded: bool = False
@@ -90,7 +92,7 @@ class ClipEncoder:
                 queue.append(state)
                 try:
                     for segment in segments:
-                        state.duration_s = segment.duration_s
+                        state.duration_s, state.notes = segment.duration_s, segment.notes
                         for name, windows in segment.windows.items():
                             for window in windows:
                                 batches[name].add(state, window)

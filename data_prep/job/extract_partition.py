@@ -14,6 +14,7 @@ from data_prep.config import PrepareConfig
 from data_prep.encoders.base import Encoder
 from data_prep.encoders.build import build_encoder
 from data_prep.job.commits import (
+    ClipWarning,
     Commit,
     CommittedColumn,
     PartitionProgress,
@@ -34,10 +35,11 @@ PROGRESS_S = 0.5
 
 @dataclass
 class _Outcome:
-    """The clips of a partition: duration of each clip that is written, by id, and the rejected ones."""
+    """The clips of a partition: duration of each clip that is written, by id, the rejected ones, and the warnings."""
 
     durations_s: dict[str, float] = field(default_factory=dict)
     rejects: list[RejectedClip] = field(default_factory=list)
+    warnings: list[ClipWarning] = field(default_factory=list)
 
 
 class PartitionWorker:
@@ -120,6 +122,7 @@ class PartitionWorker:
             audio_s=sum(outcome.durations_s.values()),
             columns=dict(sorted(columns.items())),
             rejects=sorted(rejects, key=lambda reject: order[reject.clip_id]),
+            warnings=outcome.warnings if missing else old.warnings if old else [],
         )
         write_commit(self._store, commit)
         yield commit
@@ -152,6 +155,10 @@ class PartitionWorker:
                     sample = {"clip_id": state.clip.clip_id, "features": state.features(name)}
                     writers.write(name, FEATURE_COLUMNS, sample)
                 outcome.durations_s[state.clip.clip_id] = state.duration_s
+                outcome.warnings += [
+                    ClipWarning(clip_id=state.clip.clip_id, warning=warning, detail=detail)
+                    for warning, detail in state.notes.items()
+                ]
             if time.monotonic() - last_report > PROGRESS_S:
                 last_report = time.monotonic()
                 yield PartitionProgress(state.position + 1, len(outcome.rejects), sum(outcome.durations_s.values()))

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data_prep.config import PrepareConfig
-from data_prep.job.commits import INDEX, REJECTS, Commit, RejectedClip, column_names, merged_index, remove_uncommitted
+from data_prep.job.commits import (
+    INDEX,
+    REJECTS,
+    WARNINGS,
+    ClipWarning,
+    Commit,
+    RejectedClip,
+    column_names,
+    merged_index,
+    remove_uncommitted,
+)
 from data_prep.job.errors import PreparationFailed
 from data_prep.job.partitions import Plan, missing_audio
 from data_prep.job.store import SCRATCH, Store
@@ -49,6 +59,9 @@ def finish_feature_set(
     )
     files = {f"{column}/{INDEX}": merged_index(store, column, commits) for column in columns}
     files[REJECTS] = "".join(reject.model_dump_json() + "\n" for reject in rejects).encode()
+    warnings = all_warnings(commits)
+    if warnings or store.size(WARNINGS) is not None:
+        files[WARNINGS] = "".join(warning.model_dump_json() + "\n" for warning in warnings).encode()
     files[CONFIG_FILE] = dump_config(config).encode()
     files[CONTRACT_FILE] = contract.dump().encode()
     if any(store.size(name) != len(data) or store.read(name) != data for name, data in files.items()):
@@ -84,6 +97,11 @@ def check_rejects(config: PrepareConfig, plan: Plan, commits: Mapping[int, Commi
 def all_rejects(plan: Plan, commits: Mapping[int, Commit]) -> list[RejectedClip]:
     """Returns the rejects of the plan and of the commits, by partition."""
     return [*plan.rejects, *(reject for i in sorted(commits) for reject in commits[i].rejects)]
+
+
+def all_warnings(commits: Iterable[Commit]) -> list[ClipWarning]:
+    """Returns the warnings about clips that are in the set, by partition."""
+    return [warning for commit in commits for warning in commit.warnings]
 
 
 def _device(config: PrepareConfig, encoder: str, commits: Sequence[Commit]) -> str:

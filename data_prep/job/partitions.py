@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -131,9 +131,7 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     for clip_id in planned.keys() - seen_clips:
         raise UserError(config.output, f"holds clip {clip_id}, the manifest does not", "choose another `output`")
     manifests = ", ".join(config.manifests)
-    _check_outside_root(config, rejects, len(seen_clips) + len(rejects))
-    if not seen_clips:
-        raise UserError(manifests, "holds no clip to prepare", "give a manifest with clips")
+    check_rows(config, rejects, len(seen_clips))
 
     partitions: list[PlannedPartition] = []
     missing: list[str] = []
@@ -160,19 +158,26 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
     return plan
 
 
-def _check_outside_root(config: PrepareConfig, rejects: list[RejectedClip], clips: int) -> None:
-    """Checks how many audio paths leave their root.
+def check_rows(config: PrepareConfig, rejects: Sequence[RejectedClip | RejectedRow], clips: int) -> None:
+    """Checks that there are clips and that no more audio paths than `max_reject_fraction` leave their root.
+
+    Args:
+        clips: number of accepted clips.
 
     Raises:
-        UserError: more than `max_reject_fraction` of them.
+        UserError: there are no clips, or too many paths leave the root.
     """
+    manifests = ", ".join(config.manifests)
     outside = [reject for reject in rejects if reject.reason == "outside_root"]
-    if len(outside) > config.max_reject_fraction * clips:
+    if len(outside) > config.max_reject_fraction * (clips + len(rejects)):
         raise UserError(
-            ", ".join(config.manifests),
-            f"{len(outside)} of {clips} audio paths leave the audio folder; {outside[0].detail}",
+            manifests,
+            f"{len(outside)} of {clips + len(rejects)} audio paths leave the audio folder; {outside[0].detail}",
             "map the start of these paths to your folder, for example `audio_paths: {/data/sls/audioset: audioset}`",
         )
+    if not clips:
+        first = f": {len(rejects)} rows are rejected, the first because {rejects[0].detail}" if rejects else ""
+        raise UserError(manifests, f"holds no clip to prepare{first}", "give a manifest with clips")
 
 
 def _planned_clips(store: Store, plan: Plan | None) -> Iterator[tuple[str, tuple[int, int, str]]]:

@@ -25,6 +25,20 @@ def make(clip: int, correct: bool, *, task: str = "what", domain: str = "sound",
         ("−2", "-2"),
         ("3.5 s.", "3.5 s"),
         ("a, b; c", "a b c"),
+        ("don\u2018t", "don't"),
+        ("don\u02bct", "don't"),
+        ("don`t", "don't"),
+        ("don\u00b4t", "don't"),
+        ("don\uff07t", "don't"),
+        ("\uff24og", "dog"),  # full width
+        ("\ufb01ne", "fine"),  # a ligature
+        ("d\u00ado\u200bg\ufeff", "dog"),  # soft hyphen, zero-width space, byte order mark
+        ("\u20132", "-2"),
+        ("2\u00bd", "2 1/2"),
+        ("C\u266f", "C#"),
+        ("5 %", "5%"),
+        ("door_wood_knock", "door wood knock"),
+        ("?", "?"),
     ],
 )
 def test_spelling_variants_match(prediction: str, answer: str) -> None:
@@ -42,6 +56,10 @@ def test_spelling_variants_match(prediction: str, answer: str) -> None:
         ("5%", "5"),
         ("", "dog"),
         ("a b", "b a"),
+        ("", "?"),
+        ("!", "?"),
+        ("10\u00b2", "102"),
+        ("2\u00bd", "21/2"),
     ],
 )
 def test_different_meanings_do_not_match(prediction: str, answer: str) -> None:
@@ -49,7 +67,20 @@ def test_different_meanings_do_not_match(prediction: str, answer: str) -> None:
 
 
 def test_normalise_is_idempotent() -> None:
-    for text in ("3.5 s.", "C# - D#", "it's", " a/b 3/4 ", "İstanbul", "--2", "... 7.", "ﬁne"):
+    for text in (
+        "3.5 s.",
+        "C# - D#",
+        "it's",
+        " a/b 3/4 ",
+        "İstanbul",
+        "--2",
+        "... 7.",
+        "ﬁne",
+        "2½",
+        "10²",
+        "5 %",
+        "C♯",
+    ):
         assert normalise(normalise(text)) == normalise(text)
 
 

@@ -73,3 +73,44 @@ def test_captions_need_their_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pycocoevalcap.cider.cider", None)
     with pytest.raises(UserError, match=r"clotho: needs pycocoevalcap; pip install 'pal-pipeline\[captions\]'"):
         Clotho(tmp_path)
+
+
+def test_of_what_a_download_leaves_the_audio_is_taken(tmp_path: Path) -> None:
+    ids = ["aaaaaaaaaaa", "-b_bbbbbbbb", "Ycccccccccc", "cccccccccck"]
+    for name in ids:
+        write_audio(tmp_path / "audio" / f"{name}.wav")
+        for sidecar in (".info.json", ".description", ".m4a", ".wav.part"):
+            (tmp_path / "audio" / f"{name}{sidecar}").write_text("{}")
+        (tmp_path / "audio" / f"._{name}.wav").write_bytes(b"\0\5\26\7")
+    (tmp_path / "audio" / "cccccccccck.wav").rename(tmp_path / "audio" / "Ycccccccccck.wav")
+    lines = ["\ufeffaudiocap_id,youtube_id,start_time,caption,more", *(f'{n},{n},0,"a, {n}",x' for n in ids), ""]
+    (tmp_path / "test.csv").write_bytes("\r\n".join(lines).encode())
+    names = [item.audio.name for item in AudioCaps(tmp_path).items]
+    assert names == ["aaaaaaaaaaa.wav", "-b_bbbbbbbb.wav", "Ycccccccccc.wav", "Ycccccccccck.wav"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "header", "line", "fault"),
+    [
+        (AudioCaps, "test.csv", "audiocap_id,youtube_id,start_time,caption", "1,a,0,a dog, barking", "has 5 fields"),
+        (AudioCaps, "test.csv", "audiocap_id,youtube_id,start_time,caption", "1,a", "has no caption"),
+        (AudioCaps, "test.csv", "audiocap_id,youtube_id,start_time,caption", "1,,0,a dog", "has no youtube_id"),
+        (AudioCaps, "test.csv", "audiocap_id,youtube_id,start_time,caption", '1,a,0,"a "dog', "is no CSV"),
+        (Clotho, "clotho_captions_evaluation.csv", "file_name,caption_1", "a.wav,a dog, barking", "has 3 fields"),
+        (Clotho, "clotho_captions_evaluation.csv", "file_name,caption_1", "a.wav, ", "has no caption"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, kind: type, file: str, header: str, line: str, fault: str) -> None:
+    good = header.replace("caption_1", "a bird").replace("caption", "a bird")
+    (tmp_path / file).write_text(f"{header}\n{good}\n{line}\n")
+    with pytest.raises(UserError, match=rf"{file}:3: {fault}"):
+        kind(tmp_path)
+
+
+def test_typography_does_not_decide_about_captions(tmp_path: Path) -> None:
+    clotho = Clotho(write_clotho(tmp_path, {"a.wav": ["A dog\u2019s bark"], "b.wav": ["cafe\u0301 noise"]}))
+    texts = {"a.wav": "a dog`s bark", "b.wav": "caf\u00e9\u200b noise"}
+    assert all(clotho.is_correct(item, texts[item.question_id]) for item in clotho.items)
+    references = {item.question_id: item.answer for item in clotho.items}
+    assert clotho.question_scores(texts) == clotho.question_scores(references)
+    assert not any(clotho.is_correct(item, "") for item in clotho.items)

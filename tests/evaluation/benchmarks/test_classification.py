@@ -1,10 +1,13 @@
 """Classes that an answer names are scored as the publishers score them; layouts are read as published."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from data_prep.config import PrepareConfig
+from data_prep.manifests.reader import read_clips
 from pipeline.core.errors import UserError
 from pipeline.evaluation.benchmarks import Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
 from pipeline.evaluation.benchmarks.class_names import named
@@ -104,3 +107,78 @@ def test_dcase_tags_are_one_per_line(tmp_path: Path) -> None:
     write_text(file, "a.wav,0,10,Car\n")
     with pytest.raises(UserError, match="line 1: has 1 columns"):
         Dcase2017(tmp_path)
+
+
+NAMES = ("clock_tick", "dog", "door_wood_knock", "Hip-Hop", "Air horn, truck horn", "R&B", "Car", "Alarm", "Car alarm")
+
+
+def write_esc50(root: Path, names: Sequence[str]) -> Path:
+    rows = [f'1-{number}-A.wav,1,{number},"{name}"' for number, name in enumerate(names)]
+    for number in range(len(names)):
+        write_audio(root / "audio" / f"1-{number}-A.wav")
+    (root / "meta").mkdir(parents=True)
+    (root / "meta" / "esc50.csv").write_bytes("\r\n".join(["\ufefffilename,fold,target,category", *rows, ""]).encode())
+    return root
+
+
+def test_any_spelling_of_a_class_is_the_class(tmp_path: Path) -> None:
+    esc = Esc50(write_esc50(tmp_path, NAMES))
+    for item, name in zip(esc.items, NAMES, strict=True):
+        plain = name.replace("_", " ").replace("-", " ").replace(",", "")
+        for text in (name, plain, plain.upper(), plain.replace(" ", "-"), plain.replace(" ", "_"), f"It is {plain}!"):
+            assert esc.is_correct(item, text), (name, text)
+        assert not esc.is_correct(item, "")
+    for text in ("hip hop", "hiphop", "Hip\u2010hop", "\uff28ip\u200bHop"):
+        assert esc.is_correct(esc.items[3], text)
+    assert esc.is_correct(esc.items[5], "R & B")
+
+
+def test_letters_are_not_offered_for_classes(tmp_path: Path) -> None:
+    esc = Esc50(write_esc50(tmp_path, ["cat", "dog", "hen"]))
+    for item, letter in zip(esc.items, "ABC", strict=True):
+        for text in (letter, f"({letter.lower()})", f"Answer: {letter}", f"{letter}. whatever"):
+            assert not esc.is_correct(item, text)
+
+
+def test_answers_that_preparation_trains_on_are_right(tmp_path: Path) -> None:
+    root = write_esc50(tmp_path / "esc", ["clock_tick", "dog", "door_wood_knock"])
+    table = {"question": "Which sound is this?"}
+    config = PrepareConfig(
+        manifest=str(root / "meta" / "esc50.csv"), output="unused", audio_root=str(root / "audio"), table=table
+    )
+    trained = [clip.questions[0].answer for clip in read_clips(config)]
+    esc = Esc50(root)
+    assert len(trained) == 3
+    assert all(esc.is_correct(*pair) for pair in zip(esc.items, trained, strict=True))
+
+
+def test_tags_of_a_list_do_not_run_together(tmp_path: Path) -> None:
+    for number in range(4):
+        write_audio(tmp_path / "FSD50K.eval_audio" / f"{number}.wav")
+    labels = ("Car,Alarm", "Car_alarm", "Electric_guitar,Guitar,Music", "Chink_and_clink")
+    rows = [f'{number},"{names}",m' for number, names in enumerate(labels)]
+    write_text(tmp_path / "FSD50K.ground_truth" / "eval.csv", "\n".join(["fname,labels,mids", *rows]))
+    fsd = Fsd50k(tmp_path)
+    for item, names in zip(fsd.items, labels, strict=True):
+        assert fsd.is_correct(item, names) and fsd.is_correct(item, item.answer)
+        assert not fsd.is_correct(item, "")
+    perfect = {item.question_id: item.answer for item in fsd.items}
+    assert set(fsd.extra_metrics(perfect).values()) == {1.0}
+
+
+def test_a_file_with_two_classes_is_refused(tmp_path: Path) -> None:
+    root = write_esc50(tmp_path, ["dog", "cat"])
+    with (root / "meta" / "esc50.csv").open("a") as file:
+        file.write("1-0-A.wav,1,1,cat\r\n")
+    with pytest.raises(UserError, match=r"lists audio/1-0-A\.wav twice, with different classes"):
+        Esc50(root)
+    with (root / "meta" / "esc50.csv").open("a") as file:
+        file.write("1-0-A.wav,1,1,cat,dog,bird\r\n")
+    with pytest.raises(UserError, match=r"esc50\.csv:5: has 6 fields, the header has 4"):
+        Esc50(root)
+
+
+def test_hidden_files_are_no_music(tmp_path: Path) -> None:
+    write_audio(tmp_path / "genres" / "hiphop" / "hiphop.00000.wav")
+    (tmp_path / "genres" / "hiphop" / "._hiphop.00000.wav").write_bytes(b"\0\5\26\7")
+    assert [item.question_id for item in Gtzan(tmp_path).items] == ["hiphop/hiphop.00000.wav"]

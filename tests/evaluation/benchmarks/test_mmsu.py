@@ -49,3 +49,13 @@ def test_mmsu_reports_official_accuracy_beside_accuracy(
     extra_metrics = benchmark.extra_metrics({str(number): text for number, text in enumerate(predictions)})
     assert extra_metrics == {"official_accuracy": official, "official_questions": counted}
     assert sum(benchmark.is_correct(*pair) for pair in zip(benchmark.items, predictions, strict=True)) == correct
+
+
+def test_a_missing_choice_does_not_move_the_letters_after_it(tmp_path: Path) -> None:
+    mmsu = write_mmsu(tmp_path, 1)
+    row = {**mmsu.items[0].row, "choice_b": None, "answer_gt": "level"}
+    mmsu.file.write_text(json.dumps(row))
+    mmsu = Mmsu(tmp_path)
+    assert "A. high\nC. level\n" in mmsu.items[0].prompt
+    assert [mmsu.is_correct(mmsu.items[0], letter) for letter in "ABC"] == [False, False, True]
+    assert mmsu.extra_metrics({"0": "C"})["official_accuracy"] == 1.0

@@ -19,7 +19,8 @@ from data_prep.audio.containers import (
 from data_prep.config import TableConfig
 from data_prep.files import audio_column, open_file
 from data_prep.manifests.clips import RejectedRow
-from data_prep.manifests.rows import ClipRow, parse_json
+from data_prep.manifests.json_records import parse_json
+from data_prep.manifests.rows import ClipRow
 from data_prep.manifests.templates import TableRow, fill_row
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError

@@ -96,7 +96,7 @@ def _role_and_text(turn: dict[str, Any], location: str) -> tuple[str, str]:
         if key not in turn:
             raise missing_field(location, key)
     role, text = turn[role_key], turn[text_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise UserError(location, f"has the role {role!r}", "keep turns of user and assistant only, or remove this row")
     if not isinstance(text, str):
         fault = f"'{text_key}' is {'a list of parts' if isinstance(text, list) else type(text).__name__}, not text"

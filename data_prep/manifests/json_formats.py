@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
-import ijson
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from data_prep.config import TableConfig
-from data_prep.files import open_utf8
 from data_prep.manifests.conversations import refuse_unsupported_fields, single_exchange
+from data_prep.manifests.json_records import json_records
 from data_prep.manifests.rows import (
     ClipRow,
     QuestionRow,
     TextRow,
-    parse_json,
     validate_row,
 )
 from pipeline.core.errors import UserError
-
-PEEK_BYTES = 4096  # to tell an array from JSON lines
 
 
 class _Foreign(BaseModel):
@@ -147,53 +142,6 @@ def _foreign_records(path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, dict):
             refuse_unsupported_fields(value, location)
         yield location, value
-
-
-def json_records(path: str) -> Iterator[tuple[str, Any]]:
-    """Yields each record of JSON lines or of one JSON array, with its location for error messages.
-
-    Memory is bounded by the largest record, not by the file. The location is `file:line` in JSON lines and
-    `file: record N` (from 1) in an array.
-
-    Raises:
-        UserError: the file cannot be read or is not valid JSON.
-    """
-    try:
-        with open_utf8(path) as stream:
-            yield from _array_records(stream, path) if _is_array(stream) else _line_records(stream, path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(path, f"cannot be read ({error})", "give a readable UTF-8 manifest") from error
-
-
-def _is_array(stream: BinaryIO) -> bool:
-    """Returns whether the first character that is not white space is `[`; rewinds the stream."""
-    start = b""
-    while not start and (block := stream.read(PEEK_BYTES)):
-        start = block.lstrip()
-    stream.seek(0)
-    return start.startswith(b"[")
-
-
-def _line_records(stream: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
-    with io.TextIOWrapper(stream, encoding="utf-8") as text:
-        for number, line in enumerate(text, start=1):
-            if line.strip():
-                location = f"{path}:{number}"
-                yield location, parse_json(line, location)
-
-
-def _array_records(stream: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        for number, record in enumerate(ijson.items(stream, "item", use_float=True), start=1):
-            yield f"{path}: record {number}", record
-    except ijson.JSONError as error:
-        # The first line of the parser's message is its reason, the others draw where it stopped.
-        reason, *_ = (
-            error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-        ).splitlines()
-        location = f"{path}: after record {number}" if number else path
-        raise UserError(location, f"bad JSON ({reason})", "correct or complete the array") from error
 
 
 def _clip(audio: str, exchange: tuple[str, str], table: TableConfig, clip_id: str | None = None) -> ClipRow:

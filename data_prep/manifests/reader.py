@@ -79,6 +79,10 @@ def _source_rows(config: PrepareConfig) -> Iterator[SourceRow | RejectedRow]:
                 continue
             audio = None
             if isinstance(row, ClipRow):
+                if not row.audio.strip() or "\0" in row.audio:
+                    fault = "is empty" if not row.audio.strip() else "holds a null character"
+                    yield RejectedRow(clip_id=row.clip_id, reason="no_audio", detail=f"the audio path {fault}")
+                    continue
                 mapped, may_be_absolute = _mapped_path(row.audio, config)
                 audio = _normalised_path(mapped, may_be_absolute)
                 if audio is None:

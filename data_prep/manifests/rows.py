@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -36,18 +35,6 @@ class ClipRow(TextRow):
     """A row of our own format, to which every other format is converted."""
 
     audio: str
-
-
-def parse_json(text: str, location: str) -> Any:
-    """Parses one JSON value.
-
-    Raises:
-        UserError: the text is not JSON; names the location.
-    """
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(location, f"bad JSON ({error.msg})", "correct this row") from error
 
 
 def validate_row(kind: type[RowT], value: Any, location: str) -> RowT:

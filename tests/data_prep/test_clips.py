@@ -9,6 +9,7 @@ import pytest
 from data_prep import validate
 from data_prep.manifests.clips import Clip, RejectedRow
 from data_prep.manifests.reader import audio_path, audio_roots, read_clips
+from data_prep.prepare import prepare
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.data.feature_set import FeatureSet
@@ -134,6 +135,22 @@ def test_a_replaced_path_stays_in_its_folder(tmp_path, audio):
     path = write_manifest(tmp_path / "m.json", [openaqa(audio, "?")])
     (rejected,) = read(path, tmp_path, audio_paths={"/data/sls": "/local"}, audio_root="audio")
     assert rejected.reason == "outside_root" and audio in rejected.detail
+
+
+@pytest.mark.parametrize("audio", ["", " ", "a\0.wav"])
+def test_an_impossible_path_rejects_its_row(tmp_path, audio):
+    path = write_manifest(tmp_path / "m.jsonl", [slam("0", audio, "x"), slam("1", "b.wav", "y")])
+    rejected, clip = read(path, tmp_path)
+    assert (rejected.clip_id, rejected.reason, clip.clip_id) == ("0", "no_audio", "1")
+
+
+def test_a_dry_run_names_paths_of_another_machine_as_the_run_does(tmp_path):
+    path = write_manifest(tmp_path / "m.json", [openaqa("/data/sls/a.wav", "?")])
+    with pytest.raises(UserError, match=r"/data/sls/a\.wav is absolute, but audio_root is set.*audio_paths"):
+        prepare(prepare_config(path, tmp_path / "set", audio_root=str(tmp_path)), dry_run=True)
+    with pytest.raises(UserError, match=r"holds no clip to prepare: 1 rows are rejected.*the audio path is empty"):
+        empty = write_manifest(tmp_path / "e.json", [openaqa("", "?")])
+        prepare(prepare_config(empty, tmp_path / "set"), dry_run=True)
 
 
 def test_paths_of_another_machine_are_named_with_the_remedy_which_works(tmp_path):

@@ -37,6 +37,7 @@ def read(tmp_path, *rows):
         ({**CHAT, "messages": [QUESTION, {**ANSWER, "loss": False}]}, "turn 2: is not trained on"),
         ({**CHAT, "messages": [QUESTION, {**ANSWER, "loss": False}, *MORE]}, "turn 2: is not trained on"),
         ({**CHAT, "messages": [QUESTION, {"role": "tool", "content": "x"}]}, "turn 2: has the role 'tool'"),
+        ({**CHAT, "messages": [QUESTION, {"role": ["user"], "content": "x"}]}, "turn 2: has the role"),
         ({**CHAT, "messages": [QUESTION]}, "does not alternate"),
         ({**CHAT, "messages": []}, "does not alternate"),
         ({**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": "?"}]}, ANSWER]}, "list of parts"),

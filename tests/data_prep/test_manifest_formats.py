@@ -221,3 +221,31 @@ def test_a_damaged_array_is_one_error_that_names_the_file_and_the_last_record(tm
             values.append(value)
     assert location in str(error.value) and "\n" not in str(error.value)
     assert len(values) == records
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (r'{"a": "one", "b": 1, "a": "two"}', "key 'a' occurs twice"),
+        (r'{"x": {"a": "one", "a": "two"}}', "key 'a' occurs twice"),
+        (r'{"a": "half \ud83d"}', "half of a character"),
+        (r'{"a": "half \uD83Dx \ude00"}', "half of a character"),
+        (r'{"a": "half \\\ud83d"}', "half of a character"),
+    ],
+)
+def test_json_of_which_a_text_would_be_lost_or_changed_is_refused(tmp_path, as_array, text, fault):
+    path = tmp_path / "m.json"
+    path.write_text(f"[{text}]" if as_array else text)
+    with pytest.raises(UserError, match=rf"m\.json.*{fault}"):
+        list(json_records(str(path)))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("padding", [0, 65500, 65520, 65530, 65536])
+def test_whole_characters_and_escaped_backslashes_are_kept(tmp_path, as_array, padding):
+    path = tmp_path / "m.json"
+    record = {"padding": "x" * padding, "a": "\U0001f600 \\ud83d \u00e9", "b": "\U0001f600" * 20}
+    text = json.dumps(record)
+    path.write_text(f"[{text}]" if as_array else text)
+    assert [value for _, value in json_records(str(path))] == [record]

@@ -139,7 +139,7 @@ def test_a_failed_save_is_logged_and_costs_that_save_alone(tmp_path: Path) -> No
     assert (steps, temporary) == ([1], [])
     assert line.startswith("the checkpoint of step 2 is not saved: rank 1: OSError: [Errno 28] No space left on device")
     assert line.endswith("newest saved checkpoint: step-000001")
-    assert main["required"] == other["required"] == line.partition("; last")[0]
+    assert main["required"] == other["required"] == line.partition("; newest")[0]
     assert other["one rank's disk is full"][2] == other["no room"][2] == []  # rank 0 speaks for all
     steps, temporary, (line,) = main["no room"]
     assert (steps, temporary) == ([1], []) and "GiB free" in line and "it needs 0.00" in line

@@ -52,15 +52,15 @@ def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
             templates = _known_table(table, columns)
             for line, cells in rows:
                 if len(cells) != len(columns):
-                    raise UserError(
-                        f"{path}:{line}",
-                        f"has {len(cells)} fields, the header has {len(columns)}",
-                        'put text that holds the delimiter in double quotes: "a dog barks, then a car passes"',
-                    )
+                    fault = f"has {len(cells)} fields, the header has {len(columns)}"
+                    remedy = "put text that holds the delimiter or a line break in double quotes"
+                    raise UserError(f"{path}:{line}", fault, f'{remedy}: "a dog barks, then a car passes"')
                 yield fill_row(TableRow(dict(zip(columns, cells, strict=True)), f"{path}:{line}"), templates)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        fault, remedy = f"cannot be read ({error})", "give a CSV file with a header, in UTF-8 or UTF-16"
-        raise UserError(path, fault, remedy) from error
+    except UnicodeDecodeError as error:
+        remedy = "convert it, for example from Windows: iconv -f WINDOWS-1252 -t UTF-8 FILE.csv > NEW.csv"
+        raise UserError(path, f"is not UTF-8 ({error})", remedy) from error
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error})", "give a CSV file with a header") from error
 
 
 def _csv_rows(text: TextIO, path: str) -> Iterator[tuple[int, list[str]]]:
@@ -70,9 +70,13 @@ def _csv_rows(text: TextIO, path: str) -> Iterator[tuple[int, list[str]]]:
     delimiter = _delimiter(header, prefers_tab=path.lower().endswith((".tsv", ".tab")))
     spaced = f"{delimiter} " in header and header.count(delimiter) == header.count(f"{delimiter} ")
     reader = csv.reader(text, strict=True, delimiter=delimiter, skipinitialspace=spaced)
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            yield reader.line_num, cells
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        remedy = 'put text that begins with a quote in quotes, and double its own: """Hello"" he said"'
+        raise UserError(f"{path}:{reader.line_num}", f"bad CSV ({error})", remedy) from error
 
 
 def _delimiter(header: str, *, prefers_tab: bool) -> str:
@@ -93,7 +97,7 @@ def read_folder(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow
     table = table if "answers" in table.model_fields_set else table.model_copy(update={"answers": ["{class}"]})
     others: list[str] = []
     files = {
-        entry.name: _audio_files(root, entry, others, set())
+        entry.name: _audio_files(root, entry, others, {root.resolve()})
         for entry in sorted(root.iterdir())
         if entry.is_dir() and not is_hidden(entry.name)
     }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -60,7 +60,12 @@ class PalForCausalLM(PalGeneration):
         config.language_model_config = language_model.config
         model = cls(config, language_model)
         model.streams.to(dtype)
-        model.generation_config = language_model.generation_config
+        # Published settings of decoding (penalties, sampling) are no part of what is trained, and transformers refuses
+        # to save some of them.
+        published = language_model.generation_config
+        model.generation_config = GenerationConfig(
+            **{name: getattr(published, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        )
         return model
 
     def forward(

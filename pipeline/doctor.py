@@ -281,7 +281,7 @@ def _clocks(nodes: Mapping[str, Node]) -> Check:
 def _speed(nodes: Mapping[str, Node]) -> str:
     if not nodes:
         return ""
-    slowest = max((node["all_reduce"] for node in nodes.values()), key=lambda figures: figures["s"])
+    slowest = max((node["all_reduce"] for node in nodes.values()), key=lambda timing: timing["s"])
     return f"{slowest['mib']} MiB in {slowest['s'] * 1000:.3g} ms, {slowest['gb_s']:g} GB/s"
 
 

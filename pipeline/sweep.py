@@ -161,12 +161,12 @@ def _result_reporter(bar: Progress) -> Callable[[str, Row], None]:
         finished += 1
         if result["status"] == "FAILED":
             logger.error(f"{name}: {result['error']}")
-        figures = [
+        metrics = [
             f"{key} {value:.4g}"
             for key, value in result["metrics"].items()
             if key == "final_loss" or key.endswith("/accuracy")
         ]
-        bar.update(finished, f"{name}: {', '.join([result['status'], *figures])}", force=True)
+        bar.update(finished, f"{name}: {', '.join([result['status'], *metrics])}", force=True)
 
     return report
 

@@ -142,5 +142,6 @@ def read_table(file: Path, columns: Sequence[str]) -> list[tuple[str, dict[str, 
                 raise UserError(where, f"has no {' and no '.join(empty)}", "download the file again")
             rows.append((where, {key: value or "" for key, value in row.items()}))
     except csv.Error as error:
-        raise UserError(f"{file}:{reader.reader.line_num}", f"is no CSV ({error})", "download the file again") from error
+        where = f"{file}:{reader.reader.line_num}"
+        raise UserError(where, f"is no CSV ({error})", "download the file again") from error
     return rows

@@ -40,6 +40,7 @@ from pipeline.tracking.writer import EVALUATIONS
 from pipeline.training import run_dir
 from pipeline.training.build import save_model
 from tests.helpers.feature_sets import write_rows
+from tests.helpers.log_lines import log_lines
 
 SOUNDS = ("dog", "cat", "bell")
 CLIPS_IN_SET = 9
@@ -304,6 +305,29 @@ def test_a_limit_takes_evenly_spaced_clips(generator: AnswerGenerator, features:
     assert "swapped_audio" not in scores
 
 
+def test_truncated_answers_are_counted_and_kept_in_the_journal(
+    exported: Path, features: FeatureSet, tmp_path: Path
+) -> None:
+    settings = GenerationSettings(exported, max_new_tokens=1, batch_size=4, journal=tmp_path / "journal")
+    for _ in range(2):  # the second time all answers are in the journal
+        with log_lines() as logged, open_answer_generator(settings) as generator:
+            result = evaluate(generator, features.folder, swap_audio=True)
+        truncated = [line["truncated"] for line in result.predictions if line["audio"] == "own"]
+        assert result.scores["truncated_answers"] == sum(truncated) > 0
+        warning = f"{sum(truncated)} of 18 answers are truncated at 1 tokens; raise --max-new-tokens"
+        assert sum(line.endswith(warning) for line in logged) >= 1
+        assert sum("greedy decoding" in line for line in logged) == 1
+
+
+def test_a_clip_beyond_the_language_models_positions_is_reported_once(
+    responder: Responder, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(responder, "max_positions", 3)
+    with log_lines() as logged:
+        list(generate_answers(responder, features, group_clips(features.table, own_audio(), 4), 4, show_progress=False))
+    assert [line.partition(" positions, ")[2] for line in logged] == ["more than the 3 of the language model"]
+
+
 def test_features_of_another_encoder_are_refused(generator: AnswerGenerator, tmp_path: Path) -> None:
     folder = write_set(tmp_path / "foreign")
     contract = load_contract(folder)
@@ -370,6 +394,10 @@ def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(
     assert len(lines) == 4 * CLIPS_IN_SET
     assert all(line["benchmark"] == "held-out" for line in lines)
     assert all(line["correct"] for line in lines if line["audio"] == "own")
+    assert scores["held-out"]["truncated_answers"] == scores["held-out"]["swapped_audio"]["truncated_answers"] == 0
+    decoding = scores["held-out"]["decoding"]
+    assert decoding == {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": 64}
+    assert all(line["truncated"] is False and line["decoding"] == decoding for line in lines)
 
     metrics = client.get_run(run_id).data.metrics
     assert metrics["eval/held-out/accuracy"] == 1.0

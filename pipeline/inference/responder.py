@@ -116,6 +116,7 @@ class Responder:
     Attributes:
         model: the model, in evaluation mode.
         chat_template: renders the prompts.
+        max_positions: positions that the language model was made for.
         feature_fingerprints: encoder -> fingerprint of the features that the model was trained on.
     """
 
@@ -123,6 +124,7 @@ class Responder:
         self.model = model.eval()
         self.chat_template = chat_template
         self._max_new_tokens = max_new_tokens
+        self.max_positions: int = model.config.language_model.max_position_embeddings
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
     @torch.inference_mode()

@@ -13,10 +13,11 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, dump_config, load_config
+from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
 from pipeline.core.ranks import Ranks
-from pipeline.core.streams import Stream
+from pipeline.core.streams import IntegrationKind, Stream
 from pipeline.cost.flops import whole_time_steps
 from pipeline.data.chat_template import ChatTemplate, build_chat_template
 from pipeline.data.feature_set import FeatureSet, open_feature_set
@@ -73,6 +74,8 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     features = open_feature_set(config.data.train, encoders, config.data)
     validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, train.loss_on)
+    if ranks.is_main:
+        warn_of_long_clips(config, features, chat_template)
     positions = audio_positions(config, features.contract)
     loader = build_loader(config, features, chat_template, ranks, positions)
     ds_config = build_ds_config(
@@ -93,14 +96,19 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     )
 
 
-def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Callable[[float], int]:
+def audio_positions(
+    config: ExperimentConfig, contract: FeatureContract, integrations: tuple[IntegrationKind, ...] = ("plits",)
+) -> Callable[[float], int]:
     """Returns a function that estimates how many positions of the sequence the audio of a clip takes.
 
     Its argument is the clip's duration in seconds. Frames follow from the encoders' frame rates, tokens from the rule
     of the connectors themselves.
+
+    Args:
+        integrations: whose audio tokens count. Those of `lal` take positions too, but no entries of the sequence.
     """
     num_layers = AutoConfig.from_pretrained(config.model.language_model).num_hidden_layers
-    streams = [s for s in config.model.resolve_streams(num_layers) if s.integration == "plits"]
+    streams = [s for s in config.model.resolve_streams(num_layers) if s.integration in integrations]
 
     def stream_tokens(stream: Stream, seconds: float) -> int:
         encoders = [contract.encoders[name] for name in stream.encoders]
@@ -108,6 +116,22 @@ def audio_positions(config: ExperimentConfig, contract: FeatureContract) -> Call
         return count_audio_tokens(stream.connector, [e.grid for e in encoders], frames)
 
     return lambda seconds: sum(stream_tokens(stream, seconds) for stream in streams)
+
+
+def warn_of_long_clips(config: ExperimentConfig, features: FeatureSet, chat_template: ChatTemplate) -> None:
+    """Warns if the longest clip takes more positions than the language model was made for."""
+    limit = getattr(AutoConfig.from_pretrained(config.model.language_model), "max_position_embeddings", None)
+    clips = features.table.clip[features.table.select(config.data.tasks, config.data.datasets)]
+    if limit is None or not len(clips):
+        return
+    longest_s = float(features.table.duration_s[clips].max())
+    audio = audio_positions(config, features.contract, ("plits", "lal"))(longest_s)
+    positions = len(chat_template.prefix) - 1 + audio
+    if positions > limit:
+        logger.warning(
+            f"data.train: the longest clip ({longest_s:.0f} s) takes {positions} positions, more than the {limit} of "
+            "the language model; leave long clips out of the set"
+        )
 
 
 def build_loader(

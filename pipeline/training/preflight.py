@@ -79,11 +79,18 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     from pipeline.data.chat_template import build_chat_template
     from pipeline.data.feature_set import open_feature_set
     from pipeline.model import count_parameters
-    from pipeline.training.build import audio_positions, build_empty_model, build_loader, total_steps
+    from pipeline.training.build import (
+        audio_positions,
+        build_empty_model,
+        build_loader,
+        total_steps,
+        warn_of_long_clips,
+    )
 
     _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     parameters = count_parameters(build_empty_model(config, contract, chat_template.audio_token_id))
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
+    warn_of_long_clips(config, features, chat_template)
     positions = audio_positions(config, contract)
     loader = build_loader(config, features, chat_template, Ranks(0, world_size, 0, 1), positions)
     selected = features.table.select(config.data.tasks, config.data.datasets)

@@ -6,11 +6,12 @@ import hashlib
 import itertools
 import os
 import sqlite3
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from data_prep.files import container, is_remote, open_audio
+from data_prep.manifests.rows import TextRow
 from pipeline.core.feature_contract import Question
 from pipeline.core.records import Strict
 
@@ -40,14 +41,18 @@ class RejectedRow(Strict):
     audio: str | None = None
 
 
-class SourceRow(Strict):
-    """A row of a manifest with its audio path resolved; a question without an id has an empty `question_id`.
+@dataclass(frozen=True)
+class SourceRow:
+    """A row of a manifest with its audio path resolved.
 
     Attributes:
+        root, audio: as of `Clip`.
         location: absolute path or URL of the audio, also of a member; None in a set without encoders.
     """
 
-    clip: Clip
+    row: TextRow
+    root: int
+    audio: str | None
     location: str | None
 
 
@@ -97,60 +102,68 @@ class _Identities:
         self._names: dict[str, int] = {}  # clip id -> number; a sound may have several ids
         self._question_counts: dict[str, int] = {}  # clip id -> number of questions
         self._question_ids: set[str] = set()
-        self._members: dict[str, list[tuple[int, str]]] = defaultdict(list)  # id of the row -> sounds in archives
-        self._digests: dict[str, str] = {}  # location of a member -> hash of its content
+        self._first_members: dict[str, tuple[int, str]] = {}  # id of the row -> number and location, not yet hashed
+        self._members: dict[tuple[str, str], int] = {}  # id of the row, hash of the content -> number
         self._count = 0
 
-    def identify(self, row: SourceRow) -> tuple[int, Clip] | RejectedRow:
+    def identify(self, source: SourceRow) -> tuple[int, Clip] | RejectedRow:
         """Returns the number of the sound and the row with its ids, or the rejected row."""
-        clip = row.clip
-        if row.location is None and clip.clip_id in self._names:
-            return RejectedRow(clip_id=clip.clip_id, reason="duplicate_id", detail="clip_id occurred before")
-        sound = self._find_sound(row)
-        name = self._name(clip, sound)
+        row = source.row
+        if source.location is None and row.clip_id in self._names:
+            return RejectedRow(clip_id=row.clip_id, reason="duplicate_id", detail="clip_id occurred before")
+        sound = self._count if source.location is None else self._find_sound(row.clip_id, source.location)
+        self._count = max(self._count, sound + 1)  # also when the row is rejected: its content may be known by now
+        name = self._name(source, sound)
         start = self._question_counts.get(name, 0)
-        questions = [
-            question if question.question_id else question.model_copy(update={"question_id": f"{name}/{index}"})
-            for index, question in enumerate(clip.questions, start)
+        question_ids = [
+            question.question_id or f"{name}/{index}" for index, question in enumerate(row.questions, start)
         ]
-        question_ids = [question.question_id for question in questions]
         if len(set(question_ids)) < len(question_ids) or not self._question_ids.isdisjoint(question_ids):
             detail = "a question_id occurred before"
-            return RejectedRow(clip_id=clip.clip_id, reason="duplicate_id", detail=detail, audio=clip.audio)
+            return RejectedRow(clip_id=row.clip_id, reason="duplicate_id", detail=detail, audio=source.audio)
         self._question_ids.update(question_ids)
-        self._question_counts[name] = start + len(questions)
+        self._question_counts[name] = start + len(question_ids)
         self._names[name] = sound
-        if row.location is not None and row.location not in self._sounds:
-            self._sounds[row.location] = sound
-            if _is_member(row.location) and sound == self._count:
-                self._members[clip.clip_id].append((sound, row.location))
-        self._count = max(self._count, sound + 1)
-        return sound, clip.model_copy(update={"clip_id": name, "questions": questions})
+        if source.location is not None:
+            self._sounds[source.location] = sound
+        questions = [
+            Question(**{**question.model_dump(), "question_id": question_id})
+            for question, question_id in zip(row.questions, question_ids, strict=True)
+        ]
+        return sound, Clip(
+            clip_id=name,
+            root=source.root,
+            audio=source.audio,
+            dataset=row.dataset,
+            domain=row.domain,
+            questions=questions,
+        )
 
-    def _find_sound(self, row: SourceRow) -> int:
-        """Returns the number of the sound of a row; the next free number for a new sound."""
-        if row.location is None:
+    def _find_sound(self, row_id: str, location: str) -> int:
+        """Returns the number of the sound at a location; the next free number for a new sound.
+
+        Members of archives are hashed only where an id occurs again: that takes reading their audio.
+        """
+        if location in self._sounds:
+            return self._sounds[location]
+        if not _is_member(location):
             return self._count
-        if row.location in self._sounds:
-            return self._sounds[row.location]
-        if _is_member(row.location):
-            for sound, location in self._members.get(row.clip.clip_id, ()):
-                if self._digest(location) == self._digest(row.location):
-                    return sound
-        return self._count
+        if row_id not in self._first_members:
+            self._first_members[row_id] = (self._count, location)
+            return self._count
+        first, first_location = self._first_members[row_id]
+        if first_location:
+            self._members[row_id, _content_digest(first_location)] = first
+            self._first_members[row_id] = (first, "")
+        return self._members.setdefault((row_id, _content_digest(location)), self._count)
 
-    def _name(self, clip: Clip, sound: int) -> str:
-        """Returns the clip's id, or one made from it when it is that of another sound."""
-        made = f"{clip.clip_id}@{clip.audio}"
-        for name in itertools.chain((clip.clip_id, made), (f"{made}#{number}" for number in itertools.count(2))):
+    def _name(self, source: SourceRow, sound: int) -> str:
+        """Returns the id of the row, or one made from it when it is that of another sound."""
+        made = f"{source.row.clip_id}@{source.audio}"
+        for name in itertools.chain((source.row.clip_id, made), (f"{made}#{number}" for number in itertools.count(2))):
             if self._names.get(name, sound) == sound:
                 return name
         raise AssertionError("there is always a free name")
-
-    def _digest(self, location: str) -> str:
-        if location not in self._digests:
-            self._digests[location] = _content_digest(location)
-        return self._digests[location]
 
 
 def _is_member(location: str) -> bool:

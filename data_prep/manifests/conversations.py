@@ -31,7 +31,7 @@ UNSUPPORTED_FIELDS = {
     "chosen": "a preferred answer, which is not kept",
     "rejected": "a rejected answer, which is not kept",
 }
-SEGMENT_FIELDS = (
+SEGMENT_FIELDS = {
     *("start", "end", "begin", "offset", "segment", "segments", "timestamps"),
     *(
         f"{edge}_{unit}"
@@ -39,7 +39,7 @@ SEGMENT_FIELDS = (
         for unit in ("time", "s", "sec", "seconds", "ms", "frame")
     ),
     *("audio_start", "audio_end", "frame_offset", "num_frames"),
-)
+}
 
 
 def refuse_unsupported_fields(record: dict[str, Any], location: str) -> None:
@@ -48,11 +48,11 @@ def refuse_unsupported_fields(record: dict[str, Any], location: str) -> None:
     Raises:
         UserError: a field holds a system text, other turns, other media, a rejected answer, or a segment of the audio.
     """
-    for field, content in UNSUPPORTED_FIELDS.items():
-        if record.get(field):
-            raise UserError(location, f"field '{field}' holds {content}", f"remove '{field}', or this row")
-    for field in SEGMENT_FIELDS:
-        if record.get(field):  # a start at 0 is the start of the file
+    for field, value in record.items():
+        if field in UNSUPPORTED_FIELDS and value:
+            fault = f"field '{field}' holds {UNSUPPORTED_FIELDS[field]}"
+            raise UserError(location, fault, f"remove '{field}', or this row")
+        if field in SEGMENT_FIELDS and value:  # a start at 0 is the start of the file
             fault = f"field '{field}' selects a segment of the audio, but whole files are read"
             raise UserError(location, fault, f"cut the audio into a file of its own and remove '{field}'")
     if record.get("label") is False:

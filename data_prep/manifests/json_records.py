@@ -16,6 +16,7 @@ from pipeline.core.errors import UserError
 PEEK_BYTES = 4096  # to tell an array from JSON lines
 # The first half of a surrogate pair without the second: half of a character.
 HALF_CHARACTER = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+SURROGATE = re.compile(rb"\\u[dD][89abAB]")  # found faster
 ESCAPE_BYTES = 6
 
 
@@ -133,7 +134,7 @@ class _CheckedStream:
         """Returns the next bytes."""
         block = self._stream.read(size)
         text = self._tail + block
-        for match in HALF_CHARACTER.finditer(text):
+        for match in HALF_CHARACTER.finditer(text) if SURROGATE.search(text) else ():
             if not block or match.end() + ESCAPE_BYTES <= len(text):
                 raise _half_character(self._path)
         self._tail = text[-3 * ESCAPE_BYTES :] if block else b""

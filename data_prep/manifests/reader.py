@@ -17,7 +17,6 @@ from data_prep.manifests import archive_formats, json_formats, table_formats
 from data_prep.manifests.clips import Clip, RejectedRow, SourceRow, absolute_location, join_rows
 from data_prep.manifests.rows import ClipRow, TextRow
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import Question
 
 READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow] | Iterator[ClipRow | RejectedRow]]] = {
     "jsonl": json_formats.read_jsonl,
@@ -91,15 +90,8 @@ def _source_rows(config: PrepareConfig) -> Iterator[SourceRow | RejectedRow]:
                     detail = f"the audio path {row.audio} {fault}"
                     yield RejectedRow(clip_id=row.clip_id, reason="outside_root", detail=detail)
                     continue
-            clip = Clip(
-                clip_id=row.clip_id,
-                root=root,
-                audio=audio,
-                dataset=row.dataset,
-                domain=row.domain,
-                questions=[Question(**{**q.model_dump(), "question_id": q.question_id or ""}) for q in row.questions],
-            )
-            yield SourceRow(clip=clip, location=None if audio is None else absolute_location(audio_path(clip, roots)))
+            location = None if audio is None else absolute_location(_join(roots[root], audio))
+            yield SourceRow(row, root, audio, location)
 
 
 def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow | RejectedRow] | Iterator[TextRow]:
@@ -111,7 +103,11 @@ def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow | RejectedR
 def audio_path(clip: Clip, roots: list[str]) -> str:
     """Returns the path or URL of a clip's audio."""
     assert clip.audio is not None, "clips without a path never reach a partition"
-    return clip.audio if is_remote(clip.audio) else posixpath.join(roots[clip.root], clip.audio)
+    return _join(roots[clip.root], clip.audio)
+
+
+def _join(root: str, audio: str) -> str:
+    return audio if is_remote(audio) else posixpath.join(root, audio)
 
 
 def manifest_sha256(config: PrepareConfig) -> str:

@@ -112,6 +112,20 @@ def test_parquet_rows_are_about_the_same_clip_when_their_audio_is_the_same(tmp_p
     assert audio_path(clips[2], audio_roots(config)) == str(tmp_path / "1.parquet#0/0")
 
 
+def test_parquet_rows_that_share_a_path_are_as_many_clips_as_sounds(tmp_path):
+    frequencies_hz = [500, 600, 500, 700, 600, 600, 800]
+    write_shard(tmp_path / "0.parquet", [("audio.wav", f, f"{i}?") for i, f in enumerate(frequencies_hz)])
+    values = {"table": {"question": "{question}", "answers": ["{answer}"]}}
+    clips = read(tmp_path / "0.parquet", tmp_path, **values)
+    assert [[q.question for q in clip.questions] for clip in clips] == [
+        ["0?", "2?"],
+        ["1?", "4?", "5?"],
+        ["3?"],
+        ["6?"],
+    ]
+    assert len({clip.clip_id for clip in clips}) == len(clips)
+
+
 @pytest.mark.parametrize(
     ("audio_paths", "audio_root", "expected"),
     [

@@ -99,7 +99,8 @@ def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Respon
         UserError: the folder is not an exported model.
     """
     config, _ = load_config_of(folder)
-    model = PalForCausalLM.from_pretrained(folder, dtype="auto")
+    # An empty generation config: transformers would read the folder's and warn of settings that are not used anyway.
+    model = PalForCausalLM.from_pretrained(folder, dtype="auto", generation_config=GenerationConfig())
     # Not data.max_text_tokens, which bounds training: a benchmark's prompts may be longer, up to the model's own limit.
     max_text_tokens = model.config.language_model.max_position_embeddings
     chat_template = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=max_text_tokens)

@@ -18,7 +18,6 @@ from pipeline.evaluation.benchmarks import Benchmark
 from pipeline.evaluation.generate_answers import AnswerGenerator
 from pipeline.evaluation.intervals import bootstrap_ci95
 from pipeline.evaluation.question_sets import (
-    QuestionSet,
     QuestionSource,
     evenly_spaced,
     make_predictions,
@@ -86,6 +85,7 @@ def evaluate_benchmark(
         _warn_of_truncated(source.location, predictions, generator)
         return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
 
+    swapped_pairing = swap_audio(question_set, clips) if options.swap_audio else None
     predictions = predict({clip: clip for clip in clips})
     scores = _score_generated(predictions) | {"decoding": generator.decoding}
     official_files: dict[str, str] = {}
@@ -95,8 +95,8 @@ def evaluate_benchmark(
         official_files = {} if official is None else dict([official])
     decoding = {"decoding": generator.decoding}
     lines = [{"audio": OWN_AUDIO, **prediction.to_json(), **decoding} for prediction in predictions]
-    if options.swap_audio:
-        swapped = predict(swap_audio(question_set, clips))
+    if swapped_pairing is not None:
+        swapped = predict(swapped_pairing)
         scores["swapped_audio"] = _score_generated(swapped)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json(), **decoding} for prediction in swapped]
     if options.majority_from is not None:

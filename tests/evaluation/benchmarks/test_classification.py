@@ -9,7 +9,7 @@ import pytest
 from data_prep.config import PrepareConfig
 from data_prep.manifests.reader import read_clips
 from pipeline.core.errors import UserError
-from pipeline.evaluation.benchmarks import Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
+from pipeline.evaluation.benchmarks import Benchmark, Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
 from pipeline.evaluation.benchmarks.class_names import named
 from tests.helpers.published import write_audio, write_text
 
@@ -182,3 +182,35 @@ def test_hidden_files_are_no_music(tmp_path: Path) -> None:
     write_audio(tmp_path / "genres" / "hiphop" / "hiphop.00000.wav")
     (tmp_path / "genres" / "hiphop" / "._hiphop.00000.wav").write_bytes(b"\0\5\26\7")
     assert [item.question_id for item in Gtzan(tmp_path).items] == ["hiphop/hiphop.00000.wav"]
+
+
+LABELS = ("Air horn, truck horn", "Car", "Police car (siren)", "Car passing by", "Reversing beeps")
+
+
+def write_layout(kind: type[Benchmark], root: Path) -> Benchmark:
+    """Writes one file for each of LABELS, where the layout holds any names; else for its own classes."""
+    if kind is Gtzan:
+        for genre in ("hiphop", "jazz"):
+            write_audio(root / "genres" / genre / f"{genre}.00000.wav")
+    elif kind is VocalSound:
+        names = ["m1_0_throatclearing.wav", "m1_0_cough.wav"]
+        for name in names:
+            write_audio(root / "audio_44k" / name)
+        write_text(root / "datafiles" / "te.json", json.dumps({"data": [{"wav": name} for name in names]}))
+    else:
+        lines = [f"{number}.wav\t0\t1\t{label}" for number, label in enumerate(LABELS)]
+        for number in range(len(LABELS)):
+            write_audio(root / "evaluation_set_formatted_audio_segments" / f"Y{number}.wav")
+        text = "\ufeff" + "\r\n".join([*lines, "0.wav\t0\t1\tCar", "0.wav\t1\t2\tCar", "", ""])
+        (root / "groundtruth_weak_label_evaluation_set.csv").write_bytes(text.encode())
+    return kind(root)
+
+
+@pytest.mark.parametrize("kind", [Gtzan, VocalSound, Dcase2017])
+def test_a_reader_who_knows_every_class_is_right_and_a_silent_one_wrong(tmp_path: Path, kind: type[Benchmark]) -> None:
+    benchmark = write_layout(kind, tmp_path)
+    assert len(benchmark.items) == (len(LABELS) if kind is Dcase2017 else 2)
+    for item in benchmark.items:
+        for text in (item.answer, item.answer.upper(), item.answer.replace(" ", "_"), f"I hear {item.answer}."):
+            assert benchmark.is_correct(item, text), text
+        assert not benchmark.is_correct(item, "")

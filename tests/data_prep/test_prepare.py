@@ -75,7 +75,7 @@ def kill_one_worker(after) -> threading.Thread:
     return thread
 
 
-def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(cluster, tmp_path, capsys):
+def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(cluster, tmp_path, caplog):
     manifest = write_corpus(tmp_path / "corpus", 12)
     for i in (7, 8):
         (tmp_path / f"corpus/audio/{i}.wav").rename(tmp_path / f"corpus/audio/{i}slow.wav")
@@ -95,6 +95,7 @@ def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(c
     killer.join(timeout=1)
     assert not killer.is_alive()
     assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
+    assert "rejects.jsonl lists 3 clips: 1 duplicate_id, 1 outside_root, 1 undecodable" in caplog.text
     figures = json.loads((tmp_path / "out.json").read_text())
     assert {k: figures[k] for k in ("clips", "written", "rejected")} == {"clips": 14, "written": 11, "rejected": 3}
     assert figures.keys() >= {"audio_hours", "wall_s", "clips_per_s", "bytes", "fingerprint"}

@@ -1,9 +1,11 @@
 """Tests that training reads what preparation writes, and that both report damaged files by name."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
+import soundfile
 
 from data_prep import validate
 from data_prep.job.mds_writer import read_partition
@@ -86,3 +88,21 @@ def test_audio_without_an_encoder_is_refused(tmp_path):
     manifest = write_manifest(tmp_path / "text.jsonl", [clip_row("a", "a.wav")])
     with pytest.raises(UserError, match=r"text\.jsonl:1: field 'audio'"):
         prepare_here(prepare_config(manifest, tmp_path / "set", encoders={}))
+
+
+def test_accepted_clips_with_doubtful_audio_are_listed(tmp_path):
+    manifest = write_corpus(tmp_path / "corpus", 3)
+    audio = tmp_path / "corpus/audio"
+    soundfile.write(audio / "0.wav", np.zeros(16000), 16000)
+    data = bytearray((audio / "1.wav").read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = b"\xff" * 4
+    (audio / "1.wav").write_bytes(data)
+    prepare_here(prepare_config(manifest, tmp_path / "set"))
+    warnings = [json.loads(line) for line in (tmp_path / "set/warnings.jsonl").read_text().splitlines()]
+    assert [(line["clip_id"], line["warning"]) for line in warnings] == [("clip0", "silent"), ("clip1", "repaired")]
+    assert validate.main([str(tmp_path / "set")]) == 0
+
+
+def test_a_set_without_doubtful_audio_has_no_list_of_it(prepared):
+    assert not (prepared / "warnings.jsonl").exists()

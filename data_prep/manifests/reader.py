@@ -36,9 +36,14 @@ def manifest_files(config: PrepareConfig) -> list[str]:
     """Returns the manifest files, with patterns expanded.
 
     Raises:
-        UserError: a manifest does not exist.
+        UserError: a manifest does not exist, or is given twice.
     """
     paths = [path for manifest in config.manifests for path in expand(manifest)]
+    locations: set[str] = set()
+    for path in paths:
+        if absolute_location(path) in locations:
+            raise UserError(path, "is given twice, which would repeat its questions", "remove one from `manifest`")
+        locations.add(absolute_location(path))
     for path in paths:
         if not is_remote(path) and not Path(path).exists():
             raise UserError(path, "no such manifest", "give an existing manifest in `manifest`")

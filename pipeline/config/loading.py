@@ -135,7 +135,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"override '{override}'", "the value is not YAML", "quote the value") from error
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        fault = f"the value is not YAML ({problem})"
+        raise UserError(f"override '{override}'", fault, "correct the value, or put it in quotes") from error
     node = values
     for part in parts[:-1]:
         child = node.setdefault(part, {})

@@ -59,6 +59,8 @@ def test_a_resolved_config_reads_back_equal(config_file: Path, tmp_path: Path) -
         ("train.lora={}", "train.lora", "set trainable to connector"),
         ("model.integration=custom", "model.streams", "set both or neither"),
         ("train.seed", "override 'train.seed'", "write for example"),
+        ("data.tasks=[a", "override 'data.tasks=[a'", "put it in quotes"),
+        ("train.lora={rank: 1, rank: 2}", "key 'rank' is repeated", "correct the value"),
         ("output.name=1", "override 'output.name=1'", "check the key"),
     ],
 )

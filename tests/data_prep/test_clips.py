@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep import validate
+from data_prep.config import PrepareConfig
 from data_prep.manifests.clips import Clip, RejectedRow
 from data_prep.manifests.reader import audio_path, audio_roots, read_clips
 from data_prep.prepare import prepare
@@ -42,6 +43,14 @@ def test_open_and_closed_questions_in_two_files_are_about_the_same_clips(tmp_pat
         "a.wav": [("a.wav/0", "Label?", "A dog."), ("a.wav/1", "How?", "A dog.")],
         "b.wav": [("b.wav/0", "Label?", "A dog."), ("b.wav/1", "Why?", "A dog.")],
     }
+
+
+@pytest.mark.parametrize("second", ["m.json", "./m.json", "*.json"])
+def test_a_manifest_that_is_given_twice_is_refused(tmp_path, second):
+    path = write_manifest(tmp_path / "m.json", [openaqa("a.wav", "Label?")])
+    with pytest.raises(UserError, match=r"m\.json: is given twice.*remove one from `manifest`"):
+        config = PrepareConfig(manifest=[str(path), f"{tmp_path}/{second}"], output="out")
+        list(read_clips(config))
 
 
 def test_keys_that_count_from_zero_in_two_files_name_two_sounds(tmp_path):

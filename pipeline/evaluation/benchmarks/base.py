@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Benchmark(ABC):
         if repeated:
             fault = f"holds {len(repeated)} questions more than once, the first is {repeated[0]}"
             raise UserError(self.file, fault, "remove the copies")
+        self.items = [replace(item, audio=_existing(item.audio)) for item in self.items]
         missing = [item.audio for item in self.items if not item.audio.is_file()]
         if missing:
             fault = f"{len(missing)} of {len(self.items)} audio files are missing, the first is {missing[0]}"
@@ -104,6 +106,12 @@ class Benchmark(ABC):
     def predictions_file(self, predictions: Mapping[str, str]) -> tuple[str, str] | None:
         """Returns name and text of the file that the official scorer reads; None where there is no such scorer."""
         return None
+
+
+def _existing(path: Path) -> Path:
+    """Returns the path in the Unicode form in which the file exists, since unpacking may compose or decompose names."""
+    forms = [path, *(path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD") if path.name)]
+    return next((form for form in forms if form.is_file()), path)
 
 
 def read_text(file: Path) -> str:

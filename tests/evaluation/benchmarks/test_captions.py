@@ -114,3 +114,13 @@ def test_typography_does_not_decide_about_captions(tmp_path: Path) -> None:
     references = {item.question_id: item.answer for item in clotho.items}
     assert clotho.question_scores(texts) == clotho.question_scores(references)
     assert not any(clotho.is_correct(item, "") for item in clotho.items)
+
+
+@pytest.mark.parametrize(
+    ("listed", "stored"), [("cafe\u0301.wav", "caf\u00e9.wav"), ("caf\u00e9.wav", "cafe\u0301.wav")]
+)
+def test_a_name_is_found_in_either_unicode_form(tmp_path: Path, listed: str, stored: str) -> None:
+    write_clotho(tmp_path, {stored: ["a dog"]})
+    file = tmp_path / "clotho_captions_evaluation.csv"
+    file.write_text(file.read_text().replace(stored, listed))
+    assert [item.audio.name for item in Clotho(tmp_path).items] == [stored]

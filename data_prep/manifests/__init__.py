@@ -1,1 +1,1 @@
-"""Input formats: `reader` detects the format and yields clips; `json_formats` and `table_formats` read the formats."""
+"""Input formats: `reader` detects the format, `*_formats` read it, `clips` decides which rows are the same clip."""

@@ -123,9 +123,7 @@ def train_steps(
     sizes = [micro_batch] if isinstance(micro_batch, int) else micro_batch
     for step in steps:
         rank_rows, size = rows(step)[ranks.rank :: ranks.world_size], sizes[step % len(sizes)]
-        micro = [
-            collate(rank_rows[i : i + size], ranks.rank == text_only_rank) for i in range(0, len(rank_rows), size)
-        ]
+        micro = [collate(rank_rows[i : i + size], ranks.rank == text_only_rank) for i in range(0, len(rank_rows), size)]
         (tokens,) = engine.sum_over_ranks([sum(int((m["labels"] != -100).sum()) for m in micro)])
         loss = 0.0
         for number, batch in enumerate(micro, start=1):

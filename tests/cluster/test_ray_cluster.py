@@ -147,7 +147,7 @@ def test_a_sweep_gives_the_same_results_as_without_ray(cluster: RayCluster, fold
         else:
             done = submitted(cluster, folder, "sweep", file, "--ray", "auto", "--json", results)
             out, err = done.communicate(timeout=LIMIT_S)
-            assert done.returncode == 0 and "[1/1]" in out, err + out
+            assert done.returncode == 0 and "1/1 trials" in out, err + out
         runs = json.loads(results.read_text())["runs"]
         figures[place] = [(run["params"], run["status"], run["metrics"]["final_loss"]) for run in runs]
     assert figures["remote"] == figures["local"] and {status for _, status, _ in figures["local"]} == {"FINISHED"}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.core.errors import UserError
 
-if TYPE_CHECKING:
-    from pipeline.model.modeling import PalForCausalLM
+
+class AdaptableModel(Protocol):
+    """A model whose language model can have adapters; its config records them as `lora`."""
+
+    config: Any
+    language_model: Any
 
 
 def adapt(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
@@ -41,7 +45,7 @@ def adapt(language_model: PreTrainedModel, lora: dict[str, Any]) -> None:
 
 
 def add_lora(
-    model: PalForCausalLM,
+    model: AdaptableModel,
     rank: int,
     alpha: int,
     dropout: float = 0.0,
@@ -57,7 +61,7 @@ def add_lora(
     model.config.lora = lora
 
 
-def lora_parameters(model: PalForCausalLM) -> list[nn.Parameter]:
+def lora_parameters(model: AdaptableModel) -> list[nn.Parameter]:
     """Returns the parameters of the adapters and the weights that they adapt."""
     from peft.tuners.lora import LoraLayer
 
@@ -65,7 +69,7 @@ def lora_parameters(model: PalForCausalLM) -> list[nn.Parameter]:
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
-def merge_lora(model: PalForCausalLM) -> None:
+def merge_lora(model: AdaptableModel) -> None:
     """Merges the adapters into the weights that they adapt and removes them, in place."""
     from peft.tuners.lora import LoraLayer
 

@@ -127,7 +127,7 @@ class _Identities:
         if source.location is not None:
             self._sounds[source.location] = sound
         questions = [
-            Question(**{**question.model_dump(), "question_id": question_id})
+            Question(**{**question.model_dump(exclude={"other_audio"}), "question_id": question_id})
             for question, question_id in zip(row.questions, question_ids, strict=True)
         ]
         return sound, Clip(

@@ -4,22 +4,43 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import Turn
 from pipeline.core.records import Strict
 
 RowT = TypeVar("RowT", bound=BaseModel)
 
 
+class AudioSegment(Strict):
+    """A sound: a file, or the part of it between two times.
+
+    Attributes:
+        start_s, end_s: seconds from the beginning of the file; None means its beginning and its end.
+    """
+
+    audio: str
+    start_s: float | None = Field(default=None, ge=0)
+    end_s: float | None = Field(default=None, gt=0)
+
+
 class QuestionRow(Strict):
-    """A question of a row; without a `question_id` it gets one from the id of the row and its position."""
+    """A question of a row; without a `question_id` it gets one from the id of the row and its position.
+
+    Attributes:
+        system, turns: as of `Question`.
+        other_audio: the sounds that the turns name as 1, 2, ...; 0 is the sound of the row.
+    """
 
     question_id: str | None = None
     question: str
     answer: str
     task: str = "unspecified"
     choices: list[str] | None = None
+    system: str | None = None
+    turns: list[Turn] | None = None
+    other_audio: list[AudioSegment] = []
 
 
 class TextRow(Strict):
@@ -31,10 +52,8 @@ class TextRow(Strict):
     domain: str = "unspecified"
 
 
-class ClipRow(TextRow):
+class ClipRow(TextRow, AudioSegment):
     """A row of our own format, to which every other format is converted."""
-
-    audio: str
 
 
 def validate_row(kind: type[RowT], value: Any, location: str) -> RowT:

@@ -34,16 +34,36 @@ CLIP_COLUMNS = {
     "domain": "str",
     "questions": "json",
 }
+_STORED_IF_SET = {"dataset", "domain", "system", "turns", "clips"}
 FEATURE_COLUMNS = {"clip_id": "str", "features": "ndarray:float16"}
 
 
+class Turn(Strict):
+    """One turn of a conversation.
+
+    Attributes:
+        content: texts and indices of the conversation's clips in the order in which the model reads them: 0 is the clip
+            that the question belongs to, 1, 2, ... are `Question.clips`. An answer is a single text.
+        loss: whether an answer is trained on; it stays in the history in either case.
+    """
+
+    role: Literal["user", "assistant"]
+    content: list[str | int]
+    loss: bool = True
+
+
 class Question(Strict):
-    """One question about a clip.
+    """One question about a clip, or a conversation that begins with it.
 
     Attributes:
         question_id: id that is unique in the feature set.
+        question, answer: text of the last user turn without its clips, and the last answer.
         dataset, domain: those of the question where they differ from the clip's, because several datasets ask about
             the same audio; None, which is not stored, means the clip's.
+        system: system text in place of `data.system_prompt`; None, which is not stored, means that one.
+        turns: all turns, user and assistant alternating, the last of which is the answer; None, which is not stored,
+            means a user turn of the clip and the question, and the answer.
+        clips: ids of the other clips that the turns name; None, which is not stored, means no others.
     """
 
     question_id: str
@@ -53,11 +73,21 @@ class Question(Strict):
     choices: list[str] | None = None
     dataset: str | None = None
     domain: str | None = None
+    system: str | None = None
+    turns: list[Turn] | None = None
+    clips: list[str] | None = None
+
+    @property
+    def conversation(self) -> list[Turn]:
+        """All turns; those of a plain question are its clip with its text, and its answer."""
+        if self.turns is not None:
+            return self.turns
+        return [Turn(role="user", content=[0, self.question]), Turn(role="assistant", content=[self.answer])]
 
     @model_serializer(mode="wrap")
-    def _without_source_of_the_clip(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        return {key: value for key, value in values.items() if value is not None or key not in ("dataset", "domain")}
+        return {key: value for key, value in values.items() if value is not None or key not in _STORED_IF_SET}
 
 
 class EncoderContract(Strict):

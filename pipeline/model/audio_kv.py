@@ -22,7 +22,7 @@ from pipeline.model.families import (
     score_softcap,
     sliding_window,
 )
-from pipeline.model.layers import recompute
+from pipeline.model.layers import has_dropout, recompute
 from pipeline.model.mask import MaskRule, additive_mask
 from pipeline.model.positions import AudioTokenLayout, clip_token_layouts, streams_at_layer, to_device
 
@@ -89,7 +89,9 @@ class AudioKV:
             return self._keys_values(layer, projection.finish(x) if last else x)
 
         x = projection.input(tokens_NW) if last else projection(tokens_NW)
-        return [recompute(keys_values, half) for half in (x.tensor_split(2) if torch.is_grad_enabled() else [x])]
+        draws = has_dropout(self.language_model.model.layers[layer].self_attn)  # of adapters
+        halves = x.tensor_split(2) if torch.is_grad_enabled() else [x]
+        return [recompute(keys_values, half, draws=draws) for half in halves]
 
     def flamingo_keys_values(self, layer: int, stream: int) -> KeysValues:
         """Returns (N, H, E) keys and values of one flamingo stream at this layer."""

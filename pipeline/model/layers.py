@@ -11,15 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute(function: Callable[..., Any], *inputs: Tensor) -> Any:
+def recompute(function: Callable[..., Any], *inputs: Tensor, draws: bool = False) -> Any:
     """Calls `function(*inputs)` and keeps only the inputs for the backward pass, which calls it again.
 
     Not reentrant: the reentrant form drops gradients of tensors that the function reaches other than by its inputs.
-    Not for functions with dropout: the random state is not restored.
+
+    Args:
+        draws: the function draws random numbers (dropout), which the second call has to draw again.
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return function(*inputs)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Returns whether dropout is active somewhere in a module."""
+    return any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in module.modules())
 
 
 class Mlp(nn.Module):

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.text_forms import exact_match, literal, normalise
 from pipeline.evaluation.intervals import bootstrap_ci95
-from pipeline.evaluation.text_forms import exact_match, literal, normalise
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from pipeline.core.text_forms import exact_match, normalise
 from pipeline.evaluation.scoring import MajorityBaseline, Prediction, score
-from pipeline.evaluation.text_forms import exact_match, normalise
 
 
 def make(clip: int, correct: bool, *, task: str = "what", domain: str = "sound", number: int = 0) -> Prediction:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from pipeline.core.text_forms import words
 from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_table
-from pipeline.evaluation.text_forms import words
 
 # In order of preference, where a clip has several files; whatever a downloader leaves beside them is no audio.
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".webm")

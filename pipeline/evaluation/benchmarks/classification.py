@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.core.class_names import class_key, class_text, named
 from pipeline.core.errors import UserError
 from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_table, read_text
-from pipeline.evaluation.benchmarks.class_names import class_key, class_text, named
 
 
 class _Classification(Benchmark):

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from pipeline.core.text_forms import canonical, words
 from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_text
-from pipeline.evaluation.text_forms import canonical, words
 
 PROMPT = "Write down what is said, word for word."
 

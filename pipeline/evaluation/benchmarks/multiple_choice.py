@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,18 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.choices import chosen, equal_choice
 from pipeline.core.errors import UserError
+from pipeline.core.text_forms import literal
 from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_text
-from pipeline.evaluation.text_forms import canonical, literal, normalise, words
-
-_SAYS = r"\b(?:answer|option|choice)(?:\s+(?:is|would\s+be|should\s+be))?(?=\W)\W*"
-_END = r"[^\w#%&@]*"  # "C#" is a text
-_LETTER_ALONE = re.compile(rf"\W*(?:(?:the\s+)?(?:correct\s+|right\s+)?{_SAYS})?([a-z]){_END}", re.IGNORECASE)
-_LETTERS_ALONE = re.compile(rf"\W*[a-z](?:\W+(?:(?:and|or)\W+)?[a-z]\b)*{_END}", re.IGNORECASE)
-_LETTER_FIRST = re.compile(r"\W*([a-z])(?:\)|[.:,*]\W|\s*-\s|\W*\n)", re.IGNORECASE)
-_ANSWER = re.compile(rf"{_SAYS.replace('|option|choice', '')}(?!a\s+\w)([a-z])\b(?!')", re.IGNORECASE)
-_OPTION = re.compile(rf"{_SAYS.replace('answer|', '')}(?!a\s+\w)([a-z])\b(?!')", re.IGNORECASE)
-_PERHAPS_AN_ARTICLE = re.compile(rf"(?i:{_SAYS})A\s")
 
 
 class MultipleChoice(Benchmark):
@@ -125,82 +116,3 @@ def means_answer(prediction: str, item: Item, *, letters_offered: bool = False) 
     """Returns whether a prediction means the right choice of an item. A choice that stands twice is one choice."""
     number = chosen(prediction, item.choices, letters_offered=letters_offered)
     return number is not None and literal(item.choices[number]) == literal(item.answer)
-
-
-def chosen(prediction: str, choices: Sequence[str], *, letters_offered: bool = False) -> int | None:
-    """Returns the choice that an answer means; None where it means no choice, or several.
-
-    Tried in this order: a letter alone (`B`, `(b)`), if letters were offered; the text of a choice; a letter alone or
-    at the start (`C. A dog`); `the answer is B`; the one choice whose words occur in the answer (of two that contain
-    each other, the longer one). Of a choice that stands twice, the first one is returned. Where letters were not
-    offered and a choice is a letter itself, such as the name of a note, a letter is a text and no number.
-    """
-    prediction = canonical(prediction)
-    if letters_offered and (match := _LETTER_ALONE.fullmatch(prediction)) and _index(match[1]) < len(choices):
-        return _index(match[1])
-    if (number := _equal(prediction, choices)) is not None:
-        return number
-    letters_count = letters_offered or not any(re.fullmatch(r"\W*[a-zA-Z]\W*", choice) for choice in choices)
-    if letters_count and (letters := _letters(prediction, len(choices))):
-        return letters.pop() if len(letters) == 1 else None
-    number = _contained(prediction, choices)
-    if number is None and letters_count and _PERHAPS_AN_ARTICLE.search(prediction):
-        return 0
-    return number
-
-
-def equal_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Returns the choice with the same text, however it is spelled; None where there is none, or several."""
-    number = _equal(text, choices)
-    return None if number is None else choices[number]
-
-
-def _index(letter: str) -> int:
-    return ord(letter.upper()) - ord("A")
-
-
-def _letters(prediction: str, count: int) -> set[int]:
-    """Returns the choices, out of `count`, whose letters an answer gives."""
-    letters = _LETTERS_ALONE.fullmatch(prediction)
-    if letters is not None:
-        return {_index(letter) for letter in re.findall(r"\b[a-z]\b", prediction, re.IGNORECASE)} & set(range(count))
-    if (match := _LETTER_FIRST.match(prediction)) is not None and _index(match[1]) < count:
-        return {_index(match[1])}
-    for pattern in (_ANSWER, _OPTION):
-        given = {_index(match[1]) for match in pattern.finditer(prediction)} & set(range(count))
-        if given:
-            return given
-    return set()
-
-
-def _equal(prediction: str, choices: Sequence[str]) -> int | None:
-    """Returns the choice that equals an answer in the strictest form in which any does."""
-    for form in (literal, normalise, _joined_words):
-        text = form(prediction)
-        numbers = [number for number, choice in enumerate(choices) if text and form(choice) == text]
-        if numbers:
-            return _one(numbers, choices)
-    return None
-
-
-def _contained(prediction: str, choices: Sequence[str]) -> int | None:
-    """Returns the one choice whose words occur in an answer."""
-    for form in (normalise, _joined_words):
-        padded = [f" {form(choice)} " for choice in choices]
-        numbers = [number for number, text in enumerate(padded) if text.strip() and text in f" {form(prediction)} "]
-        texts = {padded[number] for number in numbers}
-        longest = {text for text in texts if not any(text != other and text in other for other in texts)}
-        if len(longest) == 1:
-            return _one([number for number in numbers if padded[number] in longest], choices)
-        if longest:
-            return None
-    return None
-
-
-def _one(numbers: Sequence[int], choices: Sequence[str]) -> int | None:
-    """Returns the first of these choices if they are one text, however often it stands."""
-    return numbers[0] if len({literal(choices[number]) for number in numbers}) == 1 else None
-
-
-def _joined_words(text: str) -> str:
-    return " ".join(words(text))

@@ -8,9 +8,9 @@ import pytest
 
 from data_prep.config import PrepareConfig
 from data_prep.manifests.reader import read_clips
+from pipeline.core.class_names import named
 from pipeline.core.errors import UserError
 from pipeline.evaluation.benchmarks import Benchmark, Dcase2017, Esc50, Fsd50k, Gtzan, VocalSound
-from pipeline.evaluation.benchmarks.class_names import named
 from tests.helpers.published import write_audio, write_text
 
 

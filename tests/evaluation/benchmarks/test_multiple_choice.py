@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.choices import chosen
 from pipeline.core.errors import UserError, run_command
 from pipeline.evaluate import main
 from pipeline.evaluation.benchmarks import BENCHMARKS, Mmar, Mmau
-from pipeline.evaluation.benchmarks.multiple_choice import chosen
 from tests.helpers.published import VOICES, write_audio, write_rows, write_text
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pipeline.evaluation.text_forms import canonical, normalise
+from pipeline.core.text_forms import canonical, normalise
 
 _SEPARATOR = re.compile(r"[,;|\n、]")  # of the names in a list; a name may hold one itself
 

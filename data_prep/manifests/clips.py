@@ -12,6 +12,7 @@ from typing import Literal
 
 from data_prep.files import container, is_remote, open_audio
 from data_prep.manifests.rows import TextRow
+from pipeline.core.choices import meant_choices
 from pipeline.core.feature_contract import Question
 from pipeline.core.records import Strict
 
@@ -36,7 +37,7 @@ class RejectedRow(Strict):
     """A row of a manifest that is left out; its reason and detail go to rejects.jsonl."""
 
     clip_id: str
-    reason: Literal["duplicate_id", "outside_root", "empty_field", "no_audio", "no_class"]
+    reason: Literal["duplicate_id", "outside_root", "empty_field", "no_audio", "no_class", "no_choice"]
     detail: str
     audio: str | None = None
 
@@ -121,15 +122,19 @@ class _Identities:
         if len(set(question_ids)) < len(question_ids) or not self._question_ids.isdisjoint(question_ids):
             detail = "a question_id occurred before"
             return RejectedRow(clip_id=row.clip_id, reason="duplicate_id", detail=detail, audio=source.audio)
+        questions = [
+            Question(**{**question.model_dump(exclude={"other_audio"}), "question_id": question_id})
+            for question, question_id in zip(row.questions, question_ids, strict=True)
+        ]
+        for question_id, question in zip(question_ids, questions, strict=True):
+            if question.choices and question.answer and not meant_choices(question.answer, question):
+                detail = f"question '{question_id}': the answer '{question.answer}' is not among its choices"
+                return RejectedRow(clip_id=row.clip_id, reason="no_choice", detail=detail, audio=source.audio)
         self._question_ids.update(question_ids)
         self._question_counts[name] = start + len(question_ids)
         self._names[name] = sound
         if source.location is not None:
             self._sounds[source.location] = sound
-        questions = [
-            Question(**{**question.model_dump(exclude={"other_audio"}), "question_id": question_id})
-            for question, question_id in zip(row.questions, question_ids, strict=True)
-        ]
         return sound, Clip(
             clip_id=name,
             root=source.root,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from pipeline.core.class_names import named
 from pipeline.core.feature_contract import Question
 from pipeline.core.text_forms import canonical, literal, normalise, words
 
@@ -88,23 +89,49 @@ def chosen(prediction: str, choices: Sequence[str], *, letters_offered: bool = F
     offered and a choice is a letter itself, such as the name of a note, a letter is a text and no number.
     """
     prediction = canonical(prediction)
-    if letters_offered and (match := _LETTER_ALONE.fullmatch(prediction)) and _index(match[1]) < len(choices):
-        return _index(match[1])
-    if (number := _equal(prediction, choices)) is not None:
-        return number
-    letters_count = letters_offered or not any(re.fullmatch(r"\W*[a-zA-Z]\W*", choice) for choice in choices)
-    if letters_count and (letters := _letters(prediction, len(choices))):
-        return letters.pop() if len(letters) == 1 else None
+    if stated := _stated(prediction, choices, letters_offered=letters_offered):
+        return stated.pop() if len(stated) == 1 else None
     number = _contained(prediction, choices)
-    if number is None and letters_count and _PERHAPS_AN_ARTICLE.search(prediction):
+    if number is None and _letters_count(choices, letters_offered) and _PERHAPS_AN_ARTICLE.search(prediction):
         return 0
     return number
+
+
+def meant_choices(text: str, question: Question) -> set[str]:
+    """Returns the choices that an answer to a question means, in their `literal` form; empty if it means none.
+
+    A letter or the whole text of a choice counts first, as in `chosen`, then every choice that the answer names, as in
+    classification: an answer may name several. With more choices than letters, names alone count.
+    """
+    choices = choice_texts(question)
+    numbers: set[int] = set()
+    if len(choices) <= len(LETTERS):
+        numbers = _stated(canonical(text), choices, letters_offered=letters_offered(question))
+    numbers = numbers or named(text, choices)
+    if not numbers and len(choices) <= len(LETTERS):
+        number = chosen(text, choices, letters_offered=letters_offered(question))
+        numbers = set() if number is None else {number}
+    return {literal(choices[number]) for number in numbers}
 
 
 def equal_choice(text: str, choices: Sequence[str]) -> str | None:
     """Returns the choice with the same text, however it is spelled; None where there is none, or several."""
     number = _equal(text, choices)
     return None if number is None else choices[number]
+
+
+def _stated(prediction: str, choices: Sequence[str], *, letters_offered: bool) -> set[int]:
+    """Returns the choices that an answer gives by their letters, or the one that is its whole text."""
+    if letters_offered and (match := _LETTER_ALONE.fullmatch(prediction)) and _index(match[1]) < len(choices):
+        return {_index(match[1])}
+    if (number := _equal(prediction, choices)) is not None:
+        return {number}
+    return _letters(prediction, len(choices)) if _letters_count(choices, letters_offered) else set()
+
+
+def _letters_count(choices: Sequence[str], letters_offered: bool) -> bool:
+    """Returns whether a letter is the number of a choice: always where letters were offered, else if it is no text."""
+    return letters_offered or not any(re.fullmatch(r"\W*[a-zA-Z]\W*", choice) for choice in choices)
 
 
 def _index(letter: str) -> int:

@@ -91,6 +91,7 @@ def make_predictions(question_set: QuestionSet, answers: Mapping[int, Reply]) ->
                 answer=question.answer,
                 prediction=answers[index].text,
                 truncated=answers[index].truncated,
+                choice_question=question if question.choices else None,
             )
         )
     return predictions

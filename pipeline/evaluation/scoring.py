@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from pipeline.core.choices import meant_choices
+from pipeline.core.feature_contract import Question
 from pipeline.core.text_forms import exact_match, literal, normalise
 from pipeline.evaluation.intervals import bootstrap_ci95
+
+_NOT_WRITTEN = ("benchmark_correct", "choice_question")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,9 @@ class Prediction:
 
     Attributes:
         truncated: whether the bound on new tokens ended the generated answer.
-        benchmark_correct: whether a published benchmark counts the answer as correct; None where exact match decides.
+        benchmark_correct: whether a published benchmark counts the answer as correct; None outside of benchmarks.
+        choice_question: the question, if it has choices: an answer is then correct if it means the same choices as the
+            reference answer.
     """
 
     question_id: str
@@ -31,15 +37,22 @@ class Prediction:
     prediction: str
     truncated: bool = False
     benchmark_correct: bool | None = None
+    choice_question: Question | None = None
 
     @property
     def is_correct(self) -> bool:
-        """Whether the benchmark's own rule, or else exact match, counts the answer as correct."""
-        return exact_match(self.prediction, self.answer) if self.benchmark_correct is None else self.benchmark_correct
+        """Whether the answer is correct by the benchmark's own rule, by its choice, or else by exact match."""
+        if self.benchmark_correct is not None:
+            return self.benchmark_correct
+        if self.choice_question is not None and (right := meant_choices(self.answer, self.choice_question)):
+            return meant_choices(self.prediction, self.choice_question) == right
+        return exact_match(self.prediction, self.answer)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain JSON types, with `is_correct` as `correct`."""
-        return {**{k: v for k, v in asdict(self).items() if k != "benchmark_correct"}, "correct": self.is_correct}
+        """Returns plain JSON types: `is_correct` as `correct`, and the choices of a question that has any."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _NOT_WRITTEN}
+        choices = {} if self.choice_question is None else {"choices": self.choice_question.choices}
+        return {**values, **choices, "correct": self.is_correct}
 
 
 def score(predictions: Sequence[Prediction], seed: int = 0) -> dict[str, Any]:

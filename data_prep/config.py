@@ -78,7 +78,20 @@ class _WeightsConfig(Strict):
     pool: PositiveInt = 1
 
 
-class WhisperConfig(_WeightsConfig):
+class _WindowConfig(_WeightsConfig):
+    """The settings of encoders that pad every clip to windows.
+
+    Attributes:
+        window_s: length of a window in seconds; None means the one that the model was trained with (30 s for Whisper).
+            A shorter one costs less for short clips. AF-Whisper masks the padding, so that only clips longer than the
+            window change; Whisper attends to the padding, and was never trained with less of it: its features of a
+            shorter window differ, and how well they work is to be measured.
+    """
+
+    window_s: PositiveFloat | None = None
+
+
+class WhisperConfig(_WindowConfig):
     """Whisper's encoder.
 
     Attributes:
@@ -89,7 +102,7 @@ class WhisperConfig(_WeightsConfig):
     layer: PositiveInt | None = None
 
 
-class AfWhisperConfig(_WeightsConfig):
+class AfWhisperConfig(_WindowConfig):
     """AF-Whisper, the encoder of Audio Flamingo 3, from its own folder or from that of the whole model."""
 
     kind: Literal["af_whisper"]

@@ -23,6 +23,9 @@ them hidden; {usable_memory:.0%} of the memory usable; rows of mean length ({fra
 text of which {answer} carry loss)."""
 
 
+NOTABLE_PADDING = 2.0  # seconds encoded for each second of audio
+
+
 def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.table and arguments.config is not None:
@@ -57,7 +60,7 @@ def _plan_stages(arguments: argparse.Namespace) -> dict[str, Any]:
     """Plans and prints every requested stage of the config; returns the results of the run."""
     from pipeline.config import ExperimentConfig, choose_stages, load_config
     from pipeline.config.cluster import ClusterConfig, WorkloadConfig
-    from pipeline.cost.workload import measure_workload
+    from pipeline.cost.workload import measure_workload, select_workload
 
     config = load_config(ExperimentConfig, arguments.config, arguments.overrides)
     nodes = [] if arguments.nodes is None else [f"nodes={arguments.nodes}"]
@@ -65,7 +68,7 @@ def _plan_stages(arguments: argparse.Namespace) -> dict[str, Any]:
     workload = load_config(WorkloadConfig, arguments.workload) if arguments.workload else None
     stages = {}
     for name, stage in choose_stages(config, arguments.stage).items():
-        size = workload or measure_workload(stage)
+        size = select_workload(workload, stage.data) if workload else measure_workload(stage)
         stages[name] = plan(stage, cluster, size)
         _print_plan(name, stages[name], stage, cluster)
         print(f"\n{_assumptions(stage, cluster, size)}")
@@ -91,7 +94,7 @@ def plan(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadCon
         "parameters_trained": size.trained,
         "cheapest": None if best is None else _results(best, steps, cluster),
         "alternatives": explain_alternatives(predictions),
-        "extraction": extraction(cluster, workload, config.model.encoders),
+        "extraction": asdict(extraction(cluster, workload, config.model.encoders)),
         "workload": workload.model_dump(mode="json"),
     }
 
@@ -156,7 +159,7 @@ def _print_tables() -> dict[str, Any]:
 
     workload = load_config(WorkloadConfig, tables.OPENAQA)
     cluster = load_config(ClusterConfig, tables.CLUSTERS[0])
-    preparation = _preparation(extraction(cluster, workload, [tables.ENCODER]))
+    preparation = _preparation(asdict(extraction(cluster, workload, [tables.ENCODER])))
     print(f"OpenAQA on {cluster.gpus} x {cluster.gpu.name}: {preparation}; an epoch with {tables.MODELS[0]}:")
     openaqa = tables.epoch_by_integration(cluster, workload)
     print(_text(openaqa), flush=True)
@@ -165,9 +168,20 @@ def _print_tables() -> dict[str, Any]:
     return {"openaqa": openaqa, "rows": rows}
 
 
-def _preparation(results: dict[str, float]) -> str:
-    hours = f"encoders {results['encoder_hours']:.2f} h, decoding {results['decoding_hours']:.2f} h"
-    return f"features {results['storage_gib']:,.1f} GiB, {results['hours']:.2f} h to prepare ({hours})"
+def _preparation(results: dict[str, Any]) -> str:
+    """Returns storage and time of the features, and a warning where encoders compute mostly padding."""
+    if results["hours"] is None:
+        time = "time to prepare unknown: `gflop_per_encoded_s` of an encoder is only in workload files"
+    else:
+        hours = f"encoders {results['encoder_hours']:.2f} h, decoding {results['decoding_hours']:.2f} h"
+        time = f"{results['hours']:.2f} h to prepare ({hours})"
+    lines = [f"features {results['storage_gib']:,.1f} GiB, {time}"]
+    lines += [
+        f"{name} encodes {padding:.0f} s for each second of audio, since it pads every clip to whole windows"
+        for name, padding in results["padding"].items()
+        if padding >= NOTABLE_PADDING
+    ]
+    return "\n".join(lines)
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

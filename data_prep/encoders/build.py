@@ -46,6 +46,8 @@ def describe_encoder(config: EncoderConfig) -> EncoderContract:
     path = find_model(config.model, config.revision)
     layout, options = _layout(config, path)
     options |= config.model_dump(exclude={"kind", "model", "revision", "compile"}) | {"resampler": RESAMPLER}
+    if options.get("window_s", 0) is None:  # the model's own: features are those of versions without this setting
+        del options["window_s"]
     grid = layout.pop("grid", None)
     return EncoderContract(
         kind=config.kind,
@@ -145,9 +147,21 @@ def _layout(
         "frame_rate_hz": frames / window_s,
         "width": width,
         "grid": grid,
-        "window_s": window_s,
+        "window_s": window_s if isinstance(config, ClapConfig) else _chosen_window(config, window_s, frames),
     }
     return layout, {"preprocessor": settings}
+
+
+def _chosen_window(config: WhisperConfig | AfWhisperConfig, longest_s: float, frames: float) -> float:
+    """Returns the window of a config, which holds whole frames and is no longer than the model's."""
+    if config.window_s is None:
+        return longest_s
+    frame_s = longest_s / frames
+    if config.window_s > longest_s:
+        raise UserError("window_s", f"{config.window_s} is longer than the model's {longest_s:g}", "lower it")
+    if abs(config.window_s / frame_s - round(config.window_s / frame_s)) > 1e-6:
+        raise UserError("window_s", f"{config.window_s} is not a multiple of a frame ({frame_s:g} s)", "round it")
+    return config.window_s
 
 
 def _sslam_width(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Whisper's encoder and AF-Whisper (Audio Flamingo 3) from transformers, on Whisper's log-mel windows of 30 s."""
+"""Whisper's encoder and AF-Whisper (Audio Flamingo 3) from transformers, on log-mel windows of 30 s or less."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2AudioEncoderConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
 
@@ -27,12 +27,21 @@ class _WhisperMel(Encoder):
         self.contract = contract
         self.pool = config.pool
         self._extractor = WhisperFeatureExtractor.from_pretrained(path)
+        if config.window_s is not None:
+            self._extractor.n_samples = round(config.window_s * self._extractor.sampling_rate)
         self.window_samples = self._extractor.n_samples
 
     def prepare(self, window: Window) -> Tensor:
-        """Returns log-mel (mels, frames of 30 s) padded with silence; the floor is relative to the window's maximum."""
+        """Returns log-mel (mels, frames) of a window padded with silence; the floor is relative to its maximum."""
         rate_hz = self._extractor.sampling_rate
         return self._extractor(window.audio, sampling_rate=rate_hz, return_tensors="pt").input_features[0]
+
+    def _shorten(self, model: nn.Module) -> None:
+        """Leaves only the positions of the window in an encoder."""
+        positions = self.window_samples // self._extractor.hop_length // 2  # the second convolution has a stride of two
+        if positions < model.config.max_source_positions:
+            model.config.max_source_positions = positions
+            model.embed_positions = nn.Embedding.from_pretrained(model.embed_positions.weight[:positions].clone())
 
     @abstractmethod
     def encode(self, inputs: list[Tensor], samples: list[int]) -> Tensor: ...
@@ -47,7 +56,9 @@ class Whisper(_WhisperMel):
     def __init__(self, config: WhisperConfig, contract: EncoderContract, path: Path, device: str) -> None:
         super().__init__(config, contract, path)
         self._layer = config.layer
-        self._model = to_device(WhisperModel.from_pretrained(path).get_encoder(), device, config.dtype, config.compile)
+        model = WhisperModel.from_pretrained(path).get_encoder()
+        self._shorten(model)
+        self._model = to_device(model, device, config.dtype, config.compile)
         if config.layer is not None and config.layer > len(self._model.layers):
             raise UserError("layer", f"{config.layer} of {len(self._model.layers)}", "choose a layer of the encoder")
 
@@ -75,6 +86,7 @@ class AfWhisper(_WhisperMel):
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         if missing or unexpected:
             raise UserError(path, f"is not AF-Whisper (tensor {[*missing, *unexpected][0]})", "check encoders.*.model")
+        self._shorten(model)
         self._model = to_device(model, device, config.dtype, config.compile)
 
     def num_frames(self, samples: int) -> int:

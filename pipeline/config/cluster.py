@@ -80,13 +80,32 @@ class EncoderCost(Strict):
     Attributes:
         frame_rate_hz, width: frames per second, and values of one frame.
         grid: (time, frequency) cells per window for encoders with a two-dimensional output, else None.
-        gflop_per_audio_s: billions of floating-point operations per second of audio.
+        window_s: length that clips are padded to a multiple of, in seconds; None for no padding.
+        gflop_per_encoded_s: billions of floating-point operations per second of audio, padding included; None means
+            unknown.
     """
 
     frame_rate_hz: PositiveFloat
     width: PositiveInt
     grid: tuple[int, int] | None = None
-    gflop_per_audio_s: Annotated[float, Field(ge=0)] = 0.0
+    window_s: PositiveFloat | None = None
+    gflop_per_encoded_s: Annotated[float, Field(ge=0)] | None = None
+
+
+class TaskWorkload(Strict):
+    """Questions of one or several tasks that are counted together.
+
+    Attributes:
+        tasks: names of the tasks.
+        clips, questions: as of `WorkloadConfig`.
+        question_tokens, answer_tokens: as of `WorkloadConfig`; None means the means of the whole workload.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    clips: PositiveInt
+    questions: PositiveInt
+    question_tokens: PositiveInt | None = None
+    answer_tokens: PositiveInt | None = None
 
 
 class WorkloadConfig(Strict):
@@ -98,6 +117,7 @@ class WorkloadConfig(Strict):
         system_tokens: text tokens before the clip.
         question_tokens: text tokens of a question with its answer.
         answer_tokens: how many of the question tokens carry loss.
+        tasks: questions that a config can select by `data.tasks`; the others are counted in the whole alone.
     """
 
     clips: PositiveInt
@@ -107,3 +127,4 @@ class WorkloadConfig(Strict):
     system_tokens: NonNegativeInt
     question_tokens: PositiveInt
     answer_tokens: PositiveInt
+    tasks: list[TaskWorkload] = []

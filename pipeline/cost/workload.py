@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from pipeline.config import ExperimentConfig, ModelConfig, TrainConfig
+from pipeline.config import DataConfig, ExperimentConfig, MixtureConfig, ModelConfig, TrainConfig
 from pipeline.config.cluster import EncoderCost, WorkloadConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import load_contract, require_encoders
 from pipeline.cost.flops import RowShape, training_flops, whole_time_steps
-from pipeline.data.chat_template import build_chat_template
-from pipeline.data.feature_set import open_feature_set
+from pipeline.data.chat_template import ChatTemplate, build_chat_template
+from pipeline.data.feature_set import FeatureSet, open_feature_set, open_mixture
 from pipeline.engine import parameter_groups
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, set_trainable
 from pipeline.model.language_models import language_model_config, published_shape
 
-SAMPLED_CLIPS = 256
+SAMPLED_QUESTIONS = 256
 
 
 @dataclass(frozen=True)
@@ -96,31 +98,133 @@ def _model_size(settings: _SizeSettings) -> ModelSize:
     return ModelSize(config, tuple(group for group in groups if group), frozen)
 
 
+@dataclass(frozen=True)
+class _SampledQuestions:
+    """Means over a sample of the questions of one set.
+
+    Attributes:
+        share: share of all sequences.
+        clip_s: mean duration of their clips; 0 in a set of text.
+    """
+
+    share: float
+    clip_s: float
+    question_tokens: float
+    answer_tokens: float
+
+
 def measure_workload(config: ExperimentConfig) -> WorkloadConfig:
-    """Measures the training set that a config names: counts its selected questions, and averages over a sample.
+    """Measures the sets that a config names: counts the selected questions, and averages over a sample of each set.
 
     Raises:
-        UserError: the set does not exist, or lacks an encoder of the model.
+        UserError: a set does not exist, or lacks an encoder of the model.
     """
-    contract = load_contract(config.data.train)
-    require_encoders(contract, config.model.encoders, config.data.train)
-    features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
-    selected = features.table.select(config.data.tasks, config.data.datasets)
-    sample = features.table.clip[selected[np.linspace(0, len(selected) - 1, SAMPLED_CLIPS).astype(np.int64)]]
-    rows = [chat_template.row(features.clip(int(clip)).questions[:1]) for clip in sample]
-    system_tokens = len(chat_template.prefix) - 1  # without the placeholder
+    data = config.data
+    contract = load_contract(data.train)
+    require_encoders(contract, config.model.encoders, data.train)
+    features = open_feature_set(data.train, config.model.encoders, data)
+    _, chat_template = build_chat_template(config.model.language_model, data, config.train.loss_on)
+    selected = features.table.select(data.tasks, data.datasets)
+    first_share = 1 - sum(mixed.share for mixed in data.mixture)
+    samples = [_sample(features, selected, chat_template, first_share)]
+    for number, (mixed_set, mixed) in enumerate(zip(open_mixture(features, data), data.mixture, strict=True)):
+        chosen = mixed_set.table.select(mixed.tasks, mixed.datasets, f"data.mixture.{number}")
+        samples.append(_sample(mixed_set, chosen, chat_template, mixed.share))
     return WorkloadConfig(
         clips=len(np.unique(features.table.clip[selected])),
-        questions=len(selected),
-        clip_s=float(np.mean(features.table.duration_s[sample])),
+        questions=round(len(selected) / first_share),
+        clip_s=sum(sample.share * sample.clip_s for sample in samples),
         encoders={
-            name: EncoderCost(frame_rate_hz=e.frame_rate_hz, width=e.width, grid=e.grid)
+            name: EncoderCost(
+                frame_rate_hz=e.frame_rate_hz,
+                width=e.width,
+                grid=e.grid,
+                window_s=e.window_s,
+                gflop_per_encoded_s=0.0 if e.weights_sha256 is None else None,  # a spectrogram costs next to nothing
+            )
             for name, e in contract.encoders.items()
         },
-        system_tokens=system_tokens,
-        question_tokens=max(1, round(float(np.mean([len(row.input_ids) - system_tokens - 1 for row in rows])))),
-        answer_tokens=max(1, round(float(np.mean([(row.labels >= 0).sum() for row in rows])))),
+        system_tokens=len(chat_template.prefix) - 1,  # without the placeholder
+        question_tokens=max(1, round(sum(sample.share * sample.question_tokens for sample in samples))),
+        answer_tokens=max(1, round(sum(sample.share * sample.answer_tokens for sample in samples))),
+    )
+
+
+def _sample(
+    features: FeatureSet, selected: NDArray[np.int64], chat_template: ChatTemplate, share: float
+) -> _SampledQuestions:
+    """Averages over selected questions at even distances."""
+    table = features.table
+    indices = selected[np.linspace(0, len(selected) - 1, SAMPLED_QUESTIONS).astype(np.int64)]
+    clips = table.clip[indices]
+    rows = [
+        chat_template.row([features.clip(int(clip)).questions[number]], audio=not features.is_text)
+        for clip, number in zip(clips, table.number[indices], strict=True)
+    ]
+    prefix = len(chat_template.prefix) - features.is_text
+    return _SampledQuestions(
+        share=share,
+        clip_s=0.0 if features.is_text else float(np.mean(table.duration_s[clips])),
+        question_tokens=float(np.mean([len(row.input_ids) - prefix for row in rows])),
+        answer_tokens=float(np.mean([(row.labels >= 0).sum() for row in rows])),
+    )
+
+
+def select_workload(workload: WorkloadConfig, data: DataConfig) -> WorkloadConfig:
+    """Returns the part of a described workload that a config trains on: its tasks, and its mixture at its shares.
+
+    A set of the mixture with a path of its own is taken to have the means of the whole workload.
+
+    Raises:
+        UserError: the config selects tasks or datasets that the workload does not describe.
+    """
+    parts = [(1 - sum(mixed.share for mixed in data.mixture), _select_part(workload, data, "data"))]
+    for number, mixed in enumerate(data.mixture):
+        chosen = workload if mixed.path is not None else _select_part(workload, mixed, f"data.mixture.{number}")
+        parts.append((mixed.share, chosen))
+    first_share, first = parts[0]
+    return first.model_copy(
+        update={
+            "questions": round(first.questions / first_share),
+            "question_tokens": round(sum(share * part.question_tokens for share, part in parts)),
+            "answer_tokens": max(1, round(sum(share * part.answer_tokens for share, part in parts))),
+        }
+    )
+
+
+def _select_part(workload: WorkloadConfig, data: DataConfig | MixtureConfig, key: str) -> WorkloadConfig:
+    """Returns the workload of the selected tasks alone."""
+    if data.datasets is not None:
+        fault = "selects datasets, which a workload file does not describe"
+        raise UserError(f"{key}.datasets", fault, "plan without --workload, or add data.datasets=null")
+    if data.tasks is None:
+        return workload
+    requested, chosen = set(data.tasks), []
+    for entry in workload.tasks:
+        if requested.isdisjoint(entry.tasks):
+            continue
+        if not requested.issuperset(entry.tasks):
+            fault = f"selects a part of {', '.join(entry.tasks)}, which the workload counts together"
+            raise UserError(f"{key}.tasks", fault, "select all of them, or describe them one by one in the workload")
+        chosen.append(entry)
+        requested -= set(entry.tasks)
+    if requested:
+        known = sorted(task for entry in workload.tasks for task in entry.tasks)
+        fault = f"'{min(requested)}' is not in the workload ({', '.join(known) or 'it describes no tasks'})"
+        raise UserError(f"{key}.tasks", fault, "add it to `tasks` of the workload file, or plan without --workload")
+    questions = sum(entry.questions for entry in chosen)
+
+    def mean(values: Sequence[int]) -> int:
+        return round(sum(v * entry.questions for v, entry in zip(values, chosen, strict=True)) / questions)
+
+    return workload.model_copy(
+        update={
+            # Tasks may ask about the same clips: more than all there cannot be.
+            "clips": min(workload.clips, sum(entry.clips for entry in chosen)),
+            "questions": questions,
+            "question_tokens": mean([entry.question_tokens or workload.question_tokens for entry in chosen]),
+            "answer_tokens": mean([entry.answer_tokens or workload.answer_tokens for entry in chosen]),
+        }
     )
 
 

@@ -18,10 +18,11 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data_prep import config as configs
 from data_prep.audio.windows import Windower
-from data_prep.encoders.build import build_encoder, describe_encoder
+from data_prep.encoders.build import build_encoder, config_from_contract, describe_encoder
 from pipeline.core.errors import UserError
 from tests.parity import sslam_reference
 
@@ -117,6 +118,46 @@ def test_whisper(whisper_folder, variant, lengths_s):
     check(encoder, reference, lengths_s)
 
 
+def test_whisper_with_a_shorter_window_is_a_model_with_fewer_positions(whisper_folder):
+    window_s = 4.0
+    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder).model.encoder.eval()
+    tensors = model.state_dict()
+    tensors["embed_positions.weight"] = tensors["embed_positions.weight"][:200]
+    shorter = WhisperEncoder(WhisperConfig(**{**model.config.to_dict(), "max_source_positions": 200})).eval()
+    shorter.load_state_dict(tensors)
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=4)
+
+    def reference(audio):
+        out = []
+        for window in chunks(audio, 64000):
+            mel = extractor(window, sampling_rate=16000, return_tensors="pt").input_features
+            with torch.inference_mode():
+                out.append(shorter(mel).last_hidden_state[0, : math.ceil(len(window) / 320)].numpy())
+        return np.concatenate(out)
+
+    encoder = build(configs.WhisperConfig(kind="whisper", model=str(whisper_folder), window_s=window_s))
+    assert (encoder.contract.window_s, encoder.contract.frame_rate_hz) == (window_s, 50.0)
+    check(encoder, reference, (0.1, 3.0, 9.0))
+
+
+@pytest.mark.parametrize(("window_s", "fault"), [(31.0, "longer than the model's 30"), (0.015, "multiple of a frame")])
+def test_a_window_that_the_encoder_cannot_have_is_refused(whisper_folder, window_s, fault):
+    with pytest.raises(UserError, match=fault):
+        describe_encoder(configs.WhisperConfig(kind="whisper", model=str(whisper_folder), window_s=window_s))
+
+
+def test_settings_without_a_window_keep_their_fingerprint(whisper_folder):
+    def describe(**values):
+        return describe_encoder(configs.WhisperConfig(kind="whisper", model=str(whisper_folder), **values))
+
+    assert "window_s" not in describe().options
+    assert describe(window_s=4.0).fingerprint != describe().fingerprint
+    contract = describe(window_s=4.0)
+    assert config_from_contract(contract) == configs.WhisperConfig(
+        kind="whisper", model=str(whisper_folder), window_s=4.0
+    )
+
+
 @variants("alone", "whole_model")
 def test_af_whisper(tmp_path, variant, lengths_s):
     torch.manual_seed(0)
@@ -147,6 +188,9 @@ def test_af_whisper(tmp_path, variant, lengths_s):
     encoder = build(configs.AfWhisperConfig(kind="af_whisper", model=str(tmp_path)))
     assert (encoder.contract.frame_rate_hz, encoder.contract.width) == (25.0, 64)
     check(encoder, reference, lengths_s)
+    # The padding is masked: a shorter window changes no clip that fits into it.
+    shorter = build(configs.AfWhisperConfig(kind="af_whisper", model=str(tmp_path), window_s=4.0))
+    check(shorter, reference, (0.1, 3.0))
 
 
 @variants("rand_trunc", "fusion")

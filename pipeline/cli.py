@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("data_prep.synth", "write a synthetic audio corpus with ground truth"),
     "prepare": ("data_prep.prepare", "manifest -> features -> MDS shards, with Ray"),
     "validate": ("data_prep.validate", "check every shard, hash, shape and count of a finished feature set"),
+    "inspect": ("pipeline.inspect_set", "show clips and conversations as they are stored, or as the model gets them"),
     "scratch": ("pipeline.scratch", "write a small language model with random weights"),
     "train": ("pipeline.train", "train one model with DeepSpeed"),
     "export": ("pipeline.export", "checkpoint -> Hugging Face folder, verified"),

@@ -6,13 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.fields import LayerCount, NonNegativeInt, PositiveInt
+from pipeline.config.fields import LayerCount, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig
 from pipeline.core.errors import UserError
 from pipeline.core.records import Strict
 from pipeline.core.streams import (
     Connector,
     ConnectorKind,
+    Gain,
+    GainTarget,
     IntegrationKind,
     LayerRule,
     Preset,
@@ -37,6 +39,16 @@ class ConnectorConfig(Strict):
         return Connector(**self.model_dump())
 
 
+class GainConfig(Strict):
+    """Settings of a gain; see `pipeline.core.streams.Gain`."""
+
+    start: NonNegativeFloat = 0.1
+    target: GainTarget = "keys_values"
+
+    def spec(self) -> Gain:
+        return Gain(**self.model_dump())
+
+
 class StreamConfig(Strict):
     """One stream of a custom integration; see `pipeline.core.streams.Stream`."""
 
@@ -45,6 +57,7 @@ class StreamConfig(Strict):
     connector: ConnectorConfig = ConnectorConfig()
     audio_layers: list[NonNegativeInt] = []
     summary_of: NonNegativeInt | None = None
+    gain: GainConfig | None = None
 
 
 class ModelConfig(Strict):
@@ -61,6 +74,8 @@ class ModelConfig(Strict):
         audio_layers: explicit list of layers, instead of the rule.
         summary_stride: number of frames that `pal_v3` merges into one summary token.
         norm_audio_tokens: apply the layer's own input norm to the projected audio tokens.
+        gain: learnable scale of the keys and values of LAL in each audio layer, so that a pretrained language model
+            begins close to itself; null is the method as published. Streams without LAL ignore it.
         system_text_sees_audio: let the system prompt, which precedes the audio, attend to it.
         audio_queries: ablation in which audio tokens also attend to the audio of their clip.
     """
@@ -76,6 +91,7 @@ class ModelConfig(Strict):
     audio_layers: list[NonNegativeInt] | None = None
     summary_stride: PositiveInt = 3
     norm_audio_tokens: bool = True
+    gain: GainConfig | None = None
     system_text_sees_audio: bool = False
     audio_queries: bool = False
 
@@ -103,7 +119,14 @@ class ModelConfig(Strict):
         """
         if self.integration == "custom":
             streams = tuple(
-                Stream(tuple(s.encoders), s.integration, s.connector.spec(), tuple(s.audio_layers), s.summary_of)
+                Stream(
+                    tuple(s.encoders),
+                    s.integration,
+                    s.connector.spec(),
+                    tuple(s.audio_layers),
+                    s.summary_of,
+                    None if s.gain is None else s.gain.spec(),
+                )
                 for s in self.streams or []
             )
         else:
@@ -119,6 +142,7 @@ class ModelConfig(Strict):
                     None if self.audio_layers is None else tuple(self.audio_layers),
                 ),
                 summary_stride=self.summary_stride,
+                gain=None if self.gain is None else self.gain.spec(),
             )
         self._refuse_dead_settings(streams)
         return check_streams(streams, num_layers)

@@ -13,6 +13,7 @@ from pipeline.core.errors import UserError
 
 IntegrationKind = Literal["plits", "lal", "flamingo"]
 ConnectorKind = Literal["linear", "mlp", "qformer", "lfst", "conv"]
+GainTarget = Literal["keys_values", "values"]
 Preset = Literal["plits", "lal", "pal_v2", "pal_v3", "delayed", "flamingo"]
 
 DELAYED_FIRST_AUDIO_LAYER = 4  # arXiv 2506.10423 v1: audio enters from the fifth layer on
@@ -43,6 +44,19 @@ class Connector:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """A learnable scale of LAL's keys and values, one number for each audio layer; see `model.gain`.
+
+    Attributes:
+        start: value before training.
+        target: what is scaled; scaled keys also move the attention away from audio tokens.
+    """
+
+    start: float = 0.1
+    target: GainTarget = "keys_values"
+
+
+@dataclass(frozen=True)
 class Stream:
     """One path from features into the language model.
 
@@ -54,6 +68,7 @@ class Stream:
         audio_layers: sorted numbers of the layers; empty for `plits`, whose tokens pass through every layer.
         summary_of: index of the stream whose frames these tokens summarise. They then share its positions: each
             summary token comes directly after the frames it covers.
+        gain: scale of the keys and values of `lal`; None is the method as published.
     """
 
     encoders: tuple[str, ...]
@@ -61,6 +76,7 @@ class Stream:
     connector: Connector = field(default_factory=Connector)
     audio_layers: tuple[int, ...] = ()
     summary_of: int | None = None
+    gain: Gain | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON types, for a saved model config."""
@@ -75,6 +91,7 @@ class Stream:
             connector=Connector(**values["connector"]),
             audio_layers=tuple(values["audio_layers"]),
             summary_of=values["summary_of"],
+            gain=Gain(**values["gain"]) if values.get("gain") else None,  # absent in models saved before it existed
         )
 
 
@@ -170,6 +187,7 @@ def preset_streams(
     connector: Connector,
     layers: LayerRule = LayerRule(),
     summary_stride: int = 3,
+    gain: Gain | None = None,
 ) -> tuple[Stream, ...]:
     """Returns the streams of a preset (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
 
@@ -181,6 +199,7 @@ def preset_streams(
         connector: connector of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
         layers: layers that receive audio, except in streams of `plits`.
         summary_stride: number of frames in one summary token of `pal_v3`.
+        gain: scale of the keys and values in streams of `lal`.
 
     Raises:
         UserError: the encoders do not suit the preset, or the layers do not fit the model.
@@ -203,7 +222,8 @@ def preset_streams(
     def stream(names: Sequence[str], integration: IntegrationKind) -> tuple[Stream, ...]:
         audio_layers = () if integration == "plits" else layers.resolve(num_layers)
         groups = [tuple(names)] if connector.kind == "lfst" else [(name,) for name in names]
-        return tuple(Stream(group, integration, connector, audio_layers) for group in groups)
+        scale = gain if integration == "lal" else None
+        return tuple(Stream(group, integration, connector, audio_layers, gain=scale) for group in groups)
 
     if preset == "plits":
         return stream(encoders, "plits")
@@ -235,6 +255,8 @@ def check_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, .
             raise UserError(
                 f"{where}.audio_layers", "has no effect on plits", "remove it: plits tokens pass through every layer"
             )
+        if stream.gain is not None and stream.integration != "lal":
+            raise UserError(f"{where}.gain", f"has no effect on {stream.integration}", "remove it")
         if len(stream.encoders) > 1 and stream.connector.kind != "lfst":
             raise UserError(
                 f"{where}.encoders",

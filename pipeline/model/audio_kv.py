@@ -86,7 +86,7 @@ class AudioKV:
         last = layer == self._last_lal
 
         def keys_values(x: Tensor) -> KeysValues:
-            return self._keys_values(layer, projection.finish(x) if last else x)
+            return self._keys_values(layer, stream, projection.finish(x) if last else x)
 
         x = projection.input(tokens_NW) if last else projection(tokens_NW)
         draws = has_dropout(self.language_model.model.layers[layer].self_attn)  # of adapters
@@ -132,9 +132,22 @@ class AudioKV:
             return decoder_layer.get_submodule(self.family.input_norm)(x_ND)
         return x_ND
 
-    def _keys_values(self, layer: int, x_ND: Tensor) -> KeysValues:
+    def _keys_values(self, layer: int, stream: int, x_ND: Tensor) -> KeysValues:
         decoder_layer = self.language_model.model.layers[layer]
-        return project_keys_values(decoder_layer.self_attn, self.family, self._input_norm(decoder_layer, x_ND))
+        x_ND = self._input_norm(decoder_layer, x_ND)
+        return self._scale(layer, stream, project_keys_values(decoder_layer.self_attn, self.family, x_ND))
+
+    def _scale(self, layer: int, stream: int, keys_values: KeysValues) -> KeysValues:
+        """Applies the stream's gain, after the norm of the keys, which would undo it."""
+        gains = self.streams[stream].layer_gains
+        return gains[str(layer)](*keys_values) if len(gains) else keys_values
+
+    def _scale_streams(self, layer: int, keys_values: KeysValues) -> KeysValues:
+        """Applies each stream's gain to its part of the keys and values of a layer."""
+        sizes = [len(self.audio.tokens[i]) for i in self.lal[layer]]
+        pairs = zip(*(x.split(sizes) for x in keys_values), strict=True)
+        scaled = [self._scale(layer, i, pair) for i, pair in zip(self.lal[layer], pairs, strict=True)]
+        return torch.cat([k for k, _ in scaled]), torch.cat([v for _, v in scaled])
 
     def _run_audio_queries(self) -> None:
         """Runs the `audio_queries` ablation: D_l = W_O Attention(n(A_l)), and later layers use A_l plus the earlier D.
@@ -166,7 +179,7 @@ class AudioKV:
         decoder_layer = self.language_model.model.layers[layer]
         attention = decoder_layer.self_attn
         x_ND = self._input_norm(decoder_layer, self._project(layer) + carry_ND)
-        k_NHE, v_NHE = project_keys_values(attention, self.family, x_ND)
+        k_NHE, v_NHE = self._scale_streams(layer, project_keys_values(attention, self.family, x_ND))
         q_NHE = project_heads(attention, self.family, "q", x_ND)
         metadata, source = audio.metadata.to(x_ND.device), to_device(audio.source, x_ND.device)
         q_CSHE, k_CSHE, v_CSHE = (x[source] for x in (q_NHE, k_NHE, v_NHE))

@@ -13,7 +13,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.streams import Stream
 from pipeline.model.configuration import PalConfig
 from pipeline.model.connectors import build_connector
-from pipeline.model.layers import FlamingoBlock, Mlp
+from pipeline.model.layers import FlamingoBlock, KeyValueGain, Mlp
 
 
 def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:
@@ -27,7 +27,8 @@ def token_width(spec: Stream, encoder_width: int, hidden: int) -> int:
 
 
 class AudioStream(nn.Module):
-    """A `connector`, and at the stream's audio layers `layer_projections` (LAL: P_l) or `layer_blocks` (flamingo)."""
+    """A `connector`, and at the stream's audio layers `layer_projections` (LAL: P_l), with `layer_gains` if it has a
+    gain, or `layer_blocks` (flamingo)."""
 
     def __init__(self, spec: Stream, config: PalConfig) -> None:
         super().__init__()
@@ -46,6 +47,8 @@ class AudioStream(nn.Module):
         self.connector = build_connector(spec.connector, widths, grids, width)
         projected = spec.audio_layers if spec.integration == "lal" else ()
         self.layer_projections = nn.ModuleDict({str(layer): Mlp(width, hidden) for layer in projected})
+        scaled = projected if spec.gain is not None else ()
+        self.layer_gains = nn.ModuleDict({str(layer): KeyValueGain(spec.gain) for layer in scaled})
         crossed = spec.audio_layers if spec.integration == "flamingo" else ()
         heads = language_model.num_attention_heads
         self.layer_blocks = nn.ModuleDict({str(layer): FlamingoBlock(hidden, width, heads) for layer in crossed})

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.core.streams import Gain
+
 
 def recompute(function: Callable[..., Any], *inputs: Tensor, draws: bool = False) -> Any:
     """Calls `function(*inputs)` and keeps only the inputs for the backward pass, which calls it again.
@@ -48,6 +50,21 @@ class Mlp(nn.Module):
     def finish(self, h_NI: Tensor) -> Tensor:
         """Applies what follows `input`."""
         return self.output(F.gelu(h_NI))
+
+
+class KeyValueGain(nn.Module):
+    """Scales keys and values by one learnable number, as LayerScale (arXiv 2103.17239) scales a residual branch."""
+
+    def __init__(self, gain: Gain) -> None:
+        super().__init__()
+        self.gain = gain
+        self.weight = nn.Parameter(torch.full((1,), gain.start))
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, self.gain.start)
+
+    def forward(self, k_NHE: Tensor, v_NHE: Tensor) -> tuple[Tensor, Tensor]:
+        return k_NHE * self.weight if self.gain.target == "keys_values" else k_NHE, v_NHE * self.weight
 
 
 class CrossAttention(nn.Module):

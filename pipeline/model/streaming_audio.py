@@ -47,11 +47,11 @@ class StreamingAudio(AudioKV):
     def push(self, encoder: str, features_NW: Tensor) -> None:
         """Appends the features of an encoder's next window, and drops the oldest windows beyond `max_tokens`."""
         length = torch.tensor([len(features_NW)])
-        for stream, windows in zip(self.streams, self._windows, strict=True):
+        for index, (stream, windows) in enumerate(zip(self.streams, self._windows, strict=True)):
             if stream.spec.encoders == (encoder,):
                 tokens_NW = stream.connector([features_NW], [length])
                 projected = {int(layer): project(tokens_NW) for layer, project in stream.layer_projections.items()}
-                windows.append({layer: self._keys_values(layer, x_ND) for layer, x_ND in projected.items()})
+                windows.append({layer: self._keys_values(layer, index, x_ND) for layer, x_ND in projected.items()})
                 while len(windows) > 1 and _count(windows) > self._max_tokens[encoder]:
                     windows.popleft()
         counts = [torch.tensor([_count(windows)]) for windows in self._windows]

@@ -23,6 +23,7 @@ class Stream:
     connector: Connector
     audio_layers: tuple[int, ...] = ()
     summary_of: int | None = None
+    gain: str | None = None  # what the weight `layer_gains.<layer>` scales: "keys_values" or "values"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,13 @@ def lal_attention_keys(
         h = mlp(weights, f"streams.{token.stream}.layer_projections.{layer}", token.a) + token.carried
         if method.norm_audio_tokens:
             h = llm.input_norm(lm, lm_weights, layer, h)
-        keys.append((token, h, make_key(lm, lm_weights, layer, h, token.position, is_audio=True)))
+        key = make_key(lm, lm_weights, layer, h, token.position, is_audio=True)
+        target = method.streams[token.stream].gain
+        if target is not None:
+            gain = weights[f"streams.{token.stream}.layer_gains.{layer}.weight"]
+            key.v = [gain * head for head in key.v]
+            key.k = [gain * head for head in key.k] if target == "keys_values" else key.k
+        keys.append((token, h, key))
     return keys
 
 

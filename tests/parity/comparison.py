@@ -70,6 +70,7 @@ def oracle_method(case: Case, **settings: Any) -> oracle.Method:
             ),
             audio_layers=stream.audio_layers,
             summary_of=stream.summary_of,
+            gain=None if stream.gain is None else stream.gain.target,
         )
         for stream in case.streams
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from pipeline.core.streams import Connector, LayerRule, Stream, preset_streams
+from pipeline.core.streams import Connector, Gain, LayerRule, Stream, preset_streams
 from tests.oracle import model as oracle
 from tests.parity.batches import batches, grid_batch
 from tests.parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
@@ -114,6 +114,15 @@ def test_summaries_of_other_strides(summary_stride: int) -> None:
 @pytest.mark.parametrize("name", ["pal_v2", "pal_v3"])
 def test_every_switch(name: str, switch: str, value: bool, family: str) -> None:
     check(Case(family, preset(name), ((switch, value),)), "everything")
+
+
+@pytest.mark.parametrize("target", ["keys_values", "values"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gemma3"])
+@pytest.mark.parametrize("name", ["lal", "pal_v2", "pal_v3"])
+def test_gain(name: str, family: str, target: Literal["keys_values", "values"]) -> None:
+    streams = preset(name, gain=Gain(0.3, target))
+    check(Case(family, streams), "everything")
+    check(Case(family, streams, (("audio_queries", True),)), "everything")
 
 
 def test_streams_at_different_layers() -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from data_prep.files import container, is_remote, open_audio
 from data_prep.manifests.rows import TextRow
-from pipeline.core.choices import meant_choices
+from pipeline.core.choices import right_choices
 from pipeline.core.feature_contract import Question
 from pipeline.core.records import Strict
 
@@ -127,7 +127,7 @@ class _Identities:
             for question, question_id in zip(row.questions, question_ids, strict=True)
         ]
         for question_id, question in zip(question_ids, questions, strict=True):
-            if question.choices and question.answer and not meant_choices(question.answer, question):
+            if question.choices and question.answer and not right_choices(question):
                 detail = f"question '{question_id}': the answer '{question.answer}' is not among its choices"
                 return RejectedRow(clip_id=row.clip_id, reason="no_choice", detail=detail, audio=source.audio)
         self._question_ids.update(question_ids)

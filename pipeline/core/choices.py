@@ -50,13 +50,7 @@ def choice_lines(question: Question) -> str:
 
 def choice_texts(question: Question) -> tuple[str, ...]:
     """Returns the texts of the choices, without the letters that all of them begin with in some data sets."""
-    choices = tuple(choice.strip() for choice in question.choices or ())
-    letters = [_LETTERED.match(choice) for choice in choices]
-    if len(choices) > 1 and all(
-        match is not None and match[1].upper() == letter for match, letter in zip(letters, LETTERS, strict=False)
-    ):
-        return tuple(choice[match.end() :] for choice, match in zip(choices, letters, strict=True) if match)
-    return choices
+    return _without_letters([choice.strip() for choice in question.choices or ()])
 
 
 def letters_offered(question: Question) -> bool:
@@ -67,6 +61,15 @@ def letters_offered(question: Question) -> bool:
     letters = LETTERS[: len(choices)]
     in_text = all(re.search(rf"(?:^|[\s(]){letter}[.):]", question.question) for letter in letters)
     return bool(choice_lines(question)) or in_text
+
+
+def _without_letters(choices: Sequence[str]) -> tuple[str, ...]:
+    letters = [_LETTERED.match(choice) for choice in choices]
+    if 1 < len(choices) <= len(LETTERS) and all(
+        match is not None and match[1].upper() == letter for match, letter in zip(letters, LETTERS, strict=False)
+    ):
+        return tuple(choice[match.end() :] for choice, match in zip(choices, letters, strict=True) if match)
+    return tuple(choices)
 
 
 def _names_all(text: str, choices: Sequence[str]) -> bool:
@@ -92,9 +95,27 @@ def chosen(prediction: str, choices: Sequence[str], *, letters_offered: bool = F
     if stated := _stated(prediction, choices, letters_offered=letters_offered):
         return stated.pop() if len(stated) == 1 else None
     number = _contained(prediction, choices)
+    if number is None and (texts := _without_letters(choices)) != tuple(choices):
+        number = _equal(prediction, texts)
+        number = _contained(prediction, texts) if number is None else number
     if number is None and _letters_count(choices, letters_offered) and _PERHAPS_AN_ARTICLE.search(prediction):
         return 0
     return number
+
+
+def right_choices(question: Question) -> set[str]:
+    """Returns the choices that the reference answer means; empty if it is not among the choices.
+
+    A reference answer that is the text of a choice and the letter of another one means the text.
+    """
+    text = equal_choice(question.answer, choice_texts(question))
+    return meant_choices(question.answer, question) if text is None else {literal(text)}
+
+
+def means_right_choices(text: str, question: Question) -> bool:
+    """Returns whether an answer means the choices that the reference answer means, or is the same text."""
+    right = right_choices(question)
+    return bool(right) and (literal(text) == literal(question.answer) or meant_choices(text, question) == right)
 
 
 def meant_choices(text: str, question: Question) -> set[str]:
@@ -117,7 +138,7 @@ def meant_choices(text: str, question: Question) -> set[str]:
 def equal_choice(text: str, choices: Sequence[str]) -> str | None:
     """Returns the choice with the same text, however it is spelled; None where there is none, or several."""
     number = _equal(text, choices)
-    return None if number is None else choices[number]
+    return text if text in choices else None if number is None else choices[number]
 
 
 def _stated(prediction: str, choices: Sequence[str], *, letters_offered: bool) -> set[int]:
@@ -126,6 +147,10 @@ def _stated(prediction: str, choices: Sequence[str], *, letters_offered: bool) -
         return {_index(match[1])}
     if (number := _equal(prediction, choices)) is not None:
         return {number}
+    match = _LETTER_FIRST.match(prediction)
+    index = len(choices) if match is None else _index(match[1])
+    if match and index < len(choices) and literal(prediction[match.end(1) + 1 :]) == literal(choices[index]):
+        return {index}  # "C. B", where C is the note B
     return _letters(prediction, len(choices)) if _letters_count(choices, letters_offered) else set()
 
 

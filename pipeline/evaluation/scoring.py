@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.choices import meant_choices
+from pipeline.core.choices import means_right_choices, right_choices
 from pipeline.core.feature_contract import Question
 from pipeline.core.text_forms import exact_match, literal, normalise
 from pipeline.evaluation.intervals import bootstrap_ci95
@@ -44,8 +44,8 @@ class Prediction:
         """Whether the answer is correct by the benchmark's own rule, by its choice, or else by exact match."""
         if self.benchmark_correct is not None:
             return self.benchmark_correct
-        if self.choice_question is not None and (right := meant_choices(self.answer, self.choice_question)):
-            return meant_choices(self.prediction, self.choice_question) == right
+        if self.choice_question is not None and right_choices(self.choice_question):
+            return means_right_choices(self.prediction, self.choice_question)
         return exact_match(self.prediction, self.answer)
 
     def to_json(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _JOINERS = "\u200c\u200d"  # they shape scripts and emoji
@@ -75,13 +75,19 @@ def stdout_style() -> Style:
 
 
 def visible(text: str) -> str:
-    """Returns the text with characters that a terminal obeys or hides as escapes; line breaks are kept."""
+    """Returns the text with signs for the characters that a terminal obeys or hides; line breaks are kept."""
     return "".join(
         character
         if character == "\n" or character in _JOINERS or unicodedata.category(character) not in _HIDDEN
-        else character.encode("unicode_escape").decode()
+        else _sign(character)
         for character in text
     )
+
+
+def _sign(character: str) -> str:
+    """Returns `␉` for a tab and its like, and `⟨U+202E⟩` for characters without a sign of their own."""
+    code = ord(character)
+    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
 
 
 def field_lines(label: str, text: str, style: Style, indent: int = 2) -> str:
@@ -90,14 +96,3 @@ def field_lines(label: str, text: str, style: Style, indent: int = 2) -> str:
     lines = [f"{' ' * indent}{style.label(label)}{first}"]
     lines += [f"{' ' * (indent + _LABEL_WIDTH)}{line}".rstrip() for line in others]
     return "\n".join(lines)
-
-
-def join_parts(parts: Iterable[Part]) -> list[Part]:
-    """Returns the parts with neighbours of the same kind joined, and without empty ones."""
-    joined: list[Part] = []
-    for part in parts:
-        if joined and not part.audio and not joined[-1].audio and joined[-1].loss == part.loss:
-            joined[-1] = Part(joined[-1].text + part.text, loss=part.loss)
-        elif part.text:
-            joined.append(part)
-    return joined

@@ -65,6 +65,10 @@ scaling: ## the scaling experiments, from scratch to pipeline/results/scaling.md
 	$(BIN)/pal report scaling --uri sqlite:///$(SCALING)/trials/mlflow.db --out $(SCALING)/report \
 		--answers pipeline/results/scaling.md --append $(SCALING)/plan.md --command "make scaling"
 
+.PHONY: real
+real: $(DEV) ## SmolLM2 and Whisper on recordings, to pipeline/results/real.md (2 to 4 hours; Debian; resumes where it stopped)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.real $(REAL)
+
 .PHONY: test
 test: $(DEV) ## run the tests that CI runs
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.core.streams import Connector, Preset, preset_streams
+from pipeline.core.streams import Connector, Gain, Preset, preset_streams
 from pipeline.model import PalConfig, PalForCausalLM
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Olmo2")
@@ -42,6 +42,7 @@ def build(
     family: str = "Llama",
     *,
     connector: Connector | None = None,
+    gain: Gain | None = None,
     seed: int = 0,
     open_gates: bool = True,
     language_model: dict[str, Any] | None = None,
@@ -49,7 +50,7 @@ def build(
 ) -> PalForCausalLM:
     """Builds a model in evaluation mode, with biases, norms and gates off their neutral values."""
     encoders = ["one", "two"] if preset == "pal_v2" else ["one"]
-    streams = preset_streams(preset, encoders, LAYERS, connector=connector or Connector())
+    streams = preset_streams(preset, encoders, LAYERS, connector=connector or Connector(), gain=gain)
     torch.manual_seed(seed)
     config = PalConfig(
         language_model_config(family, **(language_model or {})), streams, WIDTHS, AUDIO_TOKEN, **switches

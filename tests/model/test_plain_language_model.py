@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from pipeline.core.streams import Gain
 from pipeline.model import PalForCausalLM
 from tests.helpers.small_models import AUDIO_TOKEN, FAMILIES, FRAMES, ROWS, batch, build
 from tests.parity.float64 import lifted_to_float64
@@ -129,3 +130,24 @@ def replace_streams(model: PalForCausalLM) -> Any:
     config = copy.deepcopy(model.config)
     config.streams, config.encoder_widths = [], {}
     return config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gain_begins_closer_to_the_plain_model_than_lal_as_published(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The distance is that of the logits, relative to their spread.
+
+    What remains at a gain of 0.1 is mostly that audio keys, whose scores are then near zero, take attention from text.
+    """
+    rows = batch(ROWS, FRAMES)
+    text = (rows.input_ids != AUDIO_TOKEN) & (rows.attention_mask > 0)
+    models = {gain: build("lal", family, gain=gain, open_gates=False) for gain in (None, Gain(0.1))}
+    with torch.no_grad():
+        logits = {gain: model(**rows.arguments(labels=False)).logits[text] for gain, model in models.items()}
+        hide_audio_keys(monkeypatch)
+        plain = models[None](**rows.arguments(labels=False)).logits[text]
+    spread = (plain - plain.mean(-1, keepdim=True)).norm()
+    published, scaled = (float((x - plain).norm() / spread) for x in logits.values())
+    assert scaled < 0.6
+    assert scaled < 0.9 * published

@@ -21,6 +21,7 @@ from data_prep.job.commits import Commit, PartitionProgress
 from data_prep.job.errors import PreparationFailed
 from data_prep.job.partitions import Plan, PlannedPartition
 from data_prep.job.poison_clips import PartitionTask
+from pipeline.core import ray_connection
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import EncoderContract
 
@@ -48,7 +49,7 @@ def ray_cluster() -> Iterator[None]:
     Raises:
         UserError: no cluster responds at RAY_ADDRESS.
     """
-    joins = "RAY_ADDRESS" in os.environ
+    joins = bool(os.environ.get("RAY_ADDRESS"))
     if not joins:  # ray reads these variables when it is imported
         # Makes Ray address this machine as 127.0.0.1.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -62,12 +63,11 @@ def ray_cluster() -> Iterator[None]:
         yield
         return
     # Without "local" Ray would join any cluster that it finds on this machine.
-    new_cluster = {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
-    try:
-        ray.init(log_to_driver=False, logging_level="ERROR", **({} if joins else new_cluster))
-    except ConnectionError as error:
-        address = os.environ.get("RAY_ADDRESS")
-        raise UserError("RAY_ADDRESS", f"no cluster responds at {address}", "start it, or unset RAY_ADDRESS") from error
+    if joins:
+        ray_connection.connect("RAY_ADDRESS", os.environ["RAY_ADDRESS"])
+    else:
+        new_cluster = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+        ray_connection.connect("Ray", "local", **new_cluster)
     try:
         yield
     finally:

@@ -52,6 +52,8 @@ def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str] | N
     from pipeline.core.console import configure_logging, logger
 
     configure_logging()
+    # In no child process may a file `random.py` or a folder `pipeline` in the current folder replace the real one.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         try:
             return command(sys.argv[1:] if argv is None else argv)

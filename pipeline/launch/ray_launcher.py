@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,18 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
-from ray.exceptions import AuthenticationError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.core import redact
+from pipeline.core import ray_connection, redact
 from pipeline.core.errors import EXIT_FAILURE, EXIT_STOPPED, UserError, run_command
 from pipeline.core.ranks import ACCELERATOR_VARIABLE, free_port, is_cpu_forced
 from pipeline.launch import rank_process
 
 GRACE_PERIOD_S = 30.0  # how long ranks may take to exit by themselves after one has failed
 POLL_S = 1.0
-CONNECT_TIMEOUT_S = 10.0
 # Prefixes of the variables that ranks inherit from the parent of the job, unless they hold a secret. As under other
 # launchers, everything else comes from the node.
 _INHERITED = ("PYTHON", "PAL_", "NCCL", "UCX", "MLFLOW", "OMP_", "TOKENIZERS_", ACCELERATOR_VARIABLE)
@@ -44,17 +41,9 @@ def ray_driver(address: str) -> Iterator[None]:
     """Makes this process a driver of the cluster at this address (`auto`: the cluster of this machine or Ray job).
 
     Raises:
-        UserError: no cluster answers, or it rejects our token (Ray does not distinguish the two).
+        UserError: no cluster answers, or it rejects our token.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    host, _, port = address.rpartition(":")
-    try:
-        if host:  # Ray itself would retry for minutes
-            socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (OSError, AuthenticationError) as error:
-        remedy = "start one, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        raise UserError("--ray", f"no cluster at '{address}' accepts our token", remedy) from error
+    ray_connection.connect("--ray", address)
     try:
         yield
     finally:
@@ -245,7 +234,7 @@ class _Rank:
 
     def start(self, command: list[str], folder: str, environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-P", "-m", *command],  # -P: modules in the current folder must not replace ours
             cwd=folder,  # so that relative paths in configs mean the same as where the job was started
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,

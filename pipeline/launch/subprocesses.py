@@ -80,7 +80,8 @@ def run_logged(
         settings: dict[str, Any] = {} if show else {"stdout": file, "stderr": subprocess.STDOUT}
         if ends_with_parent:
             settings["preexec_fn"] = _end_with_parent
-        with _child([sys.executable, "-m", *command.arguments, f"--json={results}"], settings) as process:
+        # -P: modules in the current folder must not replace ours.
+        with _child([sys.executable, "-P", "-m", *command.arguments, f"--json={results}"], settings) as process:
             while (exit_code := _wait(process, heartbeat_s)) is None:
                 on_heartbeat(_last_line(log))
     if exit_code == EXIT_USER_ERROR:

@@ -157,7 +157,7 @@ def supervise(
 
 
 def _launcher(placement: Placement, output: Path) -> list[str]:
-    python = [sys.executable, "-m"]
+    python = [sys.executable, "-P", "-m"]  # -P: modules in the current folder must not replace ours
     if placement.ray_address is not None:
         command = [*python, "pipeline.launch.ray_launcher", "--address", placement.ray_address]
         command += ["--ranks", str(placement.nproc), "--output", str(output)]
@@ -169,7 +169,7 @@ def _launcher(placement: Placement, output: Path) -> list[str]:
 
 def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // nproc)
-    forced = {SUPERVISED: "1", HAS_PARENT: "1", "PYTHONUNBUFFERED": "1"}
+    forced = {SUPERVISED: "1", HAS_PARENT: "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
     if not on_gpu:
         forced[ACCELERATOR_VARIABLE] = "cpu"
     # Without a limit, every rank would use all cores, and ranks would wait for each other's threads.

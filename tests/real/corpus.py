@@ -109,7 +109,7 @@ def read_texts(listing: Path) -> dict[str, str]:
     for line in gzip.decompress(listing.read_bytes()).decode("utf-8-sig").splitlines():
         key, separator, text = line.partition(":")
         text = " ".join(text.replace("...", " ").split())
-        is_speech = re.search(r"\w", text) and not re.search(r"[\[\]()<>@/_*#]|\w\?\S|\?\w|\s\?", text)
+        is_speech = re.search(r"\w", text) and not re.search(r"[\[\]()<>@/_*#]|\?.", text)
         if separator and not line.startswith(";") and is_speech:
             texts[key.strip()] = text
     return texts

@@ -139,6 +139,8 @@ class TableConfig(Strict):
         clip_id: id of the clip; None means the format's own name of it (path, key); rows with the same audio are
             joined.
         audio: path of the audio.
+        start, end: seconds from the beginning of the file at which the clip starts and ends; None means its beginning
+            and its end. A table with columns of these times needs them: `null` for files that are cut already.
         question: question of all rows, since tables hold answers only; required for tables. Among the JSON formats,
             SLAM-LLM uses it for rows without a prompt.
         answers: answers of a row; each becomes a question of its own.
@@ -147,6 +149,8 @@ class TableConfig(Strict):
 
     clip_id: str | None = None
     audio: str = "{audio}"
+    start: str | None = None
+    end: str | None = None
     question: str | None = None
     answers: list[str] = Field(default=["{answer}"], min_length=1)
     task: str = "unspecified"

@@ -18,6 +18,7 @@ from data_prep.job.commits import (
     WARNINGS,
     Commit,
     PartitionProgress,
+    RejectedClip,
     column_names,
     read_commit,
     remove_commit,
@@ -123,7 +124,7 @@ def prepare(config: PrepareConfig, dry_run: bool = False, retry_rejects: bool = 
             load = any(set(contracts) - (commits[i].columns.keys() if i in commits else set()) for i in open_partitions)
             work_s = _extract(ActorPool(config, contracts, plan, load), config, plan, done, open_partitions)
         contract = finish_feature_set(config, contracts, plan, [done[i] for i in range(len(plan.partitions))], store)
-    _report_left_out(config, plan, done)
+    _report_left_out(config, store, done)
     wall_s = time.monotonic() - start
     return {
         "clips": plan.clips,
@@ -210,10 +211,11 @@ def _extract(
         return pool.run(open_partitions, on_commit, on_progress)
 
 
-def _report_left_out(config: PrepareConfig, plan: Plan, commits: Mapping[int, Commit]) -> None:
+def _report_left_out(config: PrepareConfig, store: Store, commits: Mapping[int, Commit]) -> None:
     """Logs how many clips were rejected or have a warning, by reason; logs nothing where there is none."""
+    rejects = [RejectedClip.model_validate_json(line) for line in store.read(REJECTS).splitlines()]
     for name, reasons in (
-        (REJECTS, [reject.reason for reject in all_rejects(plan, commits)]),
+        (REJECTS, [reject.reason for reject in rejects]),
         (WARNINGS, [warning.warning for warning in all_warnings(commits.values())]),
     ):
         if reasons:

@@ -74,7 +74,9 @@ def find_problems(store: Store, contract: FeatureContract, statistics: Statistic
     for column in columns:
         problems += _index_problems(store, column, commits, bool(damaged))
     lines = store.read(REJECTS).splitlines() if store.size(REJECTS) is not None else []
-    totals.statistics.rejects.update(json.loads(line)["reason"] for line in lines)
+    rejects = [json.loads(line) for line in lines]
+    totals.statistics.rejects.update(reject["reason"] for reject in rejects)
+    totals.rejected_questions.update(reject["question_id"] for reject in rejects if reject.get("question_id"))
     if not problems:
         problems += _total_problems(contract, totals)
     return problems
@@ -82,11 +84,18 @@ def find_problems(store: Store, contract: FeatureContract, statistics: Statistic
 
 @dataclass
 class _Totals:
-    """Statistics and ids over all partitions."""
+    """Statistics and ids over all partitions.
+
+    Attributes:
+        other_clips: question id -> ids of the other clips of its conversation.
+        rejected_questions: ids of the conversations in rejects.jsonl.
+    """
 
     statistics: Statistics
     clip_ids: set[str] = field(default_factory=set)
     question_ids: set[str] = field(default_factory=set)
+    other_clips: dict[str, list[str]] = field(default_factory=dict)
+    rejected_questions: set[str] = field(default_factory=set)
 
 
 def _read_commits(store: Store, columns: list[str]) -> tuple[list[Commit], list[str]]:
@@ -159,6 +168,8 @@ def _content_problems(
             if question["question_id"] in totals.question_ids:
                 yield f"{folder(CLIPS)}: question {question['question_id']} of clip {clip_id} is in the set twice"
             totals.question_ids.add(question["question_id"])
+            if question.get("clips"):
+                totals.other_clips[question["question_id"]] = question["clips"]
     for name, encoder in contract.encoders.items():
         ids = []
         norms = statistics.norms.setdefault(name, [])
@@ -190,8 +201,18 @@ def _total_problems(contract: FeatureContract, totals: _Totals) -> Iterator[str]
         yield f"features.json: counts {contract.clips} clips, the shards hold {len(totals.clip_ids)}"
     if totals.statistics.rejects.total() != contract.rejected:
         yield f"{REJECTS}: holds {totals.statistics.rejects.total()} clips, features.json counts {contract.rejected}"
-    if len(totals.question_ids) != contract.questions:
-        yield f"features.json: counts {contract.questions} questions, the shards hold {len(totals.question_ids)}"
+    absent = {
+        question_id: next(clip_id for clip_id in clip_ids if clip_id not in totals.clip_ids)
+        for question_id, clip_ids in totals.other_clips.items()
+        if not totals.clip_ids.issuperset(clip_ids)
+    }
+    for question_id in sorted(absent.keys() - totals.rejected_questions):
+        yield f"{CLIPS}: question {question_id} names clip {absent[question_id]}, which is not in the set"
+    for question_id in sorted(totals.rejected_questions - absent.keys()):
+        yield f"{REJECTS}: rejects question {question_id}, whose clips are in the set"
+    questions = len(totals.question_ids) - len(absent)
+    if questions != contract.questions:
+        yield f"features.json: counts {contract.questions} questions, the shards hold {questions}"
 
 
 if __name__ == "__main__":

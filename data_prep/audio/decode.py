@@ -1,18 +1,20 @@
-"""Decodes audio files and streaming WAV by segment to mono float32 at their own rate; defines reject reasons."""
+"""Decodes audio files, or segments of them, to mono float32 at their own rate; defines reject reasons."""
 
 from __future__ import annotations
 
-import wave
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import soundfile
 
 from data_prep.audio.containers import HEAD_BYTES, undecodable_format
-from data_prep.audio.lengths import check_length
+from data_prep.audio.fragments import split_fragment
+from data_prep.audio.lengths import Length, check_length
 from data_prep.files import open_audio, open_file
 
 Samples = npt.NDArray[np.float32]
@@ -26,6 +28,7 @@ RejectReason = Literal[
     "empty",
     "too_short",
     "too_long",
+    "bad_segment",
     "not_finite",
     "channels_cancel",
     "unsupported_rate",
@@ -41,6 +44,8 @@ MIN_CLIP_S = 0.025
 CANCELLED_POWER = 0.04
 # Power (-60 dB of full scale) below which channels are noise, which may cancel by chance.
 QUIET_POWER = 1e-6
+# How far a segment may end behind the end of its file: what manifests that round to a tenth of a second need.
+END_TOLERANCE_S = 0.05
 UNKNOWN_FRAMES = 1 << 40  # libsndfile reports more for FLAC that was written into a pipe
 
 
@@ -63,25 +68,32 @@ class _SequentialFile(soundfile.SoundFile):
 class AudioFile:
     """An open audio file (anything libsndfile reads: WAV, FLAC, MP3, OGG Vorbis and Opus), read front to back.
 
+    A path with a fragment (`a.flac#t=3,5.5`, see `fragments`) opens that segment: from the sample nearest to its start
+    up to the one nearest to its end, with the same samples as in the whole file (MP3 in all but the last bit).
+
     Attributes:
         sample_rate_hz: sample rate of the file.
-        duration_s: duration of what can be decoded.
+        duration_s: duration of what can be decoded; of the segment, where there is one.
         notes: what the user should know about a file that is accepted, by kind: `repaired` (its header states a wrong
             length or none), `silent` (all samples are equal; known after the last segment).
 
     Raises:
         Reject: the file is missing, unreadable, undecodable, truncated, empty, shorter than MIN_CLIP_S or above
-            `max_clip_s`.
+            `max_clip_s`, or the segment is not within it.
     """
 
     def __init__(self, path: str, max_clip_s: float | None) -> None:
+        path, self._start_s, self._end_s = split_fragment(path)
         try:
             self._source = open_audio(path)  # libsndfile does not report why it cannot open a file
         except OSError as error:
             missing = isinstance(error, FileNotFoundError | NotADirectoryError)
             raise Reject("missing" if missing else "unreadable", error.strerror or type(error).__name__) from error
         self.notes: dict[str, str] = {}
-        self._repair()
+        self._cut: str | None = None  # what is known about a missing end of the file
+        self._first = 0
+        if not (self._is_segment and isinstance(self._source, str) and _is_known_intact(self._source)):
+            self._repair()
         try:
             self._file = soundfile.SoundFile(self._source)
         except (soundfile.SoundFileError, TypeError) as error:
@@ -92,17 +104,39 @@ class AudioFile:
         self._frames: int = self._file.frames
         try:
             if self._frames > UNKNOWN_FRAMES:
-                self._frames = self._count_frames(max_clip_s)
+                self._frames = self._count_frames(self._end_s if self._is_segment else max_clip_s)
+            if self._is_segment and self._frames:
+                self._select_segment()
             self.duration_s: float = self._frames / self.sample_rate_hz
             self._check_length(max_clip_s)
         except Reject:
             self.close()
             raise
 
+    @property
+    def _is_segment(self) -> bool:
+        return self._start_s is not None or self._end_s is not None
+
+    def _select_segment(self) -> None:
+        """Replaces the frames of the file by those of the segment."""
+        rate_hz, available = self.sample_rate_hz, self._frames
+        first = round((self._start_s or 0.0) * rate_hz)
+        stop = available if self._end_s is None else round(self._end_s * rate_hz)
+        if self._cut is not None and (self._end_s is None or stop > available):
+            raise Reject("truncated", self._cut)
+        if first >= available or stop > available + END_TOLERANCE_S * rate_hz or stop <= first:
+            end = "the end" if self._end_s is None else f"{self._end_s:g} s"
+            raise Reject(
+                "bad_segment", f"from {self._start_s or 0:g} s to {end}, the file has {available / rate_hz:.2f} s"
+            )
+        self._first, self._frames = first, min(stop, available) - first
+
     def _repair(self) -> None:
         """Replaces the source by one whose header states the right length, where that of the file does not."""
         stream = open_file(self._source) if isinstance(self._source, str) else self._source
         length = check_length(stream)
+        if length.is_cut and self._is_segment:
+            self._cut, length = length.fault, Length()
         if length.fault is not None:
             stream.close()
             raise Reject("truncated", length.fault)
@@ -125,10 +159,10 @@ class AudioFile:
             return None
         return f"{name} is not decoded by libsndfile; convert it: ffmpeg -i INPUT OUTPUT.flac"
 
-    def _count_frames(self, max_clip_s: float | None) -> int:
-        """Decodes a file of unknown length to count its frames, up to the first segment above `max_clip_s`."""
+    def _count_frames(self, limit_s: float | None) -> int:
+        """Decodes a file of unknown length to count its frames, up to the first block above the limit."""
         self.notes["repaired"] = "the header states no length, counted by decoding"
-        limit = UNKNOWN_FRAMES if max_clip_s is None else max_clip_s * self.sample_rate_hz
+        limit = UNKNOWN_FRAMES if limit_s is None else limit_s * self.sample_rate_hz
         frames = 0
         self._reopen()
         try:
@@ -153,6 +187,22 @@ class AudioFile:
         if max_clip_s is not None and self.duration_s > max_clip_s:
             raise Reject("too_long", f"{self.duration_s:.1f} s")
 
+    def _seek(self) -> None:
+        """Moves to the first frame of the segment; reads up to it where the format allows no seeking."""
+        try:
+            if self._first and self._file.seekable():
+                self._file.seek(self._first)
+                return
+            skipped = 0
+            while skipped < self._first:
+                wanted = min(SEGMENT_S * self.sample_rate_hz, self._first - skipped)
+                frames = len(self._file.read(wanted, dtype="float32"))
+                if not frames:
+                    raise Reject("truncated", f"ends after {skipped / self.sample_rate_hz:.2f} s")
+                skipped += frames
+        except soundfile.SoundFileError as error:
+            raise Reject("undecodable", f"before {self._start_s:g} s: {_reason(error)}") from error
+
     def segments(self) -> Iterator[tuple[Samples, bool]]:
         """Yields mono segments of SEGMENT_S seconds (the last one may be shorter), each with whether it is the last.
 
@@ -164,17 +214,20 @@ class AudioFile:
         """
         total, done = self._frames, 0
         lowest, highest = np.inf, -np.inf
+        start_s = self._first / self.sample_rate_hz
+        self._seek()
         while done < total:
             wanted = min(SEGMENT_S * self.sample_rate_hz, total - done)
             try:
                 segment = self._file.read(wanted, dtype="float32", always_2d=True)
             except soundfile.SoundFileError as error:
-                raise Reject("undecodable", f"at {done / self.sample_rate_hz:.1f} s: {_reason(error)}") from error
+                at_s = start_s + done / self.sample_rate_hz
+                raise Reject("undecodable", f"at {at_s:.1f} s: {_reason(error)}") from error
             if len(segment) < wanted:
-                end_s = (done + len(segment)) / self.sample_rate_hz
-                raise Reject("truncated", f"ends after {end_s:.2f} s of {self.duration_s:.2f} s")
+                end_s = start_s + (done + len(segment)) / self.sample_rate_hz
+                raise Reject("truncated", f"ends after {end_s:.2f} s of {start_s + self.duration_s:.2f} s")
             mono = segment[:, 0] if segment.shape[1] == 1 else segment.mean(axis=1, dtype=np.float32)
-            end_s = (done + wanted) / self.sample_rate_hz
+            end_s = start_s + (done + wanted) / self.sample_rate_hz
             if not np.isfinite(mono).all():
                 raise Reject("not_finite", f"NaN or infinite samples before {end_s:.1f} s")
             if done == 0 or wanted >= self.sample_rate_hz:  # a short remainder may cancel by chance
@@ -203,33 +256,20 @@ class AudioFile:
         self.close()
 
 
-class WavStream:
-    """A streaming WAV of 16-bit samples, read from a pipe.
+def _is_known_intact(path: str) -> bool:
+    """Returns whether a local file has a right length; files with many segments are searched for faults once."""
+    try:
+        status = Path(path).stat()
+        return _is_intact(path, status.st_size, status.st_mtime_ns)
+    except OSError:
+        return False
 
-    Attributes:
-        sample_rate_hz: sample rate according to the header.
 
-    Raises:
-        Reject: the stream is not a WAV of 16-bit samples.
-    """
-
-    def __init__(self, source: BinaryIO) -> None:
-        try:
-            self._file = wave.open(source)  # noqa: SIM115 (the caller owns the pipe)
-        except (wave.Error, EOFError) as error:
-            raise Reject("undecodable", f"not a WAV: {error or 'the stream is empty'}") from error
-        if self._file.getsampwidth() != 2:
-            raise Reject("undecodable", f"{8 * self._file.getsampwidth()}-bit samples instead of 16-bit")
-        self.sample_rate_hz = self._file.getframerate()
-
-    def segments(self) -> Iterator[tuple[Samples, bool]]:
-        """Yields mono segments of one second as they arrive, each with whether it is the last (which may be empty)."""
-        channels, last = self._file.getnchannels(), False
-        while not last:
-            frames = np.frombuffer(self._file.readframes(self.sample_rate_hz), "<i2").reshape(-1, channels)
-            last = len(frames) < self.sample_rate_hz
-            samples = frames.astype(np.float32) / 2**15  # as libsndfile reads them
-            yield samples[:, 0] if channels == 1 else samples.mean(axis=1, dtype=np.float32), last
+@functools.lru_cache(maxsize=1024)
+def _is_intact(path: str, size: int, modified_ns: int) -> bool:
+    """Returns whether `check_length` has nothing to report; size and time are those of the file's current content."""
+    with open_file(path) as stream:
+        return check_length(stream) == Length()
 
 
 def _check_cancellation(segment: Samples, mono: Samples, end_s: float) -> None:

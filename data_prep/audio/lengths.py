@@ -26,11 +26,13 @@ class Length:
 
     Attributes:
         fault: why the length cannot be trusted, or None; the clip is then rejected as `truncated`.
+        is_cut: whether the fault is a missing end alone, so that what the file holds is right.
         note: what was repaired, or None.
         stream: the audio with a correct header, where libsndfile would read too little of the file itself.
     """
 
     fault: str | None = None
+    is_cut: bool = False
     note: str | None = None
     stream: BinaryIO | None = None
 
@@ -185,7 +187,7 @@ def _cut(start: int, stated: int, size: int) -> Length:
     missing = start + stated - size
     if missing <= 8:
         return Length()
-    return Length(fault=f"the header states {stated} bytes of audio, the file holds {size - start}")
+    return Length(fault=f"the header states {stated} bytes of audio, the file holds {size - start}", is_cut=True)
 
 
 def _extra(start: int, stated: int, size: int) -> Length:

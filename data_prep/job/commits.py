@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 
 from data_prep.job.store import Store
 from pipeline.core.feature_contract import CLIPS
@@ -41,12 +44,23 @@ class CommittedColumn(Strict):
 
 
 class RejectedClip(Strict):
-    """A line of rejects.jsonl."""
+    """A line of rejects.jsonl: a clip, or a conversation about a clip of the set.
+
+    Attributes:
+        clip_id: id of the clip; location of the row where it has no clip.
+        question_id: id of the conversation that is rejected; None, which is not stored, means the clip itself.
+    """
 
     clip_id: str
+    question_id: str | None = None
     reason: str
     detail: str
     audio: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if value is not None or key != "question_id"}
 
 
 class ClipWarning(Strict):

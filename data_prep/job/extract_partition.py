@@ -27,7 +27,8 @@ from data_prep.job.encode_clips import ClipEncoder, ClipState
 from data_prep.job.mds_writer import ColumnWriters, read_partition
 from data_prep.job.partitions import PlannedPartition, read_partition_clips
 from data_prep.job.store import open_store
-from data_prep.manifests.clips import Clip
+from data_prep.manifests.clips import Clip, absolute_location
+from data_prep.manifests.reader import audio_path, audio_roots
 from pipeline.core.feature_contract import CLIP_COLUMNS, CLIPS, FEATURE_COLUMNS, EncoderContract
 
 PROGRESS_S = 0.5
@@ -52,6 +53,7 @@ class PartitionWorker:
         self._config = config
         self._contracts = contracts
         self._store = open_store(config.output)
+        self._roots = audio_roots(config)
         torch.set_num_threads(max(1, int(config.workers.cpus)))
         self._on_gpu = config.workers.gpus > 0
         self._device = torch.cuda.get_device_name() if self._on_gpu else "cpu"
@@ -102,7 +104,7 @@ class PartitionWorker:
             if old is None or outcome.rejects or old.rows_sha256 != planned.rows_sha256:
                 for clip in clips:
                     if clip.clip_id in outcome.durations_s:
-                        writers.write(CLIPS, CLIP_COLUMNS, _clip_sample(clip, outcome.durations_s[clip.clip_id]))
+                        writers.write(CLIPS, CLIP_COLUMNS, self._clip_sample(clip, outcome.durations_s[clip.clip_id]))
                 writers.open(CLIPS, CLIP_COLUMNS)
             if old is not None and outcome.rejects:  # a clip that a new encoder rejects is removed from all columns
                 self._copy_without({reject.clip_id for reject in outcome.rejects}, old, writers)
@@ -178,16 +180,16 @@ class PartitionWorker:
                     if sample["clip_id"] not in clip_ids:
                         writers.write(name, FEATURE_COLUMNS, sample)
 
+    def _clip_sample(self, clip: Clip, duration_s: float) -> dict[str, Any]:
+        return {
+            "clip_id": clip.clip_id,
+            "duration_s": duration_s,
+            "dataset": clip.dataset,
+            "domain": clip.domain,
+            "questions": [question.model_dump(mode="json", exclude_none=True) for question in clip.questions],
+            "audio": "" if clip.audio is None else absolute_location(audio_path(clip, self._roots)),
+        }
+
 
 def _rejected_clip(state: ClipState, reason: str, detail: str) -> RejectedClip:
-    return RejectedClip(clip_id=state.clip.clip_id, reason=reason, detail=detail, audio=state.clip.audio)
-
-
-def _clip_sample(clip: Clip, duration_s: float) -> dict[str, Any]:
-    return {
-        "clip_id": clip.clip_id,
-        "duration_s": duration_s,
-        "dataset": clip.dataset,
-        "domain": clip.domain,
-        "questions": [question.model_dump(mode="json", exclude_none=True) for question in clip.questions],
-    }
+    return RejectedClip(clip_id=state.clip.clip_id, reason=reason, detail=detail, audio=state.clip.address)

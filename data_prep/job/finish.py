@@ -18,7 +18,7 @@ from data_prep.job.commits import (
     remove_uncommitted,
 )
 from data_prep.job.errors import PreparationFailed
-from data_prep.job.partitions import Plan, missing_audio
+from data_prep.job.partitions import Plan, missing_audio, read_partition_clips
 from data_prep.job.store import SCRATCH, Store
 from pipeline.config.loading import dump_config
 from pipeline.core.feature_contract import CONTRACT_FILE, EncoderContract, FeatureContract
@@ -42,7 +42,9 @@ def finish_feature_set(
         UserError: too many clips are rejected, mostly because files do not exist.
         PreparationFailed: too many clips are rejected for other reasons, or several kinds of devices were used.
     """
-    rejects = check_rejects(config, plan, {commit.partition: commit for commit in commits})
+    conversations = _rejected_conversations(plan, commits, store)
+    rejects = [*all_rejects(plan, {commit.partition: commit for commit in commits}), *conversations]
+    _check_fraction(config, plan, rejects)
     columns = column_names(contracts)
     contract = FeatureContract(
         encoders={
@@ -52,7 +54,7 @@ def finish_feature_set(
             for name, contract in contracts.items()
         },
         clips=sum(commit.clips for commit in commits),
-        questions=sum(commit.questions for commit in commits),
+        questions=sum(commit.questions for commit in commits) - len(conversations),
         rejected=len(rejects),
         audio_hours=sum(commit.audio_s for commit in commits) / 3600,
         manifest_sha256=plan.manifest_sha256,
@@ -81,8 +83,33 @@ def check_rejects(config: PrepareConfig, plan: Plan, commits: Mapping[int, Commi
         PreparationFailed: too many for other reasons.
     """
     rejects = all_rejects(plan, commits)
+    _check_fraction(config, plan, rejects)
+    return rejects
+
+
+def _rejected_conversations(plan: Plan, commits: Sequence[Commit], store: Store) -> list[RejectedClip]:
+    """Returns the conversations about clips of the set that name a rejected clip; readers of the set leave them out."""
+    rejected = {reject.clip_id: reject.reason for commit in commits for reject in commit.rejects}
+    conversations = []
+    for partition, planned in enumerate(plan.partitions):
+        if not rejected or not planned.conversations:
+            continue
+        for clip in read_partition_clips(store, partition):
+            for question in clip.questions if clip.clip_id not in rejected else ():
+                missing = next((clip_id for clip_id in question.clips or () if clip_id in rejected), None)
+                if missing is not None:
+                    detail = f"clip '{missing}' of the conversation is rejected ({rejected[missing]})"
+                    conversations.append(
+                        RejectedClip(
+                            clip_id=clip.clip_id, question_id=question.question_id, reason="missing_clip", detail=detail
+                        )
+                    )
+    return conversations
+
+
+def _check_fraction(config: PrepareConfig, plan: Plan, rejects: Sequence[RejectedClip]) -> None:
     if len(rejects) <= config.max_reject_fraction * plan.clips:
-        return rejects
+        return
     reasons = collections.Counter(reject.reason for reject in rejects).most_common(3)
     example = next(reject for reject in rejects if reject.reason == reasons[0][0])
     if reasons[0][0] == "missing":

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from data_prep.audio.fragments import split_fragment
 from data_prep.config import PrepareConfig
 from data_prep.files import container, is_remote
 from data_prep.job.commits import RejectedClip
@@ -32,11 +33,13 @@ class PlannedPartition(Strict):
         clips: number of clips.
         audio_sha256: hash of what the features depend on: ids and audio paths.
         rows_sha256: hash of the whole rows, questions included.
+        conversations: number of questions that name other clips.
     """
 
     clips: int
     audio_sha256: str
     rows_sha256: str
+    conversations: int = 0
 
 
 class Plan(Strict):
@@ -65,7 +68,12 @@ def plan_settings(config: PrepareConfig, contracts: dict[str, EncoderContract]) 
     return {
         "encoders": {name: contract.fingerprint for name, contract in contracts.items()},
         "format": config.format,
-        "table": config.table.model_dump(),
+        # Sets that were planned before segments were read have no `start` and `end`.
+        "table": {
+            key: value
+            for key, value in config.table.model_dump().items()
+            if value is not None or key not in ("start", "end")
+        },
         "partition_clips": config.partition_clips,
         "batch_s": config.batch_s,
         "max_clip_s": config.max_clip_s,
@@ -148,6 +156,7 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
                 clips=len(rows),
                 audio_sha256=_sha256("".join(f"{_audio_key(clip)}\n" for clip in clips).encode()),
                 rows_sha256=_sha256(data),
+                conversations=sum(question.clips is not None for clip in clips for question in clip.questions),
             )
         )
     database.close()
@@ -159,13 +168,13 @@ def make_plan(config: PrepareConfig, settings: dict[str, Any], store: Store, old
 
 
 def check_rows(config: PrepareConfig, rejects: Sequence[RejectedClip | RejectedRow], clips: int) -> None:
-    """Checks that there are clips and that no more audio paths than `max_reject_fraction` leave their root.
+    """Checks that there are clips, and that no more rows than allowed are unsupported or leave their root.
 
     Args:
         clips: number of accepted clips.
 
     Raises:
-        UserError: there are no clips, or too many paths leave the root.
+        UserError: there are no clips, too many paths leave the root, or too many rows hold what a set cannot.
     """
     manifests = ", ".join(config.manifests)
     outside = [reject for reject in rejects if reject.reason == "outside_root"]
@@ -174,6 +183,15 @@ def check_rows(config: PrepareConfig, rejects: Sequence[RejectedClip | RejectedR
             manifests,
             f"{len(outside)} of {clips + len(rejects)} audio paths leave the audio folder; {outside[0].detail}",
             "map the start of these paths to your folder, for example `audio_paths: {/data/sls/audioset: audioset}`",
+        )
+    unsupported = [reject for reject in rejects if reject.reason == "unsupported"]
+    if len(unsupported) > config.max_reject_fraction * (clips + len(rejects)):
+        example = unsupported[0]
+        raise UserError(
+            manifests,
+            f"{len(unsupported)} of {clips + len(rejects)} rows hold what a feature set cannot keep, more than "
+            f"max_reject_fraction {config.max_reject_fraction}; for example {example.clip_id}: {example.detail}",
+            "remove these rows, or raise `max_reject_fraction` to leave them out",
         )
     if not clips:
         first = f": {len(rejects)} rows are rejected, the first because {rejects[0].detail}" if rejects else ""
@@ -188,7 +206,8 @@ def _planned_clips(store: Store, plan: Plan | None) -> Iterator[tuple[str, tuple
 
 
 def _audio_key(clip: Clip) -> str:
-    return json.dumps([clip.clip_id, clip.root, clip.audio])
+    segment = [] if clip.start_s is None and clip.end_s is None else [clip.start_s, clip.end_s]
+    return json.dumps([clip.clip_id, clip.root, clip.audio, *segment])
 
 
 def _sha256(data: bytes) -> str:
@@ -212,7 +231,8 @@ def read_partition_clips(store: Store, partition: int) -> list[Clip]:
 
 def _missing(config: PrepareConfig, clips: list[Clip]) -> Iterator[str]:
     roots = audio_roots(config)
-    paths = list(dict.fromkeys(container(audio_path(clip, roots)) for clip in clips if clip.audio is not None))
+    files = (split_fragment(audio_path(clip, roots))[0] for clip in clips if clip.audio is not None)
+    paths = list(dict.fromkeys(map(container, files)))
     paths = [path for path in paths if not is_remote(path)]  # an object store is queried once per clip, when it is read
     with ThreadPoolExecutor(16) as pool:  # lookups on network file systems are slow
         for path, exists in zip(paths, pool.map(os.path.exists, paths), strict=True):

@@ -1,122 +1,227 @@
-"""Reads conversations of other tools as one question and one answer; refuses by name what that would change."""
+"""Converts the conversations of other tools: their turns, system text, sounds and placeholders.
+
+A conversation stays whole: it becomes one question with all its turns (see `Turn`), which are trained on wherever the
+tool trains on them. One that is a question and an answer about one sound in front becomes a plain question. What a
+feature set cannot hold raises `Unsupported`, and the row is rejected.
+"""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+from urllib.parse import unquote
 
-from data_prep.manifests.rows import missing_field
+from data_prep.manifests.placeholders import Slot, sounds_of_slots, split_text, text_of, tidy
+from data_prep.manifests.rows import AudioSegment, QuestionRow, missing_field
+from data_prep.manifests.segment_fields import segment_of
+from data_prep.manifests.unsupported import Unsupported
 from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import Turn
 
-# What stands for the audio in the texts of ms-swift, LLaMA-Factory, Qwen (2 and 3), Audio Flamingo, SALMONN and Phi.
-PLACEHOLDER = re.compile(
-    r"<\|audio_(?:bos|start)\|>\s*<\|audio(?:_pad)?\|>\s*<\|audio_(?:eos|end)\|>"
-    r"|<(?P<tag>audio|speech)>\s*<(?P=tag)here>\s*</(?P=tag)>"
-    r"|<\|(?:audio|sound|speech)(?:_pad|_\d+)?\|>"
-    r"|<(?:audio|sound|speech)(?:[-_]?\d+|here)?>",
-    re.IGNORECASE,
-)
-OTHER_MEDIA = re.compile(r"<\|?(?:image|video)(?:_pad|_\d+)?\|?>", re.IGNORECASE)
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-
-# Fields of records that change what is trained, with the reason why they are refused.
-UNSUPPORTED_FIELDS = {
-    "system": "a system text of its own, which is not kept",
-    "history": "earlier turns, which are not kept",
-    "tools": "tools, which are not kept",
-    "images": "images, which are not read",
-    "videos": "videos, which are not read",
-    "rejected_response": "a rejected answer, which is not kept",
-    "rejected_messages": "a rejected conversation, which is not kept",
-    "chosen": "a preferred answer, which is not kept",
-    "rejected": "a rejected answer, which is not kept",
+ROLES: dict[str, Literal["system", "user", "assistant"]] = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
-SEGMENT_FIELDS = {
-    *("start", "end", "begin", "offset", "segment", "segments", "timestamps"),
-    *(
-        f"{edge}_{unit}"
-        for edge in ("start", "end", "begin")
-        for unit in ("time", "s", "sec", "seconds", "ms", "frame")
-    ),
-    *("audio_start", "audio_end", "frame_offset", "num_frames"),
-}
+# Fields of a turn that a feature set does not hold.
+_TURN_FIELDS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking", "images", "videos")
+_PATH_KEYS = ("path", "url", "audio", "audio_url", "input_audio")
+# Where a tool puts sounds that have no placeholder: ms-swift in front of the first user turn, Audio Flamingo too but
+# only if there is no placeholder at all; LLaMA-Factory refuses them.
+MissingPlaceholders = Literal["in front", "all in front", "refused"]
 
 
-def refuse_unsupported_fields(record: dict[str, Any], location: str) -> None:
-    """Checks that a record of another tool has no field that asks for more than one clip, one question, one answer.
+@dataclass
+class Message:
+    """A turn of another tool: its texts, the places of sounds, and sounds that it names itself."""
 
-    Raises:
-        UserError: a field holds a system text, other turns, other media, a rejected answer, or a segment of the audio.
-    """
-    for field, value in record.items():
-        if field in UNSUPPORTED_FIELDS and value:
-            fault = f"field '{field}' holds {UNSUPPORTED_FIELDS[field]}"
-            raise UserError(location, fault, f"remove '{field}', or this row")
-        if field in SEGMENT_FIELDS and value:  # a start at 0 is the start of the file
-            fault = f"field '{field}' selects a segment of the audio, but whole files are read"
-            raise UserError(location, fault, f"cut the audio into a file of its own and remove '{field}'")
-    if record.get("label") is False:
-        raise UserError(location, "field 'label' marks an unwanted answer (false)", "remove this row")
+    role: Literal["system", "user", "assistant"]
+    content: list[str | Slot | AudioSegment]
+    loss: bool = True
 
 
-def single_exchange(turns: list[dict[str, Any]], location: str) -> tuple[str, str]:
-    """Returns question and answer of a conversation of one exchange, without the audio placeholder.
+@dataclass(frozen=True)
+class Record:
+    """The conversation of one row.
 
-    Args:
+    Attributes:
         turns: turns with `role` and `content` (ms-swift, OpenAI) or `from` and `value` (ShareGPT, Audio Flamingo).
+        audios: sounds of the row, in the order of the placeholders.
+        missing: what the tool does with sounds without a placeholder.
+        system: system text of the row.
+        segment: start and end in seconds that the row selects of its sound; None where it names none.
+    """
+
+    turns: Sequence[dict[str, Any]]
+    audios: Sequence[AudioSegment]
+    missing: MissingPlaceholders
+    system: str | None = None
+    segment: tuple[float | None, float | None] = field(default=(None, None))
+
+
+def conversation_of(record: Record, location: str, task: str) -> tuple[AudioSegment, QuestionRow]:
+    """Returns the first sound of a conversation, and the conversation as a question about it.
 
     Raises:
-        UserError: a field is missing or is no text, or the conversation cannot be kept as one question and one answer:
-            system or tool turns, several exchanges, an answer that is not trained on, or a placeholder elsewhere than
-            at the start or end of the question.
+        UserError: a turn has no role or no content, or they have the wrong type.
+        Unsupported: a feature set cannot hold the conversation.
     """
-    roles, texts = [], []
-    for number, turn in enumerate(turns, start=1):
-        role, text = _role_and_text(turn, f"{location}: turn {number}")
-        if role == "system" and not text.strip():
-            continue
-        roles.append(role)
-        texts.append(text)
-    if "system" in roles:
-        raise UserError(location, "has a system turn, which is not kept", "remove that turn, or this row")
-    if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
-        raise UserError(location, "does not alternate between turns of user and assistant", "correct this row")
-    if len(roles) > 2:
-        fault = f"has {len(roles) // 2} exchanges, but a question is kept without earlier turns"
-        raise UserError(location, fault, "make a row of each exchange that can stand alone, or remove this row")
-    question, answer = texts
-    if PLACEHOLDER.search(answer):
-        raise UserError(location, "has an audio placeholder in the answer", "correct this row")
-    return _without_placeholder(question, location), answer
+    messages = [_message(turn, f"{location}: turn {number}") for number, turn in enumerate(record.turns, start=1)]
+    system, messages = _without_system(messages, record.system)
+    sounds = _place_sounds(messages, record)
+    turns = [_turn(message, number) for number, message in enumerate(messages, start=1)]
+    if not any(turn.loss for turn in turns[1::2]):
+        raise Unsupported("no answer is trained on (`loss: false`)")
+    order = list(dict.fromkeys(part for turn in turns for part in turn.content if isinstance(part, int)))
+    turns = [
+        turn.model_copy(
+            update={"content": [order.index(part) if isinstance(part, int) else part for part in turn.content]}
+        )
+        for turn in turns
+    ]
+    first, *others = (sounds[index] for index in order)
+    question, answer = text_of(turns[-2].content), str(turns[-1].content[0])
+    is_plain = len(turns) == 2 and not others and turns[0].content in ([0], [0, question])
+    return first, QuestionRow(
+        question=question,
+        answer=answer,
+        task=task,
+        system=system,
+        turns=None if is_plain else turns,
+        other_audio=others,
+    )
 
 
-def _role_and_text(turn: dict[str, Any], location: str) -> tuple[str, str]:
+def audio_of(value: Any) -> AudioSegment:
+    """Returns the sound that an entry of another tool names: a path or URL, or an object with one and its segment.
+
+    Raises:
+        Unsupported: the entry holds the audio itself, or is something else.
+    """
+    start, end, path = None, None, value
+    if isinstance(value, dict):
+        start, end = segment_of(value)
+        path = next((value[key] for key in _PATH_KEYS if value.get(key)), None)
+        if path is None and (value.get("data") or value.get("bytes")):
+            raise Unsupported("holds audio as base64 or bytes, not as a path")
+    if isinstance(path, dict):
+        return audio_of(path)
+    if not isinstance(path, str) or not path:
+        raise Unsupported(f"names no path of its audio ({str(value)[:40]})")
+    if path.startswith("data:"):
+        raise Unsupported("holds audio as base64, not as a path")
+    if path.startswith("file://"):
+        path = unquote(path.removeprefix("file://"))
+    return AudioSegment(audio=path, start_s=start, end_s=end)
+
+
+def _message(turn: dict[str, Any], location: str) -> Message:
     role_key, text_key = ("from", "value") if "from" in turn else ("role", "content")
     for key in (role_key, text_key):
         if key not in turn:
             raise missing_field(location, key)
-    role, text = turn[role_key], turn[text_key]
+    role, content = turn[role_key], turn[text_key]
+    where = location.rpartition(": ")[2]
     if not isinstance(role, str) or role not in ROLES:
-        raise UserError(location, f"has the role {role!r}", "keep turns of user and assistant only, or remove this row")
-    if not isinstance(text, str):
-        fault = f"'{text_key}' is {'a list of parts' if isinstance(text, list) else type(text).__name__}, not text"
-        raise UserError(location, fault, "write it as one text, `<audio>` first, with the path in `audios`")
-    if ROLES[role] == "assistant" and turn.get("loss", True) in (False, 0):
-        raise UserError(location, "is not trained on (`loss: false`)", "remove this row")
-    if OTHER_MEDIA.search(text):
-        raise UserError(location, "has a placeholder of an image or a video", "remove this row")
-    return ROLES[role], text
+        raise Unsupported(f"{where} has the role {role!r}")
+    for name in _TURN_FIELDS:
+        if turn.get(name):
+            raise Unsupported(f"{where} has the field '{name}'")
+    if content is None:
+        raise Unsupported(f"{where} has no content")
+    if not isinstance(content, str | list):
+        raise UserError(location, f"'{text_key}' is {type(content).__name__}, not text", "correct this row")
+    try:
+        parts = [piece for part in ([content] if isinstance(content, str) else content) for piece in _part(part)]
+        return Message(ROLES[role], parts, _loss(turn, ROLES[role]))
+    except Unsupported as unsupported:
+        raise Unsupported(f"{where} {unsupported}") from unsupported
 
 
-def _without_placeholder(text: str, location: str) -> str:
-    placeholders = list(PLACEHOLDER.finditer(text))
-    if len(placeholders) > 1:
-        raise UserError(location, f"has {len(placeholders)} audio placeholders for one clip", "correct this row")
-    if not placeholders:
-        return text.strip()
-    start, end = placeholders[0].span()
-    before, after = text[:start].strip(), text[end:].strip()
-    if before and after:
-        fault = f"has the placeholder {placeholders[0].group()} within the question, which would lose its place"
-        raise UserError(location, fault, "put it at the start of the question, or remove this row")
-    return before or after
+def _part(part: Any) -> list[str | Slot | AudioSegment]:
+    """Returns what a part of a content in OpenAI's form holds."""
+    if isinstance(part, str):
+        return list(split_text(part))
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in ("text", "input_text", "output_text"):
+        return list(split_text(str(part.get("text") or "")))
+    if kind in ("audio", "input_audio", "audio_url"):
+        named = {key: value for key, value in part.items() if key != "type"}
+        return [audio_of(named)] if any(named.values()) else [Slot()]
+    raise Unsupported(f"has a part of type {kind!r}")
+
+
+def _loss(turn: dict[str, Any], role: str) -> bool:
+    """Returns whether a turn is trained on (`loss` of ms-swift, `weight` of OpenAI)."""
+    losses = [turn[key] for key in ("loss", "weight") if turn.get(key) is not None]
+    for loss in losses:
+        if loss not in (0, 1):
+            raise Unsupported(f"has a loss of its own ({loss!r})")
+        if role != "assistant" and loss:
+            raise Unsupported("is trained on, and is no answer")
+    return all(losses)
+
+
+def _without_system(messages: list[Message], system: str | None) -> tuple[str | None, list[Message]]:
+    """Returns the system text, None for an empty one, and the turns of user and assistant."""
+    texts = [system.strip()] if system and system.strip() else []
+    if messages and messages[0].role == "system":
+        if not all(isinstance(part, str) for part in messages[0].content):
+            raise Unsupported("has a sound in its system text")
+        text = "".join(cast(list[str], messages[0].content)).strip()
+        texts += [text] if text else []
+        messages = messages[1:]
+    if len(set(texts)) > 1:
+        raise Unsupported("has two system texts")
+    roles = [message.role for message in messages]
+    if "system" in roles:
+        raise Unsupported("has a system turn behind other turns")
+    if not roles or roles != ["user", "assistant"] * (len(roles) // 2):
+        raise Unsupported(f"does not alternate between user and assistant up to an answer ({', '.join(roles)})")
+    return (texts[0] if texts else None), messages
+
+
+def _place_sounds(messages: list[Message], record: Record) -> list[AudioSegment]:
+    """Returns all sounds, after replacing each place of a sound in the user turns by a slot with its index."""
+    parts = [part for message in messages[::2] for part in message.content]
+    named = [part for part in parts if isinstance(part, AudioSegment)]
+    slots = [part for part in parts if isinstance(part, Slot)]
+    audios = list(record.audios)
+    if named and audios:
+        if slots or [sound.audio for sound in named] != [sound.audio for sound in audios]:
+            raise Unsupported("names sounds both in its turns and in a field of the row")
+        audios = []
+    if named and slots:
+        raise Unsupported(f"has {len(slots)} audio placeholders beside the sounds that its turns name")
+    missing = len(audios) - len(slots)
+    if not named and not audios:
+        raise Unsupported("has no audio")
+    if missing < 0 or (missing and (record.missing == "refused" or (slots and record.missing == "all in front"))):
+        raise Unsupported(f"has {len(slots)} audio placeholders for {len(audios)} sounds")
+    messages[0].content[:0] = [Slot()] * missing
+    slots = [Slot()] * missing + slots
+    sounds = named or audios
+    if record.segment != (None, None):
+        if len(sounds) > 1 or (sounds[0].start_s, sounds[0].end_s) != (None, None):
+            raise Unsupported("selects a segment of a sound, and has several sounds or segments")
+        sounds = [AudioSegment(audio=sounds[0].audio, start_s=record.segment[0], end_s=record.segment[1])]
+    indices = iter(range(len(sounds)) if named else sounds_of_slots(slots, len(sounds)))
+    for message in messages[::2]:
+        message.content = [part if isinstance(part, str) else Slot(next(indices)) for part in message.content]
+    return sounds
+
+
+def _turn(message: Message, number: int) -> Turn:
+    content = [part.number if isinstance(part, Slot) else part for part in message.content]
+    if message.role == "assistant":
+        if not all(isinstance(part, str) for part in content):
+            raise Unsupported("has an audio placeholder in an answer")
+        content = ["".join(cast(list[str], content))]
+        if not str(content[0]).strip():
+            raise Unsupported(f"answer {number // 2} is empty")
+        return Turn(role="assistant", content=cast(list[str | int], content), loss=message.loss)
+    placed = tidy(cast(list[str | int], content))
+    if not placed:
+        raise Unsupported(f"turn {number} is empty")
+    return Turn(role="user", content=placed)

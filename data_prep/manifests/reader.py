@@ -11,11 +11,12 @@ import posixpath
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from data_prep.audio.fragments import split_fragment, with_fragment
 from data_prep.config import PrepareConfig, TableConfig
 from data_prep.files import expand, is_remote, open_file, parent
 from data_prep.manifests import archive_formats, json_formats, table_formats
-from data_prep.manifests.clips import Clip, RejectedRow, SourceRow, absolute_location, join_rows
-from data_prep.manifests.rows import ClipRow, TextRow
+from data_prep.manifests.clips import Clip, RejectedRow, RejectReason, SourceRow, absolute_location, join_rows
+from data_prep.manifests.rows import AudioSegment, ClipRow, TextRow
 from pipeline.core.errors import UserError
 
 READERS: dict[str, Callable[[str, TableConfig], Iterator[ClipRow] | Iterator[ClipRow | RejectedRow]]] = {
@@ -64,13 +65,23 @@ def _root_of(path: str, config: PrepareConfig) -> str:
 def read_clips(config: PrepareConfig) -> Iterator[Clip | RejectedRow]:
     """Yields the clips of all manifests in order, each once with all its questions (see `clips.join_rows`).
 
-    Rejected rows come before all clips: those with a repeated id and those whose audio path leaves the root.
+    Rejected rows come before all clips: those with a repeated id, those whose audio path leaves the root, those that a
+    feature set cannot hold, and the others of `clips.RejectReason`.
 
     Raises:
         UserError: a missing manifest, bad JSON, or a row with a missing, unknown or mistyped field; names the file and
             the line or record.
     """
     return join_rows(_source_rows(config))
+
+
+class _Refused(Exception):
+    """The reason and the detail for which the sound of a row cannot be read."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
 
 
 def _source_rows(config: PrepareConfig) -> Iterator[SourceRow | RejectedRow]:
@@ -80,23 +91,68 @@ def _source_rows(config: PrepareConfig) -> Iterator[SourceRow | RejectedRow]:
         for row in _read_rows(path, config):
             if isinstance(row, RejectedRow):
                 yield row
-                continue
-            audio = None
-            if isinstance(row, ClipRow):
-                if not row.audio.strip() or "\0" in row.audio:
-                    fault = "is empty" if not row.audio.strip() else "holds a null character"
-                    yield RejectedRow(clip_id=row.clip_id, reason="no_audio", detail=f"the audio path {fault}")
-                    continue
-                mapped, may_be_absolute = _mapped_path(row.audio, config)
-                audio = _normalised_path(mapped, may_be_absolute)
-                if audio is None:
-                    absolute = posixpath.isabs(mapped) or is_remote(mapped)
-                    fault = "is absolute, but audio_root is set" if absolute else "leaves its folder"
-                    detail = f"the audio path {row.audio} {fault}"
-                    yield RejectedRow(clip_id=row.clip_id, reason="outside_root", detail=detail)
-                    continue
-            location = None if audio is None else absolute_location(_join(roots[root], audio))
-            yield SourceRow(row, root, audio, location)
+            elif isinstance(row, ClipRow):
+                try:
+                    yield _source_row(row, root, roots, config)
+                except _Refused as refused:
+                    yield RejectedRow(clip_id=row.clip_id, reason=refused.reason, detail=refused.detail)
+            else:
+                yield SourceRow(row, root, None, None)
+
+
+def _source_row(row: ClipRow, root: int, roots: list[str], config: PrepareConfig) -> SourceRow:
+    """Returns a row with its audio path resolved, and with the other sounds of its conversations as rows.
+
+    Raises:
+        _Refused: the path of a sound is empty or leaves its root, or its segment has no length.
+    """
+    audio, start_s, end_s = _resolve(row, config)
+    location = with_fragment(absolute_location(_join(roots[root], audio)), start_s, end_s)
+    others = tuple(
+        tuple(
+            _source_row(
+                ClipRow(
+                    **sound.model_dump(),
+                    clip_id=with_fragment(sound.audio, sound.start_s or None, sound.end_s),
+                    questions=[],
+                    dataset=row.dataset,
+                    domain=row.domain,
+                ),
+                root,
+                roots,
+                config,
+            )
+            for sound in question.other_audio
+        )
+        for question in row.questions
+    )
+    return SourceRow(row, root, audio, location, start_s, end_s, others)
+
+
+def _resolve(sound: AudioSegment, config: PrepareConfig) -> tuple[str, float | None, float | None]:
+    """Returns the path of a sound relative to its root, or absolute, and its segment.
+
+    Raises:
+        _Refused: the path is empty or leaves its root, or the segment has no length.
+    """
+    if not sound.audio.strip() or "\0" in sound.audio:
+        fault = "is empty" if not sound.audio.strip() else "holds a null character"
+        raise _Refused("no_audio", f"the audio path {fault}")
+    path, start_s, end_s = split_fragment(sound.audio)
+    if sound.start_s is not None or sound.end_s is not None:
+        if path != sound.audio:
+            raise _Refused("bad_segment", f"{sound.audio} names a segment, and the row names another")
+        start_s, end_s = sound.start_s, sound.end_s
+    if (start_s or 0) < 0 or (end_s is not None and end_s <= (start_s or 0)):
+        end = "the end" if end_s is None else f"{end_s:g} s"
+        raise _Refused("bad_segment", f"the segment of {path} from {start_s or 0:g} s to {end} has no length")
+    mapped, may_be_absolute = _mapped_path(path, config)
+    audio = _normalised_path(mapped, may_be_absolute)
+    if audio is None:
+        absolute = posixpath.isabs(mapped) or is_remote(mapped)
+        fault = "is absolute, but audio_root is set" if absolute else "leaves its folder"
+        raise _Refused("outside_root", f"the audio path {path} {fault}")
+    return audio, start_s or None, end_s
 
 
 def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow | RejectedRow] | Iterator[TextRow]:
@@ -106,9 +162,9 @@ def _read_rows(path: str, config: PrepareConfig) -> Iterator[ClipRow | RejectedR
 
 
 def audio_path(clip: Clip, roots: list[str]) -> str:
-    """Returns the path or URL of a clip's audio."""
+    """Returns the path or URL of a clip's audio, with the fragment of its segment (see `audio.fragments`)."""
     assert clip.audio is not None, "clips without a path never reach a partition"
-    return _join(roots[clip.root], clip.audio)
+    return with_fragment(_join(roots[clip.root], clip.audio), clip.start_s, clip.end_s)
 
 
 def _join(root: str, audio: str) -> str:

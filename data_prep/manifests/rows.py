@@ -21,8 +21,8 @@ class AudioSegment(Strict):
     """
 
     audio: str
-    start_s: float | None = Field(default=None, ge=0)
-    end_s: float | None = Field(default=None, gt=0)
+    start_s: float | None = Field(default=None, allow_inf_nan=False)
+    end_s: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class QuestionRow(Strict):
@@ -52,7 +52,7 @@ class TextRow(Strict):
     domain: str = "unspecified"
 
 
-class ClipRow(TextRow, AudioSegment):
+class ClipRow(AudioSegment, TextRow):
     """A row of our own format, to which every other format is converted."""
 
 

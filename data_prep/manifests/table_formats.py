@@ -17,6 +17,7 @@ from data_prep.config import TableConfig
 from data_prep.files import open_utf8
 from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.rows import ClipRow
+from data_prep.manifests.segment_fields import END_FIELDS, START_FIELDS
 from data_prep.manifests.templates import TableRow, fill_row
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
@@ -25,9 +26,11 @@ from pipeline.core.errors import UserError
 KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"file_name", *(f"caption_{i}" for i in range(1, 6))},  # Clotho
      {"audio": "{file_name}", "answers": [f"{{caption_{i}}}" for i in range(1, 6)]}),
+    # Its files are cut already: `start_time` is that of the video on YouTube.
     ({"youtube_id", "start_time", "caption"}, {"audio": "{youtube_id}.wav", "answers": ["{caption}"]}),  # AudioCaps
     ({"filename", "fold", "target", "category"}, {"audio": "{filename}", "answers": ["{category}"]}),  # ESC-50
 ]  # fmt: skip
+_EDGES = (START_FIELDS, END_FIELDS)
 SPLITS = {"train", "test", "val", "valid", "validation", "dev", "eval", "training", "testing"}
 
 
@@ -137,6 +140,25 @@ def _is_audio(file: Path) -> bool:
         return is_audio(file.name, b"")
     with file.open("rb") as stream:
         return is_audio(file.name, stream.read(HEAD_BYTES))
+
+
+def _refuse_unused_times(table: TableConfig, columns: Sequence[str], path: str) -> None:
+    """Checks that a table whose columns select segments is not read as whole files.
+
+    Raises:
+        UserError: it has columns of a start and an end, which no template names.
+    """
+    edges = [next((name for name in columns if name.lower() in fields), None) for fields in _EDGES]
+    names = [name for name in edges if name is not None]
+    if len(names) < len(edges) or {"start", "end"} & table.model_fields_set:
+        return
+    if any(f"{{{name}}}" in template for name in names for template in (table.audio, table.clip_id or "")):
+        return  # the files are named by their times: they are cut already
+    start, end = names
+    remedy = f'set `table: {{start: "{{{start}}}", end: "{{{end}}}"}}` (in seconds), or `table: {{start: null}}` where '
+    raise UserError(
+        path, f"has columns '{start}' and '{end}', which no template names", f"{remedy}files are cut already"
+    )
 
 
 def _known_table(table: TableConfig, columns: Sequence[str]) -> TableConfig:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.audio.fragments import with_fragment
 from data_prep.config import TableConfig
 from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.rows import ClipRow, QuestionRow, missing_field
@@ -37,7 +39,8 @@ def fill_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:
     """Returns the row with its question and answers, rejected if a field that a template names is empty.
 
     Raises:
-        UserError: `table.question` is not set, a field is missing, or a field is a list, an object or bytes.
+        UserError: `table.question` is not set, a field is missing, a field is a list, an object or bytes, or a time is
+            no number.
     """
     if table.question is None:
         raise UserError(
@@ -51,14 +54,29 @@ def fill_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise missing_field(row.location, str(error.args[0])) from error
 
+    def seconds(key: str, template: str | None) -> float | None:
+        if template is None:
+            return None
+        text = fill(template)
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(row.location, f"`table.{key}` is '{text}' here, not a number", "give it in seconds")
+        return value
+
     try:
         audio = fill(table.audio)
     except _EmptyField as empty:
         return _rejected(row, empty, None)
     try:
+        start_s, end_s = seconds("start", table.start), seconds("end", table.end)
         return ClipRow(
-            clip_id=fill(table.clip_id) if table.clip_id else row.clip_id or audio,
+            clip_id=fill(table.clip_id) if table.clip_id else with_fragment(row.clip_id or audio, start_s, end_s),
             audio=audio,
+            start_s=start_s,
+            end_s=end_s,
             dataset=fill(table.dataset),
             domain=fill(table.domain),
             questions=[

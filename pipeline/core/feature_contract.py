@@ -3,9 +3,9 @@
 A feature set is a folder:
 
     features.json            this contract; a folder without it is not a feature set
-    clips/                   MDS shards, one sample per clip: clip_id, duration_s, dataset, domain, questions
+    clips/                   MDS shards, one sample per clip: clip_id, duration_s, dataset, domain, questions, audio
     <encoder>/               MDS shards, one sample per clip in the same order: clip_id, features (frames, width)
-    rejects.jsonl            clips that were left out: clip_id, reason
+    rejects.jsonl            clips and conversations that were left out: clip_id, question_id, reason
 
 Questions are stored apart from features, so that they can be replaced or selected by task without touching features.
 """
@@ -26,14 +26,17 @@ CONTRACT_FILE = "features.json"
 ENCODERS_FILE = "encoders.json"  # in the folder of a model
 CLIPS = "clips"
 
-# MDS column types (mosaicml-streaming). Arrays store their own shape, because clips differ in length.
+# MDS column types (mosaicml-streaming). Arrays store their own shape, because clips differ in length. `audio` is the
+# path or URL of the audio with the fragment of its segment (`a.flac#t=3,5.5`), empty in a set without audio.
 CLIP_COLUMNS = {
     "clip_id": "str",
     "duration_s": "float64",
     "dataset": "str",
     "domain": "str",
     "questions": "json",
+    "audio": "str",
 }
+OPTIONAL_COLUMNS = {"audio"}  # sets of earlier versions lack it
 _STORED_IF_SET = {"dataset", "domain", "system", "turns", "clips"}
 FEATURE_COLUMNS = {"clip_id": "str", "features": "ndarray:float16"}
 
@@ -131,7 +134,9 @@ class FeatureContract(Strict):
 
     Attributes:
         encoders: encoder name -> how its features were computed.
-        clips, questions, rejected: numbers of clips and questions in the set, and of clips that were left out.
+        clips, questions: numbers of clips and questions in the set; conversations about a clip that was left out do not
+            count, and readers leave them out.
+        rejected: number of clips and conversations that were left out.
         audio_hours: duration of all clips.
         manifest_sha256: hash of the manifest that the set was prepared from.
     """

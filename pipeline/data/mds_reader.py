@@ -23,6 +23,7 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 
 from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import OPTIONAL_COLUMNS
 from pipeline.core.files import file_lock
 
 HASH = "xxh64"
@@ -41,7 +42,7 @@ class MdsReader:
 
     Args:
         folder: local path of the MDS folder, or its URL in an object store (which needs `cache`).
-        columns: column name -> MDS type that it must have.
+        columns: column name -> MDS type that it must have; a shard may lack those of `OPTIONAL_COLUMNS`.
         cache: local folder for copies of the shards, shared by the ranks of a node and by later jobs; None reads the
             shards in place.
         cache_bytes: approximate limit on the copies, of which the least recently used are removed; None means no limit.
@@ -70,7 +71,8 @@ class MdsReader:
             raise UserError(index, f"is damaged ({error})", REPAIR) from error
         for shard in self._shards:
             shard_columns = dict(zip(shard.column_names, shard.column_encodings, strict=True))
-            if shard_columns != columns or shard.compression:
+            absent = {name: columns[name] for name in OPTIONAL_COLUMNS & columns.keys() - shard_columns.keys()}
+            if {**shard_columns, **absent} != columns or shard.compression:
                 fault = f"has columns {shard_columns}, compression {shard.compression}; expected {columns}, none"
                 raise UserError(index, fault, "prepare the set with this version")
         self._ends = np.cumsum(self.shard_sizes)

@@ -14,7 +14,8 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.audio.decode import AudioFile, Reject, WavStream
+from data_prep.audio.decode import AudioFile, Reject
+from data_prep.audio.wav_stream import WavStream
 from data_prep.config import LogMelConfig
 from data_prep.encoders.base import Encoder
 from data_prep.encoders.build import build_encoder, config_from_contract, describe_encoder

@@ -74,8 +74,8 @@ def test_chat_messages(tmp_path, as_array):
         ("a.wav", "a.wav", [("What?", "A dog."), ("Where?", "Far.")]),
         ("b.wav", "b.wav", [("What?", "A dog.")]),
     ]
-    path.write_text(json.dumps({"messages": turn[:1], "audios": ["a.wav"]}))
-    with pytest.raises(UserError, match="turns of user and assistant"):
+    path.write_text(json.dumps({"messages": turn, "audios": [1]}))
+    with pytest.raises(UserError, match=r"m\.jsonl?:1: field 'audios"):
         read(path)
 
 

@@ -89,7 +89,8 @@ def write_rows(
     folder: Path, rows: list[dict], frames: dict[str, list[np.ndarray]], *, clips_per_shard: int = 4
 ) -> Path:
     """Writes a set of these clips (columns of `CLIP_COLUMNS`) with frames (encoder -> one array for each clip)."""
-    _write_column(folder / CLIPS, CLIP_COLUMNS, rows, clips_per_shard)
+    samples = [{"audio": "", **row} for row in rows]
+    _write_column(folder / CLIPS, CLIP_COLUMNS, samples, clips_per_shard)
     for name, arrays in frames.items():
         samples = [{"clip_id": row["clip_id"], "features": a} for row, a in zip(rows, arrays, strict=True)]
         _write_column(folder / name, FEATURE_COLUMNS, samples, clips_per_shard)

@@ -2,6 +2,7 @@
 
     python -m tests.real.start untrained OUT.jsonl FEATURES_TRAIN FEATURES_TEST LANGUAGE_MODEL
     python -m tests.real.start train OUT.jsonl ... --steps 45 --seeds 0 1 2 --variants lal lal_gain_0.1
+    python -m tests.real.start_page PAGE.md OUT.jsonl...
 
 Each result is one line of OUT.jsonl; results that are there are not computed again.
 """
@@ -14,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def main(arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(arguments)
     for seed in arguments.seeds:
-        for name in arguments.variants or ["text", *VARIANTS]:
+        for name in arguments.variants or ["text", "gap", *VARIANTS]:
             row = {"measured": arguments.measure, "variant": name, "seed": seed}
             if arguments.measure == "train":
                 row |= {"steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate,
@@ -136,10 +138,14 @@ class Experiment:
         """Returns the held-out loss per answer token, and the distance from the plain language model.
 
         The plain language model reads the same text without audio and without a gap in its positions. The distance is
-        the mean KL divergence of the predictions of answer tokens, in nats.
+        the mean KL divergence of the predictions of answer tokens, in nats. `gap` hides all audio and keeps its
+        positions.
         """
-        config = self.config("plits" if variant == "text" else variant, seed)
-        model = self.model("plits" if variant == "text" else variant, config)
+        name = {"text": "plits", "gap": "lal"}.get(variant, variant)
+        config = self.config(name, seed)
+        model = self.model(name, config)
+        if variant == "gap":
+            _hide_audio(model)
         loss, distance, tokens = 0.0, 0.0, 0
         if not self._plain:
             texts = (without_audio(batch, self.template.audio_token_id) for batch in self.batches(config))
@@ -223,6 +229,17 @@ def _answer_log_probabilities(model: PalForCausalLM, batch: dict[str, Any]) -> T
     return model(**inputs).logits[predictors].log_softmax(-1)
 
 
+def _hide_audio(model: PalForCausalLM) -> None:
+    """Marks every audio key as padding; positions stay."""
+    layout = model.layout
+
+    def hidden(*arguments: Any, **settings: Any) -> Any:
+        visible = layout(*arguments, **settings)
+        return replace(visible, audio_layouts={key: audio.hide() for key, audio in visible.audio_layouts.items()})
+
+    model.layout = hidden  # type: ignore[method-assign]
+
+
 @torch.no_grad()
 def _change_start(model: PalForCausalLM, change: str, batches: Iterator[dict[str, Any]]) -> None:
     """Applies what is no setting of the software.
@@ -258,7 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     for name in ("train", "test", "language_model"):
         parser.add_argument(name)
-    parser.add_argument("--variants", nargs="*", choices=["text", *VARIANTS])
+    parser.add_argument("--variants", nargs="*", choices=["text", "gap", *VARIANTS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--questions", type=int, default=96)
     parser.add_argument("--steps", type=int, default=45)

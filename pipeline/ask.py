@@ -63,9 +63,6 @@ def _answer_about_file(responder: Responder, audio_encoders: AudioEncoders, argu
         f"{arguments.clip}: {audio.duration_s:.1f} s of audio encoded and prefilled in {prefilled - start:.2f} s; "
         f"the prefix cache takes {cache_mib:.1f} MiB"
     )
-    max_positions = responder.model.config.language_model.max_position_embeddings
-    if (positions := int(prefix.next_position)) > max_positions:
-        logger.warning(f"the clip takes {positions} positions, more than the {max_positions} of the language model")
     questions = arguments.question or _read_questions()
     answers = [_answer(responder, prefix, question, arguments) for question in questions]
     if arguments.picture:

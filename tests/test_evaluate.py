@@ -325,7 +325,8 @@ def test_a_clip_beyond_the_language_models_positions_is_reported_once(
     monkeypatch.setattr(responder, "max_positions", 3)
     with log_lines() as logged:
         list(generate_answers(responder, features, group_clips(features.table, own_audio(), 4), 4, show_progress=False))
-    assert [line.partition(" positions, ")[2] for line in logged] == ["more than the 3 of the language model"]
+    (line,) = logged
+    assert "positions with its audio, more than the 3 of the language model; shorten the audio or the text" in line
 
 
 def test_features_of_another_encoder_are_refused(generator: AnswerGenerator, tmp_path: Path) -> None:

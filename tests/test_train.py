@@ -256,3 +256,13 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = len(os.sched_getaffinity(0))
     assert supervisor._environment(1, on_gpu=False)["OMP_NUM_THREADS"] == str(cores)
     assert supervisor._environment(2 * cores, on_gpu=False)["OMP_NUM_THREADS"] == "1"
+
+
+def test_dry_run_reports_an_unfit_question_as_training_does(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(original / "config.yaml"), "--dry-run", f"output={tmp_path / 'run'}", "data.max_text_tokens=2"]
+    assert run_command(train.main, arguments) == EXIT_USER_ERROR
+    assert (
+        "48 of 48 questions are unfit (48 for text_tokens; for example question 'clip-0/0'" in capsys.readouterr().err
+    )

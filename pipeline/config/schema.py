@@ -52,7 +52,12 @@ class DataConfig(Strict):
         questions_per_sequence: number of questions about one clip that share its audio in one sequence; 1 is the common
             practice, in which each question has its own copy of the audio.
         shuffle_block_clips: clips are shuffled within blocks of this many, so that each remote shard is read once.
-        max_text_tokens: longest conversation; a longer one is an error and never truncated.
+        max_text_tokens: longest conversation; a longer one is unfit and never truncated.
+        unfit_questions: what happens to selected questions that cannot be trained on (longer than max_text_tokens or
+            than the language model's positions, with a text that the tokenizer or the template cannot hold, or with an
+            answer that is none of the choices), all of which are found before the first step: they are left out and
+            listed in `unfit.jsonl` of the output folder (`skip`), or the first one is an error (`error`).
+        max_unfit_fraction: largest fraction of unfit questions in a selection with which a run starts.
         validation_questions: number of questions, spread over the set, for the validation loss.
         workers: data loader processes of each rank; 0 loads in the rank itself.
     """
@@ -68,6 +73,8 @@ class DataConfig(Strict):
     questions_per_sequence: PositiveInt = 1
     shuffle_block_clips: PositiveInt = 65536
     max_text_tokens: PositiveInt = 1024
+    unfit_questions: Literal["skip", "error"] = "skip"
+    max_unfit_fraction: Probability = 0.01
     validation_questions: PositiveInt = 1024
     workers: NonNegativeInt = 0
 

@@ -105,6 +105,11 @@ class ChatTemplate:
         self.pad_token_id: int = self.end_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self._check()
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self._tokenizer
+
     def row(self, questions: Sequence[Question], *, audio: bool = True) -> Row:
         """Returns one sequence about one clip.
 

@@ -54,6 +54,8 @@ class QuestionTable:
         characters: (questions,) characters of question and answer together.
         task, dataset: (questions,) indices into `tasks` and `datasets`.
         duration_s: (clips,) duration of each clip.
+        tokens: (questions,) text tokens of each question after the prefix; None until `question_check` counted them.
+        fits: (questions,) whether each question can be trained on; None until `question_check` checked them.
     """
 
     clip: NDArray[np.int64]
@@ -64,6 +66,8 @@ class QuestionTable:
     tasks: tuple[str, ...]
     datasets: tuple[str, ...]
     duration_s: NDArray[np.float64]
+    tokens: NDArray[np.int64] | None = None
+    fits: NDArray[np.bool_] | None = None
 
     def __len__(self) -> int:
         return len(self.clip)
@@ -71,7 +75,7 @@ class QuestionTable:
     def select(
         self, tasks: Sequence[str] | None = None, datasets: Sequence[str] | None = None, key: str = "data"
     ) -> NDArray[np.int64]:
-        """Returns the indices of the questions of these tasks and datasets; None selects all.
+        """Returns the indices of the questions of these tasks and datasets that fit; None selects all.
 
         Args:
             key: config key of the selection, for error messages.
@@ -91,7 +95,7 @@ class QuestionTable:
                 is_selected &= np.isin(codes, [known.index(name) for name in requested])
         if not is_selected.any():
             raise UserError(key, "its tasks and datasets together select no question", "widen one of them")
-        return np.flatnonzero(is_selected)
+        return np.flatnonzero(is_selected if self.fits is None else is_selected & self.fits)
 
 
 class FeatureSet:
@@ -108,6 +112,7 @@ class FeatureSet:
         encoders: feature columns that are read.
         contract: `features.json` of the set.
         table: all questions as numbers.
+        clips: reader of the clips, from which `questions_of` takes the questions.
 
     Raises:
         UserError: the set is not finished, lacks an encoder, has a damaged file, or is a URL without a cache.
@@ -130,7 +135,7 @@ class FeatureSet:
             copy_file(f"{self._location}/{CONTRACT_FILE}", self._cache / CONTRACT_FILE)
         self.contract: FeatureContract = load_contract(self._cache or self._location)
         require_encoders(self.contract, list(encoders), self._location)
-        self._clips = self._open(CLIPS, CLIP_COLUMNS, None)
+        self.clips = self._open(CLIPS, CLIP_COLUMNS, None)
         self._features = {name: self._open(name, FEATURE_COLUMNS, cache_bytes) for name in encoders}
         self.table = self._read_table()
 
@@ -142,7 +147,7 @@ class FeatureSet:
         return reader
 
     def __len__(self) -> int:
-        return len(self._clips)
+        return len(self.clips)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -152,11 +157,11 @@ class FeatureSet:
     @property
     def shard_sizes(self) -> list[int]:
         """Clips in each shard of the column with the most shards, the one that is worth reading in order."""
-        return max((reader.shard_sizes for reader in (self._clips, *self._features.values())), key=len)
+        return max((reader.shard_sizes for reader in (self.clips, *self._features.values())), key=len)
 
     def clip(self, index: int) -> Clip:
         """Returns a clip with all its questions."""
-        return _clip(self._clips[index])
+        return _clip(self.clips[index])
 
     def features(self, index: int, clip_id: str) -> dict[str, NDArray[np.float16]]:
         """Returns encoder -> (frames, width) float16, read-only.
@@ -182,9 +187,21 @@ class FeatureSet:
 
     def questions(self) -> Iterator[Question]:
         """Yields all questions, in storage order."""
-        for shard in range(len(self._clips.shard_sizes)):
-            for sample in self._clips.samples(shard):
+        for shard in range(len(self.clips.shard_sizes)):
+            for sample in self.clips.samples(shard):
                 yield from _clip(sample).questions
+
+    @property
+    def questions_sha256(self) -> str:
+        """Hash of the contract and of the hashes of all shards with questions."""
+        contents = f"{self.contract.dump()}\n{' '.join(self.clips.shard_hashes)}"
+        return hashlib.sha256(contents.encode()).hexdigest()
+
+    @property
+    def local_folders(self) -> list[Path]:
+        """Folders for files about this set: that of a local set, and that of the copies of its shards."""
+        own = [] if "://" in self._location else [self.folder]
+        return own if self._cache is None else [*own, self._cache]
 
     @property
     def is_text(self) -> bool:
@@ -208,9 +225,9 @@ class FeatureSet:
         datasets: dict[str, int] = {}
         shard_rows: list[NDArray[np.int64]] = []
         durations: list[float] = []
-        for shard in range(len(self._clips.shard_sizes)):
+        for shard in range(len(self.clips.shard_sizes)):
             rows: list[tuple[int, int, int, int, int]] = []
-            for sample in self._clips.samples(shard):
+            for sample in self.clips.samples(shard):
                 dataset = datasets.setdefault(sample["dataset"], len(datasets))
                 for number, question in enumerate(sample["questions"]):
                     source = question.get("dataset")
@@ -268,6 +285,10 @@ def open_mixture(features: FeatureSet, data: DataConfig) -> list[FeatureSet]:
     return sets
 
 
+def questions_of(sample: dict[str, Any]) -> tuple[Question, ...]:
+    """Returns the questions of a sample of `FeatureSet.clips`."""
+    return tuple(Question.model_validate(question) for question in sample["questions"])
+
+
 def _clip(sample: dict[str, Any]) -> Clip:
-    questions = tuple(Question.model_validate(question) for question in sample["questions"])
-    return Clip(sample["clip_id"], sample["duration_s"], sample["dataset"], sample["domain"], questions)
+    return Clip(sample["clip_id"], sample["duration_s"], sample["dataset"], sample["domain"], questions_of(sample))

@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.ranks import Ranks, read_ranks
 from pipeline.data.chat_template import ChatTemplate
 from pipeline.data.collate import Batch, Example, collate
-from pipeline.data.feature_set import FeatureSet, open_mixture
+from pipeline.data.feature_set import FeatureSet
 from pipeline.data.sampler import Ints, MixtureSampler, PackedExample, PackedSampler, Sampler, split_micro_batches
 
 _PREFETCHED_BATCHES = 4  # per worker
@@ -32,31 +32,30 @@ class TrainingLoader:
     """An endless series of this rank's micro-batches, grouped by optimizer step; resumes at any number of ranks.
 
     Args:
-        features: the feature set of `data.train`; this class opens those of `data.mixture`.
+        sets: feature set of `data.train`, then that of each entry of `data.mixture`.
         chat_template: renders the conversations.
         data: selection, mixture, packing, shuffling and workers.
-        train: seed, batch sizes and precision. With `micro_batch_tokens` every text is tokenised once, which
-            takes a minute or two for five million questions.
+        train: seed, batch sizes and precision. With `micro_batch_tokens` every text is tokenised once, unless
+            `question_check` counted the tokens.
         ranks: rank of this process and number of ranks.
         audio_positions: None counts text only against `micro_batch_tokens`.
 
     Raises:
-        UserError: a task or dataset is unknown, nothing is selected, a set of the mixture cannot be read or has other
-            features, or the global batch does not divide.
+        UserError: a task or dataset is unknown, nothing is selected, or the global batch does not divide.
     """
 
     def __init__(
         self,
-        features: FeatureSet,
+        sets: Sequence[FeatureSet],
         chat_template: ChatTemplate,
         data: DataConfig,
         train: TrainConfig,
         ranks: Ranks,
         audio_positions: AudioPositions | None = None,
     ) -> None:
-        self._sets = [features, *open_mixture(features, data)]
-        selections = [features.table.select(data.tasks, data.datasets)]
-        for number, (mixed_set, mixed) in enumerate(zip(self._sets[1:], data.mixture, strict=True)):
+        self._sets = sets
+        selections = [sets[0].table.select(data.tasks, data.datasets)]
+        for number, (mixed_set, mixed) in enumerate(zip(sets[1:], data.mixture, strict=True)):
             selections.append(mixed_set.table.select(mixed.tasks, mixed.datasets, f"data.mixture.{number}"))
         samplers = [
             PackedSampler(
@@ -152,13 +151,15 @@ class TrainingLoader:
         """Resumes after as many packed examples as the state counts.
 
         Raises:
-            UserError: the state is from another sampling order (set, selection, packing, shuffling or seed).
+            UserError: the state is from another sampling order (set, selection, unfit questions, packing, shuffling or
+                seed).
         """
         if state["sampler"] != self._fingerprint:
             raise UserError(
                 "data",
                 "is not the sampling order that the checkpoint was written with",
-                "resume with the same feature set, tasks, datasets, questions_per_sequence, shuffle_block_clips, seed",
+                "resume with the same feature set, tasks, datasets, unfit questions (unfit.jsonl), "
+                "questions_per_sequence, shuffle_block_clips, seed",
             )
         self._start, self._yielded = state["packed_examples"], 0
 
@@ -184,7 +185,7 @@ def evaluation_batches(
     rows = [PackedExample(int(clip[question]), np.array([question])) for question in selected]
     rows += [PackedExample(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % ranks.world_size)
     lengths = _RowLengths([features], chat_template, train, audio_positions)
-    if train.micro_batch_tokens is not None:
+    if train.micro_batch_tokens is not None and features.table.tokens is None:
         lengths.tokenise(selected)
     dataset = _MicroBatchDataset([features], chat_template, feature_dtype(train))
     yield from _load(dataset, iter(lengths.split(rows, ranks)), workers=0)
@@ -230,8 +231,10 @@ class _RowLengths:
         if self._max_tokens is None:
             return float(feature_set.table.characters[example.questions].sum())
         if example.source not in self._token_counts:
-            token_counts = list(self._chat_template.lengths(feature_set.questions()))
-            self._token_counts[example.source] = np.array(token_counts, np.int64)
+            token_counts = feature_set.table.tokens
+            if token_counts is None:
+                token_counts = np.array(list(self._chat_template.lengths(feature_set.questions())), np.int64)
+            self._token_counts[example.source] = token_counts
         audio = 0
         if self._audio_positions is not None and not feature_set.is_text:
             audio = self._audio_positions(feature_set.table.duration_s[example.clip])

@@ -87,6 +87,11 @@ class MdsReader:
         """Samples in each shard, in storage order."""
         return [shard.samples for shard in self._shards]
 
+    @property
+    def shard_hashes(self) -> list[str]:
+        """Hash of each shard as its index has it, in storage order."""
+        return [str(shard.raw_data.hashes.get(HASH)) for shard in self._shards]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         shard = self.shard_of(index)
         for _ in range(_MAX_EVICTIONS):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pipeline.core.console import configure_logging, logger, progress
+from pipeline.core.console import configure_logging, progress
 from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.feature_set import FeatureSet, QuestionTable
@@ -203,7 +203,6 @@ def generate_answers(
         index of the question -> answer, for one group.
     """
     total = sum(len(group.questions) for group in groups)
-    max_positions, warned = responder.max_positions, False
     with progress(total, "questions") if show_progress else nullcontext() as bar:
         for group in groups:
             clips = [question_set.clip(clip) for clip, _ in group.clips]
@@ -212,11 +211,6 @@ def generate_answers(
                 for _, audio_clip in group.clips
             ]
             prefix = responder.prefill(audio, hidden)
-            if not warned and (positions := int(prefix.next_position.max())) > max_positions:
-                logger.warning(
-                    f"a clip takes {positions} positions, more than the {max_positions} of the language model"
-                )
-                warned = True
             answers: dict[int, Reply] = {}
             for first in range(0, len(group.questions), batch_size):
                 batch = group.questions[first : first + batch_size]

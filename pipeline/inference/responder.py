@@ -21,6 +21,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
+from pipeline.data.length_errors import too_many_positions
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
 
@@ -125,6 +126,7 @@ class Responder:
         self.model = model.eval()
         self.chat_template = chat_template
         self._max_new_tokens = max_new_tokens
+        self._warned_of_positions = False
         self.max_positions: int = model.config.language_model.max_position_embeddings
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
@@ -168,6 +170,8 @@ class Responder:
         """
         prefix_length = len(self.chat_template.prefix)
         suffixes = [self.chat_template.prompt(question)[prefix_length:] for question in questions]
+        ends = (prefix.next_position.cpu()[list(rows)] + torch.tensor([len(ids) for ids in suffixes])).tolist()
+        self._warn_of_positions(dict(zip(questions, ends, strict=True)))
         longest = max(map(len, suffixes))
         device, pad = self.model.device, self.chat_template.pad_token_id
         input_ids = [[pad] * (longest - len(ids)) + ids for ids in suffixes]
@@ -185,6 +189,17 @@ class Responder:
         )
         end = self.chat_template.end_token_id
         return [Reply(self.chat_template.decode(ids), truncated=end not in ids) for ids in generated.tolist()]
+
+    def _warn_of_positions(self, positions: Mapping[str, int]) -> None:
+        """Warns once if a prompt takes more positions than the language model has.
+
+        Args:
+            positions: question -> positions of its prompt with the audio.
+        """
+        question, longest = max(positions.items(), key=lambda item: item[1])
+        if longest > self.max_positions and not self._warned_of_positions:
+            logger.warning(too_many_positions(f"question '{question}'", longest, self.max_positions))
+            self._warned_of_positions = True
 
     def answer_streaming(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
         """Answers one question about the first clip of `prefix`; calls `write` with each new piece of text.

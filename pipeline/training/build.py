@@ -13,14 +13,13 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, dump_config, load_config
-from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
 from pipeline.core.ranks import Ranks
 from pipeline.core.streams import IntegrationKind, Stream
 from pipeline.cost.flops import whole_time_steps
 from pipeline.data.chat_template import ChatTemplate, build_chat_template
-from pipeline.data.feature_set import FeatureSet, open_feature_set
+from pipeline.data.feature_set import FeatureSet, open_mixture
 from pipeline.data.loader import TrainingLoader
 from pipeline.engine import (
     Engine,
@@ -35,6 +34,7 @@ from pipeline.engine import (
 from pipeline.model import PalConfig, PalForCausalLM, add_lora, lora_parameters, merge_lora, set_trainable
 from pipeline.model.connectors import count_audio_tokens
 from pipeline.training import checkpoint_dir, run_dir
+from pipeline.training.checked_sets import CheckedSets, open_checked_sets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,15 +44,13 @@ class Components:
     """The parts of a run on one rank.
 
     Attributes:
-        features: training set.
-        validation: held-out set, if the config names one.
+        sets: feature sets, whose questions are checked.
         audio_positions: duration of a clip in seconds -> positions of its audio in the sequence, approximately.
         ds_config: DeepSpeed config of the engine.
         total_steps: optimizer steps of the run; None if its length is set in tokens.
     """
 
-    features: FeatureSet
-    validation: FeatureSet | None
+    sets: CheckedSets
     model: PalForCausalLM
     tokenizer: PreTrainedTokenizerBase
     chat_template: ChatTemplate
@@ -62,6 +60,16 @@ class Components:
     ds_config: dict[str, Any]
     total_steps: int | None
 
+    @property
+    def features(self) -> FeatureSet:
+        """Training set."""
+        return self.sets.train
+
+    @property
+    def validation(self) -> FeatureSet | None:
+        """Held-out set, if the config names one."""
+        return self.sets.validation
+
 
 def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     """Builds the components of one rank. The process group must exist.
@@ -70,14 +78,13 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
         UserError: data, language model and config do not match.
     """
     train = config.train
-    encoders = config.model.encoders
-    features = open_feature_set(config.data.train, encoders, config.data)
-    validation = open_feature_set(config.data.validation, encoders, config.data) if config.data.validation else None
     tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, train.loss_on)
+    sets = check_questions(config, chat_template)
     if ranks.is_main:
-        warn_of_long_clips(config, features, chat_template)
-    positions = audio_positions(config, features.contract)
-    loader = build_loader(config, features, chat_template, ranks, positions)
+        sets.report(config.output)
+        sets.write_list(config.output)
+    positions = audio_positions(config, sets.train.contract)
+    loader = TrainingLoader([sets.train, *sets.mixture], chat_template, config.data, train, ranks, positions)
     ds_config = build_ds_config(
         train.zero,
         train,
@@ -87,13 +94,17 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     )
     torch.manual_seed(train.seed)
     with partitioned_loading(ds_config):
-        model = build_model(config, features.contract, chat_template.audio_token_id)
+        model = build_model(config, sets.train.contract, chat_template.audio_token_id)
     engine = Engine(model, parameter_groups(model, train), ds_config)
     set_group_timeouts(train.collective_timeout_s)
     steps = total_steps(train, loader)
-    return Components(
-        features, validation, model, tokenizer, chat_template, loader, positions, engine, ds_config, steps
-    )
+    return Components(sets, model, tokenizer, chat_template, loader, positions, engine, ds_config, steps)
+
+
+def check_questions(config: ExperimentConfig, chat_template: ChatTemplate) -> CheckedSets:
+    """Opens the feature sets of a run and checks their questions; see `open_checked_sets`."""
+    contract = load_contract(config.data.train)
+    return open_checked_sets(config, chat_template, audio_positions(config, contract, ("plits", "lal")))
 
 
 def audio_positions(
@@ -118,22 +129,6 @@ def audio_positions(
     return lambda seconds: sum(stream_tokens(stream, seconds) for stream in streams)
 
 
-def warn_of_long_clips(config: ExperimentConfig, features: FeatureSet, chat_template: ChatTemplate) -> None:
-    """Warns if the longest clip takes more positions than the language model was made for."""
-    limit = getattr(AutoConfig.from_pretrained(config.model.language_model), "max_position_embeddings", None)
-    clips = features.table.clip[features.table.select(config.data.tasks, config.data.datasets)]
-    if limit is None or not len(clips):
-        return
-    longest_s = float(features.table.duration_s[clips].max())
-    audio = audio_positions(config, features.contract, ("plits", "lal"))(longest_s)
-    positions = len(chat_template.prefix) - 1 + audio
-    if positions > limit:
-        logger.warning(
-            f"data.train: the longest clip ({longest_s:.0f} s) takes {positions} positions, more than the {limit} of "
-            "the language model; leave long clips out of the set"
-        )
-
-
 def build_loader(
     config: ExperimentConfig,
     features: FeatureSet,
@@ -142,7 +137,8 @@ def build_loader(
     positions: Callable[[float], int],
 ) -> TrainingLoader:
     """Builds the loader of one rank's training batches; `positions` is from `audio_positions`."""
-    return TrainingLoader(features, chat_template, config.data, config.train, ranks, positions)
+    sets = [features, *open_mixture(features, config.data)]
+    return TrainingLoader(sets, chat_template, config.data, config.train, ranks, positions)
 
 
 def total_steps(train: TrainConfig, loader: TrainingLoader) -> int | None:

@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,8 @@ def run_rank(
 
             _connect(config, ranks, stop)
             last = [*stages][-1]
+            if len(stages) > 1:
+                _check_questions([stage for stage in stages.values() if not run_dir.is_finished(stage.output)])
             for name, stage in stages.items():
                 # Waits for rank 0, which writes what the previous stage leaves behind.
                 finished = from_main_rank(run_dir.is_finished(stage.output))
@@ -108,6 +110,20 @@ def _connect(config: ExperimentConfig, ranks: Ranks, stop: threading.Event) -> N
         signal.signal(number, lambda *_: stop.set())
     rank_process.watch_parent(stop.set)
     rank_process.watch_stop_request(config.output, stop.set)
+
+
+def _check_questions(stages: Sequence[ExperimentConfig]) -> None:
+    """Checks the questions of these stages, so that an unfit one in the last is reported before the first begins.
+
+    Raises:
+        UserError: a stage would not start.
+    """
+    from pipeline.data.chat_template import build_chat_template
+    from pipeline.training.build import check_questions
+
+    for stage in stages:
+        _, chat_template = build_chat_template(stage.model.language_model, stage.data, stage.train.loss_on)
+        check_questions(stage, chat_template)
 
 
 def read_results(stages: Mapping[str, ExperimentConfig]) -> dict[str, Any]:

@@ -77,29 +77,27 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     import numpy as np
 
     from pipeline.data.chat_template import build_chat_template
-    from pipeline.data.feature_set import open_feature_set
+    from pipeline.data.loader import TrainingLoader
     from pipeline.model import count_parameters
-    from pipeline.training.build import (
-        audio_positions,
-        build_empty_model,
-        build_loader,
-        total_steps,
-        warn_of_long_clips,
-    )
+    from pipeline.training.build import audio_positions, build_empty_model, check_questions, total_steps
 
     _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     parameters = count_parameters(build_empty_model(config, contract, chat_template.audio_token_id))
-    features = open_feature_set(config.data.train, config.model.encoders, config.data)
-    warn_of_long_clips(config, features, chat_template)
-    positions = audio_positions(config, contract)
-    loader = build_loader(config, features, chat_template, Ranks(0, world_size, 0, 1), positions)
-    selected = features.table.select(config.data.tasks, config.data.datasets)
-    clips = features.table.clip[selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]]
-    packed = config.data.questions_per_sequence
-    rows = [chat_template.row(features.clip(int(clip)).questions[:packed]) for clip in clips]
+    sets = check_questions(config, chat_template)
+    sets.report(config.output)
+    positions, ranks = audio_positions(config, contract), Ranks(0, world_size, 0, 1)
+    loader = TrainingLoader([sets.train, *sets.mixture], chat_template, config.data, config.train, ranks, positions)
+    table = sets.train.table
+    selected = table.select(config.data.tasks, config.data.datasets)
+    clip_of_selected = table.clip[selected]
+    clips = clip_of_selected[np.linspace(0, len(selected) - 1, _SAMPLED_ROWS).astype(np.int64)]
+    first, last = (np.searchsorted(clip_of_selected, clips, side) for side in ("left", "right"))
+    last = np.minimum(last, first + config.data.questions_per_sequence)
+    counts = np.zeros(len(table), np.int64) if table.tokens is None else table.tokens
+    row_tokens = [counts[selected[begin:end]].sum() for begin, end in zip(first, last, strict=True)]
     sequences = config.train.global_batch_size // config.data.questions_per_sequence
-    text_tokens = sequences * float(np.mean([len(row.input_ids) - 1 for row in rows]))
-    seconds = sequences * float(np.mean(features.table.duration_s[clips]))
+    text_tokens = sequences * float(len(chat_template.prefix) - 1 + np.mean(row_tokens))
+    seconds = sequences * float(np.mean(table.duration_s[clips]))
     steps = total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
     lines = []
@@ -111,7 +109,7 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     lines += [
         f"parameters: {parameters['total']:,} in all, {parameters['trainable']:,} trained",
         f"{'about ' if config.train.tokens else ''}{steps:,} steps on {len(selected):,} questions about "
-        f"{len(np.unique(features.table.clip[selected])):,} clips",
+        f"{len(np.unique(clip_of_selected)):,} clips",
         f"a step: {config.train.global_batch_size} questions in {sequences} sequences on {world_size} ranks, "
         f"{config.gradient_accumulation_steps(world_size)} micro-batches each"
         f"{' or more' if config.train.micro_batch_tokens else ''}",

@@ -28,6 +28,8 @@ _FREE = (
     "tracking",
     "data.cache",
     "data.cache_gib",
+    "data.max_unfit_fraction",
+    "data.unfit_questions",
     "data.workers",
     "train.checkpoint",
     "train.collective_timeout_s",

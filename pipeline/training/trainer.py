@@ -265,6 +265,7 @@ class Trainer:
             **self.throughput.rates(self.ranks.world_size),
             "peak_memory_gib": max(peaks),
             "text_tokens": self.seen_tokens,
+            "unfit_questions": self.components.sets.num_unfit,
         }
         self._record(results)
         return results

@@ -10,7 +10,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.ranks import Ranks
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.collate import Example, collate
-from pipeline.data.feature_set import FeatureSet
+from pipeline.data.feature_set import FeatureSet, open_mixture
 from pipeline.data.loader import TrainingLoader, evaluation_batches
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_feature_set
 
@@ -41,7 +41,8 @@ def loader(features, chat, rank=0, world_size=1, audio_positions=None, **setting
     data_config = DataConfig(train=str(features.folder), **{"questions_per_sequence": 2, **settings})
     train["global_batch_size"] = examples_per_step * data_config.questions_per_sequence
     train_config = TrainConfig(**{"micro_batch_size": 2, "precision": "fp32", **train})
-    return TrainingLoader(features, chat, data_config, train_config, ranks_of(rank, world_size), audio_positions)
+    sets = [features, *open_mixture(features, data_config)]
+    return TrainingLoader(sets, chat, data_config, train_config, ranks_of(rank, world_size), audio_positions)
 
 
 def batches_of(loader: TrainingLoader, num_steps: int) -> list[dict]:

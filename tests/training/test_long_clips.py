@@ -1,4 +1,4 @@
-"""Clips that take more positions than the language model was made for."""
+"""Clips that take, with their text, more positions than the language model was made for."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from pipeline.config import ExperimentConfig, validate_config
+from pipeline.core.errors import UserError
+from pipeline.core.feature_contract import Question
 from pipeline.data.chat_template import build_chat_template
-from pipeline.data.feature_set import FeatureSet
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
-from pipeline.training.build import warn_of_long_clips
+from pipeline.training.build import check_questions
 from tests.helpers.feature_sets import write_rows
-from tests.helpers.log_lines import log_lines
 
 
 @pytest.mark.parametrize("integration", ["lal", "plits"])
-@pytest.mark.parametrize(("seconds", "warns"), [(100.0, False), (200.0, True)])
-def test_training_warns_of_the_longest_clip(tmp_path: Path, integration: str, seconds: float, warns: bool) -> None:
+@pytest.mark.parametrize(("seconds", "fits"), [(100.0, True), (200.0, False)])
+def test_training_refuses_a_clip_that_is_too_long(tmp_path: Path, integration: str, seconds: float, fits: bool) -> None:
     question = {"question_id": "q", "question": "What?", "answer": "a dog", "task": "what"}
     row = {"clip_id": "c", "duration_s": seconds, "dataset": "d", "domain": "sound", "questions": [question]}
     write_rows(tmp_path / "set", [row], {"log_mel": [np.zeros((4, 8), np.float16)]})
@@ -30,7 +30,10 @@ def test_training_warns_of_the_longest_clip(tmp_path: Path, integration: str, se
     }
     config = validate_config(ExperimentConfig, values, "test")
     _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
-    with log_lines() as lines:
-        warn_of_long_clips(config, FeatureSet(tmp_path / "set", ["log_mel"]), chat_template)
-    expected = f"the longest clip (200 s) takes {len(chat_template.prefix) - 1 + 5000} positions, more than the 4096"
-    assert [expected in line for line in lines] == [True] * warns
+    question_tokens = next(chat_template.lengths([Question.model_validate(question)]))
+    positions = len(chat_template.prefix) - 1 + 5000 + question_tokens
+    if fits:
+        assert check_questions(config, chat_template).num_unfit == 0
+        return
+    with pytest.raises(UserError, match=f"takes {positions} positions with its audio, more than the 4096"):
+        check_questions(config, chat_template)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -17,10 +18,28 @@ from pipeline.config import DataConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.labels import IGNORE_INDEX
+from pipeline.data.conversation import (
+    Conversation,
+    Prompt,
+    Row,
+    Span,
+    SpanTokenizer,
+    SpanTokens,
+    find_turn_marks,
+    refuse_turn_marks,
+    write_conversation,
+)
 from pipeline.data.plain_text import PlainTextTokenizer
-from pipeline.data.template_parts import AUDIO_TOKEN, split_template, unusable_template
+from pipeline.data.template_parts import (
+    AUDIO_TOKEN,
+    MARKERS,
+    TemplateParts,
+    split_next_turn,
+    split_template,
+    unusable_template,
+)
 
-_CACHED_CONVERSATIONS = 100_000
+_CACHED_SYSTEM_TEXTS = 1000
 _TOKENISED_AT_ONCE = 10_000
 
 
@@ -44,44 +63,36 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence before padding: three int64 arrays of equal length, in the form the model reads."""
-
-    input_ids: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    segment_ids: NDArray[np.int64]
-
-
 class ChatTemplate:
-    """Renders conversations: system text, a user turn with the clip's placeholder and the question, then the answer.
+    """Renders conversations: the system text, then in turn the user's texts and clips, and the answers.
 
-    The tokenizer's template is rendered once, with markers in place of question and answer, which gives its fixed
-    parts: everything up to and including `<audio>` (shared by all questions of a clip), the text between question and
-    answer, and the end of the answer. Labels are built from these parts and not from `{% generation %}` marks, which
-    the templates of Llama and Qwen lack. A tokenizer without a template gets LTU's format (arXiv 2305.10790), with the
-    audio in front: `### Instruction:\\n{question}\\n\\n### Response:\\n{answer}`.
+    The tokenizer's template is rendered with markers in place of the texts, which gives its fixed parts (see
+    `template_parts`). A plain question is a conversation with one user turn, the clip's placeholder and the question,
+    and an answer; all plain questions of a clip share the prefix up to and including `<audio>`. Labels are built from
+    these parts and not from `{% generation %}` marks, which the templates of Llama and Qwen lack. A tokenizer without a
+    template gets LTU's format (arXiv 2305.10790), with the audio in front:
+    `### Instruction:\\n{question}\\n\\n### Response:\\n{answer}`.
 
-    Questions and answers are plain text: a control token in them, or the placeholder, is encoded as its characters (see
-    `PlainTextTokenizer`). Where the template marks turns by plain text instead (`### Response:`), a question or answer
-    with such a mark is an error.
+    The data's texts and system texts are plain text: a control token in them, or the placeholder, is encoded as its
+    characters (see `PlainTextTokenizer`). Where the template marks turns by plain text instead (`### Response:`), a
+    text of the data with such a mark is an error.
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
-        system_prompt: text before the audio; empty for none.
+        system_prompt: system text of questions without their own; empty for none.
         max_text_tokens: a longer conversation is an error and never truncated.
-        loss_on: `answer` (with its end of turn), or `all_text`, which adds the question and the template around it. The
-            system text never has a loss, nor has the first token after the audio, whose predecessor depends on the
-            integration.
+        loss_on: `answer` (with its end of turn), or `all_text`, which adds the user's texts and the template around
+            them. Before the first audio only answers have a loss, and the first token after an audio never has one,
+            because its predecessor depends on the integration.
 
     Attributes:
         audio_token_id: token id of the placeholder.
         pad_token_id: token id that pads rows.
         end_token_id: token id that ends an answer and stops generation.
-        prefix: token ids up to and including the placeholder.
+        prefix: token ids of a plain question up to and including the placeholder.
 
     Raises:
-        UserError: the tokenizer's template cannot be used.
+        UserError: the tokenizer's template cannot be used, or the system prompt contains a marker.
     """
 
     def __init__(
@@ -92,18 +103,25 @@ class ChatTemplate:
         max_text_tokens: int,
         loss_on: Literal["answer", "all_text"] = "answer",
     ) -> None:
+        for marker in MARKERS:
+            if marker in system_prompt:
+                remedy = "remove it: the pipeline places the audio, the question and the answer"
+                raise UserError("data.system_prompt", f"contains {marker}", remedy)
         self._tokenizer = tokenizer
         self._max_text_tokens = max_text_tokens
         self._loss_on = loss_on
-        self._cache: dict[tuple[str, str], tuple[list[int], int]] = {}
+        self._next_turn: str | None = None
         self.audio_token_id: int = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
         self._plain_text = PlainTextTokenizer(tokenizer)
+        self._spans = SpanTokenizer(self._plain_text)
         self._parts = split_template(tokenizer, system_prompt)
-        self._turn_marks = self._find_turn_marks(system_prompt)
-        self.prefix = self._encode(self._parts.prefix)
-        self.end_token_id = self._encode(self._parts.after_answer)[-1]
+        self._parts_of_system: dict[str, TemplateParts] = {}
+        self._turn_marks = find_turn_marks(self._parts, tokenizer.bos_token or "", self._plain_text)
+        self.end_token_id = self._tokenizer.encode(self._parts.after_answer, add_special_tokens=False)[-1]
         self.pad_token_id: int = self.end_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self._check()
+        example = Question(question_id="example", question="What do you hear?", answer="A dog barks.")
+        self.prefix = self.prefix_of(example)
+        self._check(example)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -117,91 +135,119 @@ class ChatTemplate:
         A sequence with a single question is all segment 0.
 
         Args:
+            questions: questions that agree in everything up to and including the first placeholder.
             audio: False omits the placeholder, for questions about no clip.
 
         Raises:
-            UserError: a conversation is longer than max_text_tokens, or a text contains a mark of the template.
+            UserError: a conversation is longer than max_text_tokens, contains a mark of the template, or has what the
+                template cannot express.
         """
-        ids = list(self.prefix) if audio else self.prefix[:-1]
-        labels, segments = [IGNORE_INDEX] * len(ids), [0] * len(ids)
-        for number, question in enumerate(questions, start=1):
-            suffix_ids, prompt_length = self._suffix(question)
-            self._check_length(len(self.prefix) + len(suffix_ids), _name_of(question))
-            unlabelled = prompt_length if self._loss_on == "answer" else 1
-            ids += suffix_ids
-            labels += [IGNORE_INDEX] * unlabelled + suffix_ids[unlabelled:]
-            segments += [number if len(questions) > 1 else 0] * len(suffix_ids)
+        conversations = [self._write(question, audio=audio) for question in questions]
+        prefix = SpanTokens(self.prefix, [])
+        if questions:
+            prefix = self._tokenise_prefix(conversations[0], _name_of(questions[0]))
+        ids, labels = list(prefix.ids), self._labels(prefix, only_answers=True)
+        if not audio or (conversations and not conversations[0].clips):
+            del ids[-1], labels[-1]
+        segments = [0] * len(ids)
+        for number, (conversation, question) in enumerate(zip(conversations, questions, strict=True), start=1):
+            name = _name_of(question)
+            if number > 1 and self._tokenise_prefix(conversation, name).ids != prefix.ids:
+                raise ValueError(f"{name} has another prefix than the other questions of its row")
+            tokens = self._spans.tokenise(conversation.suffix, name, skip=1)
+            self._check_length(len(prefix.ids) + len(tokens.ids), name)
+            ids += tokens.ids
+            labels += self._labels(tokens)
+            segments += [number if len(questions) > 1 else 0] * len(tokens.ids)
         return Row(*(np.array(values, np.int64) for values in (ids, labels, segments)))
 
+    def prefix_of(self, question: Question) -> list[int]:
+        """Returns the token ids of a question up to and including the first placeholder.
+
+        A question about no clip has the placeholder in front of its first user turn.
+        """
+        return self._tokenise_prefix(self._write(question), _name_of(question)).ids
+
     def lengths(self, questions: Iterable[Question]) -> Iterator[int]:
-        """Yields the number of tokens after the placeholder for each conversation, without checking it.
+        """Yields the number of tokens after the first placeholder for each conversation, without checking it.
 
         Raises:
-            UserError: a text contains a mark of the template.
+            UserError: see `row`.
         """
         questions = iter(questions)
         while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
             names = [_name_of(question) for question in chunk]
-            suffixes = [self._suffix_texts(question) for question in chunk]
-            for ids in self._encode_suffixes(suffixes, names):
-                yield len(ids)
+            suffixes = [self._write(question).suffix.texts for question in chunk]
+            for ids in self._plain_text.encode_batch(suffixes, names):
+                yield len(ids) - 1
 
-    def prompt(self, question: str) -> list[int]:
-        """Returns the token ids up to where the answer begins, for generation.
+    def prompt_of(self, question: Question) -> Prompt:
+        """Returns the token ids up to where the last answer begins, for generation.
 
         Raises:
-            UserError: the prompt is longer than max_text_tokens, or the question contains a mark of the template.
+            UserError: the prompt is longer than max_text_tokens; see also `row`.
         """
-        ids = self.prefix + self._encode_suffixes([self._prompt_texts(question)], [repr(question)])[0]
-        self._check_length(len(ids), repr(question))
-        return ids
+        name = _name_of(question)
+        conversation = self._write(question, for_generation=True)
+        prefix_ids = self._tokenise_prefix(conversation, name).ids
+        ids = prefix_ids + self._spans.tokenise(conversation.suffix, name, skip=1).ids
+        self._check_length(len(ids), name)
+        if not conversation.clips:
+            return Prompt(prefix_ids[:-1], ids[len(prefix_ids) :], ())
+        end = len(ids) - ids[::-1].index(self.audio_token_id)
+        return Prompt(ids[:end], ids[end:], conversation.clips)
+
+    def prompt(self, question: str) -> list[int]:
+        """Returns the token ids of a plain question up to where the answer begins; see `prompt_of`."""
+        prompt = self.prompt_of(Question(question_id=question, question=question, answer=""))
+        return prompt.prefix + prompt.suffix
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of an answer, without special tokens and surrounding white space."""
         text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
-    def _suffix(self, question: Question) -> tuple[list[int], int]:
-        """Returns the token ids after the placeholder, and how many of them precede the answer."""
-        key = (question.question, question.answer)
-        if key not in self._cache:
-            where = _name_of(question)
-            texts = [self._prompt_texts(question.question), self._suffix_texts(question)]
-            prompt_ids, suffix_ids = self._encode_suffixes(texts, [where, where])
-            if suffix_ids[: len(prompt_ids)] != prompt_ids:
-                raise UserError(where, "its answer merges with the prompt's last token", "check the chat template")
-            if len(self._cache) >= _CACHED_CONVERSATIONS:
-                self._cache.clear()
-            self._cache[key] = suffix_ids, len(prompt_ids)
-        return self._cache[key]
+    def _write(self, question: Question, *, audio: bool = True, for_generation: bool = False) -> Conversation:
+        """Returns the texts of a question, without its last answer if they are for generation."""
+        name, parts = _name_of(question), self._parts
+        if question.system is not None:
+            parts = self._parts_with(question.system, name)
+        conversation = write_conversation(question, parts, partial(self._between_exchanges, name), audio=audio)
+        if for_generation:
+            *history, last = conversation.suffix.answers
+            conversation = replace(conversation, suffix=Span(list(last.prompt), history))
+        for span in (conversation.prefix, conversation.suffix):
+            texts = span.texts[1::2]
+            if span is conversation.prefix and question.system is None:
+                texts = texts[len(parts.start) // 2 :]  # the system text is the run's own
+            refuse_turn_marks(texts, self._turn_marks, name)
+        return conversation
 
-    def _prompt_texts(self, question: str) -> list[str]:
-        """Returns the texts between placeholder and answer, the template's and the data's in turn."""
-        return [AUDIO_TOKEN + self._parts.before_question, question.strip(), self._parts.after_question]
+    def _parts_with(self, system_text: str, name: str) -> TemplateParts:
+        if system_text not in self._parts_of_system:
+            if len(self._parts_of_system) >= _CACHED_SYSTEM_TEXTS:
+                self._parts_of_system.clear()
+            with _naming(name, "a system text"):
+                self._parts_of_system[system_text] = split_template(self._tokenizer, system_text)
+        return self._parts_of_system[system_text]
 
-    def _suffix_texts(self, question: Question) -> list[str]:
-        """Does the same as `_prompt_texts` up to the end of the answer."""
-        *texts, after_question = self._prompt_texts(question.question)
-        return [*texts, after_question + self._parts.before_answer, question.answer.strip(), self._parts.after_answer]
+    def _between_exchanges(self, name: str) -> str:
+        if self._next_turn is None:
+            with _naming(name, "several turns"):
+                self._next_turn = split_next_turn(self._tokenizer, self._parts)
+        return self._next_turn
 
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def _tokenise_prefix(self, conversation: Conversation, name: str) -> SpanTokens:
+        return self._spans.tokenise(conversation.prefix, name, skip=0)
 
-    def _encode_suffixes(self, suffixes: Sequence[Sequence[str]], names: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids after the placeholder.
-
-        Args:
-            suffixes: texts from `_prompt_texts` or `_suffix_texts`: they begin with the placeholder, since some
-                tokenizers treat the beginning of a text differently.
-            names: names of the conversations in an error.
-        """
-        for texts, name in zip(suffixes, names, strict=True):
-            for mark in self._turn_marks:
-                if any(mark in text for text in texts[1::2]):
-                    fault = f"contains {mark!r}, which marks a turn in the language model's prompts"
-                    raise UserError(name, fault, "reword the text or leave the question out")
-        return [ids[1:] for ids in self._plain_text.encode_batch(suffixes, names)]
+    def _labels(self, tokens: SpanTokens, *, only_answers: bool = False) -> list[int]:
+        ids = tokens.ids
+        labels = [IGNORE_INDEX] * len(ids)
+        if self._loss_on == "all_text" and not only_answers:
+            labels[1:] = [IGNORE_INDEX if self.audio_token_id in pair else pair[1] for pair in pairwise(ids)]
+        for start, end, loss in tokens.answers:
+            labels[start:end] = ids[start:end] if loss else [IGNORE_INDEX] * (end - start)
+        return labels
 
     def _check_length(self, length: int, where: str) -> None:
         if length > self._max_text_tokens:
@@ -211,23 +257,27 @@ class ChatTemplate:
                 "raise data.max_text_tokens or leave this question out",
             )
 
-    def _find_turn_marks(self, system_prompt: str) -> list[str]:
-        """Returns the plain texts by which the template marks turns; none where control tokens mark them."""
-        prefix = self._parts.prefix.removeprefix(self._tokenizer.bos_token or "").removesuffix(AUDIO_TOKEN)
-        if system_prompt:
-            prefix = prefix.replace(system_prompt.strip(), "")
-        parts = [prefix, self._parts.before_question, self._parts.after_question, self._parts.after_answer]
-        return [part.strip() for part in parts if part.strip() and not self._plain_text.has_control_token(part)]
-
-    def _check(self) -> None:
+    def _check(self, example: Question) -> None:
         """Checks that the parts, tokenised one by one, give the conversation, and that labels decode to the answer."""
-        example = Question(question_id="example", question="What do you hear?", answer="A dog barks.")
-        suffix_ids, prompt_length = self._suffix(example)
-        conversation = self._parts.prefix + "".join(self._suffix_texts(example)).removeprefix(AUDIO_TOKEN)
-        if self.prefix + suffix_ids != self._encode(conversation):
+        conversation = self._write(example)
+        tokens = self._spans.tokenise(conversation.suffix, _name_of(example), skip=1)
+        *texts, end = conversation.prefix.texts
+        texts.append(end + "".join(conversation.suffix.texts).removeprefix(AUDIO_TOKEN))
+        if self.prefix + tokens.ids != self._plain_text.encode(texts, _name_of(example)):
             raise unusable_template(self._tokenizer, "does not tokenise part by part")
-        if "".join(self.decode(suffix_ids[prompt_length:]).split()) != "".join(example.answer.split()):
+        start, end, _ = tokens.answers[-1]
+        if "".join(self.decode(tokens.ids[start:end]).split()) != "".join(example.answer.split()):
             raise unusable_template(self._tokenizer, "gives labels that do not decode to the answer")
+
+
+@contextmanager
+def _naming(name: str, feature: str) -> Iterator[None]:
+    """Turns an error about the chat template into one that names the question with what it cannot express."""
+    try:
+        yield
+    except UserError as error:
+        fault = f"has {feature}, but {error.where}: {error.fault}"
+        raise UserError(name, fault, "leave this question out or use another language model") from error
 
 
 def _name_of(question: Question) -> str:

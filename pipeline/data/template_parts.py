@@ -1,9 +1,10 @@
-"""Renders a tokenizer's chat template, or LTU's format, and splits it around audio, question and answer."""
+"""Renders a tokenizer's chat template, or LTU's format, and splits it around the data's texts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -12,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from pipeline.core.errors import UserError
 
 AUDIO_TOKEN = "<audio>"
-_QUESTION, _ANSWER = "[[question]]", "[[answer]]"
-_MARKERS = (AUDIO_TOKEN, _QUESTION, _ANSWER)
+_SYSTEM, _QUESTION, _ANSWER = "[[system]]", "[[question]]", "[[answer]]"
+MARKERS = (AUDIO_TOKEN, _QUESTION, _ANSWER)
 # Llama 3's template writes today's date, with `date_string` or the function that transformers offers to all templates,
 # and Qwen 3's writes a thinking block. All are fixed, so that a prompt does not depend on the day and is the same in
 # training and in generation.
@@ -30,35 +31,80 @@ class TemplateParts:
     """The fixed texts of a conversation.
 
     Attributes:
-        prefix: everything up to and including the placeholder.
-        before_question, after_question: the user's turn around the question, up to the end of the prompt.
+        start: everything up to the first user turn's content, in texts of the template (even indices) and the system
+            text (odd indices).
+        before_question, after_question: the user's turn around the question, up to the end of the prompt. Clips with
+            which a turn begins stand in front of `before_question`.
         before_answer: white space between prompt and answer, which the model itself writes.
         after_answer: the end of the answer's turn.
     """
 
-    prefix: str
+    start: tuple[str, ...]
     before_question: str
     after_question: str
     before_answer: str
     after_answer: str
 
 
-def split_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> TemplateParts:
-    """Renders the tokenizer's chat template once and returns its fixed texts.
+def split_template(tokenizer: PreTrainedTokenizerBase, system_text: str) -> TemplateParts:
+    """Renders the tokenizer's chat template with a system text, empty for none, and returns its fixed texts.
 
     Raises:
-        UserError: the template cannot be used, or the system prompt contains a marker.
+        UserError: the template cannot be used.
     """
-    for marker in _MARKERS:
-        if marker in system_prompt:
-            remedy = "remove it: the pipeline places the audio, the question and the answer"
-            raise UserError("data.system_prompt", f"contains {marker}", remedy)
+    if not system_text.strip():
+        return _split(tokenizer, system_text)
+    marked = _split(tokenizer, _SYSTEM)
+    before, _, after = marked.start[0].partition(_SYSTEM)
+    if any(marker in system_text for marker in (_SYSTEM, *MARKERS)):
+        return replace(marked, start=(before, system_text.strip(), after))
+    parts = _split(tokenizer, system_text)
+    (start,) = parts.start
+    if len(start) >= len(before) + len(after) and start.startswith(before) and start.endswith(after):
+        parts = replace(parts, start=(before, start.removeprefix(before).removesuffix(after), after))
+    return parts
+
+
+def split_next_turn(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts) -> str:
+    """Returns the text between the end of an answer and the content of the next user turn.
+
+    Raises:
+        UserError: the template cannot express a second exchange, or writes it unlike the first one.
+    """
+    if tokenizer.chat_template is None:
+        return "\n\n"
+    exchanges = [(f"[[question{number}]]", f"[[answer{number}]]") for number in range(3)]
+    turns = [
+        {"role": role, "content": content}
+        for exchange in exchanges
+        for role, content in zip(("user", "assistant"), exchange, strict=True)
+    ]
+    try:
+        conversation = _apply_template(tokenizer, turns, prompt=False)
+        prompt = _apply_template(tokenizer, turns[:-1], prompt=True)
+    except jinja2.TemplateError as error:
+        raise unusable_template(tokenizer, f"renders no second exchange ({error})") from error
+    # Some templates end the whole conversation, and not each answer, with the end-of-sequence token.
+    ends = (parts.after_answer, parts.after_answer.removesuffix(tokenizer.eos_token or ""))
+    texts = []
+    for (_, answer), (question, _) in pairwise(exchanges):
+        text = conversation.partition(answer)[2].partition(question)[0]
+        end = next((end for end in ends if end and text.startswith(end)), None)
+        if end is None or question not in conversation:
+            raise unusable_template(tokenizer, "does not end an earlier answer like the last one")
+        texts.append(text.removeprefix(end))
+    if texts[0] != texts[1] or not prompt.endswith(exchanges[-1][0] + parts.after_question):
+        raise unusable_template(tokenizer, "writes later turns unlike the first ones")
+    return texts[0].removesuffix(parts.before_question)
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, system_text: str) -> TemplateParts:
     has_template = tokenizer.chat_template is not None
-    prompt, conversation = _render(tokenizer, system_prompt) if has_template else _render_ltu(tokenizer, system_prompt)
-    positions = [conversation.find(marker) for marker in _MARKERS]
-    if any(conversation.count(marker) != 1 for marker in _MARKERS) or positions != sorted(positions):
+    prompt, conversation = _render(tokenizer, system_text) if has_template else _render_ltu(tokenizer, system_text)
+    positions = [conversation.find(marker) for marker in MARKERS]
+    if any(conversation.count(marker) != 1 for marker in MARKERS) or positions != sorted(positions):
         raise unusable_template(tokenizer, "does not show audio, question and answer once each, in this order")
-    before_audio, _, user_text = prompt.partition(AUDIO_TOKEN)
+    start, _, user_text = prompt.partition(AUDIO_TOKEN)
     before_question, _, after_question = user_text.partition(_QUESTION)
     before_answer, _, after_answer = conversation.removeprefix(prompt).partition(_ANSWER)
     if not conversation.startswith(prompt) or before_answer.strip():
@@ -67,25 +113,35 @@ def split_template(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> Te
     after_answer = after_answer.rstrip() or tokenizer.eos_token or ""
     if not after_answer:
         raise unusable_template(tokenizer, "does not end an answer, and the tokenizer has no end-of-sequence token")
-    return TemplateParts(before_audio + AUDIO_TOKEN, before_question, after_question, before_answer, after_answer)
+    return TemplateParts((start,), before_question, after_question, before_answer, after_answer)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[str, str]:
+def _render(tokenizer: PreTrainedTokenizerBase, system_text: str) -> tuple[str, str]:
     """Returns the generation prompt and the whole conversation, with markers for question and answer."""
-    user = AUDIO_TOKEN + _QUESTION
-    candidates = [[{"role": "system", "content": system_prompt}, {"role": "user", "content": user}]]
-    # Gemma's template has no system role: the system text goes to the beginning of the user's turn.
-    candidates.append([{"role": "user", "content": f"{system_prompt}\n\n{user}"}])
-    if not system_prompt:
-        candidates = [[{"role": "user", "content": user}]]
-    for turns in candidates:
+    answer = {"role": "assistant", "content": _ANSWER}
+    for with_system in (_with_system_role, _with_system_in_user_turn) if system_text else (_without_system,):
+        turns = with_system(system_text)
         try:
-            conversation = _apply_template(tokenizer, [*turns, {"role": "assistant", "content": _ANSWER}], prompt=False)
+            conversation = _apply_template(tokenizer, [*turns, answer], prompt=False)
+            marked = _apply_template(tokenizer, [*with_system(_SYSTEM), answer], prompt=False)
         except jinja2.TemplateError:
             continue
-        if system_prompt.strip() in conversation:
+        if system_text.strip() in conversation and (_SYSTEM in marked or not system_text):
             return _apply_template(tokenizer, turns, prompt=True), conversation
     raise unusable_template(tokenizer, "renders no system text and question")
+
+
+def _with_system_role(system_text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system_text}, *_without_system("")]
+
+
+def _with_system_in_user_turn(system_text: str) -> list[dict[str, str]]:
+    # Gemma's template has no system role: the system text goes to the beginning of the user's turn.
+    return [{"role": "user", "content": f"{system_text}\n\n{AUDIO_TOKEN}{_QUESTION}"}]
+
+
+def _without_system(_: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": AUDIO_TOKEN + _QUESTION}]
 
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, prompt: bool) -> str:
@@ -93,8 +149,8 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, st
     return text
 
 
-def _render_ltu(tokenizer: PreTrainedTokenizerBase, system_prompt: str) -> tuple[str, str]:
-    start = (tokenizer.bos_token or "") + (f"{system_prompt}\n\n" if system_prompt else "")
+def _render_ltu(tokenizer: PreTrainedTokenizerBase, system_text: str) -> tuple[str, str]:
+    start = (tokenizer.bos_token or "") + (f"{system_text}\n\n" if system_text else "")
     prompt = f"{start}{AUDIO_TOKEN}### Instruction:\n{_QUESTION}\n\n### Response:\n"
     return prompt, prompt + _ANSWER
 

@@ -127,7 +127,7 @@ def test_control_tokens_of_a_text_are_plain_text(tokenizer: PreTrainedTokenizerB
 @pytest.mark.parametrize("text", ["What is it?", "two  spaces\n\n", "é 12345", "< | > [INS T]"])
 def test_other_texts_keep_their_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     template = ChatTemplate(tokenizer, "Listen.", max_text_tokens=1000)
-    parts = template._suffix_texts(question_of(text, text))
+    parts = template._write(question_of(text, text)).suffix.texts
     expected = tokenizer.encode("".join(parts), add_special_tokens=False)
     assert template.row([question_of(text, text)]).input_ids.tolist() == template.prefix + expected[1:]
     # The copy that splits control tokens agrees, so that a control token changes no other token of its text.

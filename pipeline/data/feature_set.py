@@ -31,13 +31,18 @@ from pipeline.data.mds_reader import REPAIR, MdsReader, copy_file
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip without its features."""
+    """A clip without its features.
+
+    Attributes:
+        audio: path or URL of its audio, with the fragment of its segment; empty where the set does not store it.
+    """
 
     clip_id: str
     duration_s: float
     dataset: str
     domain: str
     questions: tuple[Question, ...]
+    audio: str = ""
 
     def domain_of(self, question: Question) -> str:
         """Returns the domain of a question about this clip."""
@@ -291,4 +296,5 @@ def questions_of(sample: dict[str, Any]) -> tuple[Question, ...]:
 
 
 def _clip(sample: dict[str, Any]) -> Clip:
-    return Clip(sample["clip_id"], sample["duration_s"], sample["dataset"], sample["domain"], questions_of(sample))
+    values = [sample[name] for name in ("clip_id", "duration_s", "dataset", "domain")]
+    return Clip(*values, questions_of(sample), sample.get("audio", ""))

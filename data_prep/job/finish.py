@@ -115,9 +115,12 @@ def _check_fraction(config: PrepareConfig, plan: Plan, rejects: Sequence[Rejecte
     if reasons[0][0] == "missing":
         raise missing_audio(", ".join(config.manifests), reasons[0][1], plan.clips, str(example.audio))
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    conversations = sum(reject.question_id is not None for reject in rejects)
+    rejected = f"{len(rejects) - conversations} of {plan.clips} clips"
+    rejected += f" and {conversations} conversations about them" if conversations else ""
     raise PreparationFailed(
-        f"{len(rejects)} of {plan.clips} clips rejected, more than max_reject_fraction {config.max_reject_fraction} "
-        f"({counts}; for example {example.clip_id}: {example.detail})"
+        f"{rejected} rejected, more than max_reject_fraction {config.max_reject_fraction} "
+        f"({counts}; for example {example.question_id or example.clip_id}: {example.detail})"
     )
 
 

@@ -17,7 +17,7 @@ from data_prep.config import TableConfig
 from data_prep.files import open_utf8
 from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.rows import ClipRow
-from data_prep.manifests.segment_fields import END_FIELDS, START_FIELDS
+from data_prep.manifests.segment_fields import DURATION_FIELDS, END_FIELDS, START_FIELDS
 from data_prep.manifests.templates import TableRow, fill_row
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
@@ -30,7 +30,7 @@ KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"youtube_id", "start_time", "caption"}, {"audio": "{youtube_id}.wav", "answers": ["{caption}"]}),  # AudioCaps
     ({"filename", "fold", "target", "category"}, {"audio": "{filename}", "answers": ["{category}"]}),  # ESC-50
 ]  # fmt: skip
-_EDGES = (START_FIELDS, END_FIELDS)
+_EDGES = (START_FIELDS, END_FIELDS, DURATION_FIELDS)
 SPLITS = {"train", "test", "val", "valid", "validation", "dev", "eval", "training", "testing"}
 
 
@@ -53,6 +53,8 @@ def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
             if repeated:
                 raise UserError(f"{path}:1", f"column '{repeated[0]}' occurs twice", "rename one of them")
             templates = _known_table(table, columns)
+            if templates is table:
+                _refuse_unused_times(table, columns, path)
             for line, cells in rows:
                 if len(cells) != len(columns):
                     fault = f"has {len(cells)} fields, the header has {len(columns)}"
@@ -146,19 +148,18 @@ def _refuse_unused_times(table: TableConfig, columns: Sequence[str], path: str) 
     """Checks that a table whose columns select segments is not read as whole files.
 
     Raises:
-        UserError: it has columns of a start and an end, which no template names.
+        UserError: it has columns of a start and of an end or a duration, which no template names.
     """
     edges = [next((name for name in columns if name.lower() in fields), None) for fields in _EDGES]
-    names = [name for name in edges if name is not None]
-    if len(names) < len(edges) or {"start", "end"} & table.model_fields_set:
+    start, end = edges[0], edges[1] or edges[2]
+    if start is None or end is None or {"start", "end"} & table.model_fields_set:
         return
-    if any(f"{{{name}}}" in template for name in names for template in (table.audio, table.clip_id or "")):
+    if any(f"{{{name}}}" in template for name in (start, end) for template in (table.audio, table.clip_id or "")):
         return  # the files are named by their times: they are cut already
-    start, end = names
-    remedy = f'set `table: {{start: "{{{start}}}", end: "{{{end}}}"}}` (in seconds), or `table: {{start: null}}` where '
-    raise UserError(
-        path, f"has columns '{start}' and '{end}', which no template names", f"{remedy}files are cut already"
-    )
+    end_column = "{COLUMN OF THE END}" if edges[1] is None else f"{{{end}}}"
+    remedy = f'set `table: {{start: "{{{start}}}", end: "{end_column}"}}` with columns in seconds'
+    fault = f"has columns '{start}' and '{end}', which no template names"
+    raise UserError(path, fault, f"{remedy}, or `table: {{start: null}}` where the files are cut already")
 
 
 def _known_table(table: TableConfig, columns: Sequence[str]) -> TableConfig:

@@ -88,7 +88,7 @@ def test_an_epoch_is_shown_in_the_order_of_the_training(experiment: Path, tmp_pa
     config = load_config(ExperimentConfig, experiment, overrides)
     features = open_feature_set(config.data.train, config.model.encoders, config.data)
     _, template = build_chat_template(config.model.language_model, config.data, "answer")
-    loader = TrainingLoader(features, template, config.data, config.train, Ranks(0, 1, 0, 1))
+    loader = TrainingLoader([features], template, config.data, config.train, Ranks(0, 1, 0, 1))
     sequences = config.train.global_batch_size // packed
     rows = rows_of(tmp_path / "rows.json", experiment, *overrides, "--epoch", 0)
     for step, batches in zip(range(3), loader, strict=False):

@@ -157,7 +157,7 @@ def question_row(question: Question, clip: Clip, clips: Sequence[Clip]) -> dict[
     return {
         "clip_id": clip.clip_id,
         "question_id": question.question_id,
-        "audio": [clip_audio(part) for part in order],
+        "audio": [part.audio for part in order],
         "audio_ids": [part.clip_id for part in order],
         "duration_s": [part.duration_s for part in order],
         "dataset": question.dataset or clip.dataset,
@@ -177,14 +177,9 @@ def clips_in_order(question: Question) -> list[int]:
     return [part for turn in question.conversation for part in turn.content if isinstance(part, int)]
 
 
-def clip_audio(clip: Clip) -> str:
-    """Returns the path or URL of a clip's audio; empty if its set does not store it."""
-    return str(getattr(clip, "audio", ""))
-
-
 def describe_audio(clip: Clip) -> str:
     """Returns length and path of a clip's audio."""
-    return f"{clip.duration_s:.2f} s, {visible(clip_audio(clip)) or 'path not stored in this set'}"
+    return f"{clip.duration_s:.2f} s, {visible(clip.audio) or 'path not stored in this set'}"
 
 
 def describe_frames(frames: dict[str, int]) -> str:

@@ -18,7 +18,7 @@ from pipeline.core.ranks import Ranks
 from pipeline.core.transcript import Part, Style, field_lines, visible
 from pipeline.data.chat_template import build_chat_template
 from pipeline.data.collate import Example
-from pipeline.data.feature_set import Clip, FeatureSet, open_feature_set
+from pipeline.data.feature_set import Clip, FeatureSet
 from pipeline.data.inspection import (
     ClipIndex,
     clips_in_order,
@@ -27,9 +27,10 @@ from pipeline.data.inspection import (
     describe_question,
     question_row,
 )
+from pipeline.data.loader import TrainingLoader
 from pipeline.data.sampler import Ints, PackedExample
 from pipeline.model.language_models import language_model_config
-from pipeline.training.build import audio_positions, build_loader
+from pipeline.training.build import audio_positions, check_questions
 
 _EXAMPLES_AT_ONCE = 256
 
@@ -49,20 +50,23 @@ class TrainingData:
 
     def __init__(self, config: ExperimentConfig, epoch: int | None) -> None:
         self.config, self._epoch = config, epoch
-        name = config.model.language_model
-        require_encoders(load_contract(config.data.train), config.model.encoders, config.data.train)
-        features = open_feature_set(config.data.train, config.model.encoders, config.data)
+        name, contract = config.model.language_model, load_contract(config.data.train)
+        require_encoders(contract, config.model.encoders, config.data.train)
         self.tokenizer, self.chat_template = build_chat_template(name, config.data, config.train.loss_on)
-        ranks = Ranks(0, 1, 0, 1)
-        self.loader = build_loader(
-            config, features, self.chat_template, ranks, audio_positions(config, features.contract)
+        checked = check_questions(config, self.chat_template)
+        self.num_unfit = checked.num_unfit
+        self.sets = [checked.train, *checked.mixture]
+        bounded_positions = audio_positions(config, contract)
+        self.loader = TrainingLoader(
+            self.sets, self.chat_template, config.data, config.train, Ranks(0, 1, 0, 1), bounded_positions
         )
-        data = config.data
-        self.selections = [features.table.select(data.tasks, data.datasets)]
-        for number, (mixed_set, mixed) in enumerate(zip(self.loader._sets[1:], data.mixture, strict=True)):
-            self.selections.append(mixed_set.table.select(mixed.tasks, mixed.datasets, f"data.mixture.{number}"))
-        self.indices = [ClipIndex(feature_set) for feature_set in self.loader._sets]
-        self.audio_positions = audio_positions(config, features.contract, ("plits", "lal"))
+        keys = ["data", *(f"data.mixture.{number}" for number in range(len(config.data.mixture)))]
+        self.selections = [
+            feature_set.table.select(part.tasks, part.datasets, key)
+            for feature_set, part, key in zip(self.sets, [config.data, *config.data.mixture], keys, strict=True)
+        ]
+        self.indices = [ClipIndex(feature_set) for feature_set in self.sets]
+        self.audio_positions = audio_positions(config, contract, ("plits", "lal"))
         self.max_positions: int | None = getattr(language_model_config(name), "max_position_embeddings", None)
 
     def summary(self, style: Style) -> str:
@@ -73,14 +77,16 @@ class TrainingData:
         limit = "no limit" if self.max_positions is None else f"{self.max_positions:,}"
         order = "storage order; --epoch 0 shows the sequences of training, in their order"
         fields = {
-            "data": ", ".join(dict.fromkeys(str(feature_set.folder) for feature_set in self.loader._sets)),
+            "data": ", ".join(dict.fromkeys(str(feature_set.folder) for feature_set in self.sets)),
             "questions": f"{selected:,} selected; an epoch has {examples:,} sequences of up to {packed}",
+            "left out": f"{self.num_unfit:,} questions that do not fit; pal train lists them" if self.num_unfit else "",
             "order": order if self._epoch is None else f"that of training, epoch {self._epoch}",
             "bounds": f"data.max_text_tokens {max_tokens:,}; the language model's positions: {limit}",
             "marks": f"⟨audio⟩ is the place of a clip; tokens with loss are {style.legend}",
         }
         heading = f"{self.config.model.language_model}, {self.config.model.integration}"
-        return "\n".join([style.heading(heading), *(field_lines(label, text, style) for label, text in fields.items())])
+        lines = [field_lines(label, text, style) for label, text in fields.items() if text]
+        return "\n".join([style.heading(heading), *lines])
 
     def entries(self, clip_id: str | None) -> tuple[int, Iterator[TrainingSequence]]:
         """Returns the number of entries, and the entries: all, or those of one clip.
@@ -106,7 +112,7 @@ class TrainingData:
 
     def _examples(self) -> Iterator[PackedExample]:
         if self._epoch is None:
-            for source, (feature_set, selected) in enumerate(zip(self.loader._sets, self.selections, strict=True)):
+            for source, (feature_set, selected) in enumerate(zip(self.sets, self.selections, strict=True)):
                 for question in selected:
                     yield PackedExample(int(feature_set.table.clip[question]), np.array([question]), source)
             return
@@ -143,7 +149,7 @@ class TrainingSequence:
         """Returns the sequence for the console; what its questions share comes first."""
         example, clip = self._example(), self._clip
         lines = [style.heading(f"sequence {self.number}: clip {clip.clip_id}")]
-        if len(self.source.loader._sets) > 1:
+        if len(self.source.sets) > 1:
             lines.append(field_lines("set", str(self._features.folder), style))
         lines.append(field_lines("source", visible(f"dataset {clip.dataset}, domain {clip.domain}"), style))
         clips = {other.clip_id: other for question in example.questions for other in self._clips(question)}
@@ -166,7 +172,7 @@ class TrainingSequence:
 
     @property
     def _features(self) -> FeatureSet:
-        return self.source.loader._sets[self.packed.source]
+        return self.source.sets[self.packed.source]
 
     @cached_property
     def _clip(self) -> Clip:

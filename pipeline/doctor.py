@@ -125,7 +125,7 @@ def inspect_node(config: ExperimentConfig | None, ranks: Ranks) -> Node:
     }
     if config is not None:
         node["features_fault"] = _fault(lambda: _read_features(config))
-        node["tracker_fault"] = _fault(lambda: writer.reach(config.tracking))
+        node["tracker_fault"] = _fault(lambda: writer.reach(config.tracking, config.output))
     return node
 
 

@@ -1,7 +1,7 @@
 """`pal report EXPERIMENT`: compares the runs of an MLflow experiment in a table, Markdown, CSV and figures.
 
-Reads MLflow alone, so it reports runs of any machine, and logs the report back: to the run of the sweep, or to a run of
-its own.
+Reads MLflow alone, so it reports runs of any machine, and logs the report back (unless `--no-log`): to the run of the
+sweep, or to a run of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     files = list(report.files)
     if arguments.answers:
         files += _write_answers(arguments, client, experiment, runs)
-    log_back(client, experiment, files)
+    if not arguments.no_log:
+        log_back(client, experiment, files)
     print_table(experiment.name, report.table)
     print(f"report: {out / 'report.md'}")
     results = {"table": report.table, "fits": report.fits, "files": [str(file) for file in files]}
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("experiment", help="name of the MLflow experiment")
     parser.add_argument("--uri", help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI or sqlite:///runs/mlflow.db)")
+    parser.add_argument("--no-log", action="store_true", help="do not log the report back to MLflow")
     parser.add_argument("--out", type=Path, help="folder for the report (default: runs/EXPERIMENT/report)")
     parser.add_argument("--answers", type=Path, metavar="FILE", help="write the sweep's findings to this Markdown page")
     parser.add_argument(

@@ -3,6 +3,7 @@ import torch."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -191,8 +192,10 @@ class TrainConfig(Strict):
 
 
 def default_tracking_uri(output: Path) -> str:
-    """Returns the URI of an sqlite file beside the output folder."""
-    return f"sqlite:///{output.absolute().parent / 'mlflow.db'}"
+    """Returns MLFLOW_TRACKING_URI, or the URI of an sqlite file beside the output folder."""
+    # SQLAlchemy decodes the path and ends it at a question mark.
+    path = str(output.absolute().parent / "mlflow.db").replace("%", "%25").replace("?", "%3F")
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
 
 
 class TrackingConfig(Strict):
@@ -200,8 +203,8 @@ class TrackingConfig(Strict):
 
     Attributes:
         uri: MLflow tracking URI without a password. MLflow reads the password from MLFLOW_TRACKING_USERNAME and
-            MLFLOW_TRACKING_PASSWORD, a database from its own variables. None means an sqlite file beside the output
-            folder, `sqlite:///<output>/../mlflow.db`.
+            MLFLOW_TRACKING_PASSWORD, a database from its own variables. None means MLFLOW_TRACKING_URI; if that is
+            not set either, an sqlite file beside the output folder, `sqlite:///<output>/../mlflow.db`.
         experiment: name of the MLflow experiment.
         run_name: name of the run; None means the name of the output folder.
         tags: further tags of the run.

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.config import ExperimentConfig, dump_config, load_config
+from pipeline.config import ExperimentConfig, default_tracking_uri, dump_config, load_config
 from pipeline.config.fields import NonNegativeInt, PositiveInt
 from pipeline.config.loading import InvalidConfig, shipped_config
 from pipeline.config.schema import LENGTHS
@@ -86,7 +86,7 @@ class SweepConfig(Strict):
         evaluate: feature sets on which each trained model is evaluated.
         nproc: ranks of a trial.
         cluster: cluster config for the prediction of memory and time, with nproc GPUs.
-        uri: MLflow tracking URI; None means an sqlite file in the output folder.
+        uri: MLflow tracking URI; None means MLFLOW_TRACKING_URI, or an sqlite file in the output folder.
     """
 
     name: str
@@ -143,7 +143,7 @@ class SweepConfig(Strict):
     @property
     def tracking_uri(self) -> str:
         """The tracking URI of the trials."""
-        return self.uri or f"sqlite:///{self.output.absolute() / 'mlflow.db'}"
+        return self.uri or default_tracking_uri(self.output / "trial")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import read_yaml
 from pipeline.core.errors import UserError, nearest
+from pipeline.tracking import names, store
 from pipeline.tracking.writer import CORRECTNESS, EVALUATIONS, SWEEP
 
 if TYPE_CHECKING:  # takes seconds to import, which `--help` must not
@@ -62,23 +63,23 @@ def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experimen
         UserError: the store cannot be read, or has no such experiment.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///runs/mlflow.db"
-    database = Path(uri.removeprefix("sqlite:///"))
-    if uri.startswith("sqlite:///") and not database.is_file():
+    database = store.database_path(uri)
+    if database is not None and not database.is_file():
         remedy = "set --uri or MLFLOW_TRACKING_URI to the store of the runs; `pal train` writes mlflow.db beside the "
         remedy += "output folder, so runs in runs/NAME are in sqlite:///runs/mlflow.db"
         raise UserError(uri, "there is no such MLflow database", remedy)
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(uri)
     try:
+        client = store.open_client(uri)
         experiment = client.get_experiment_by_name(name)
-        names = [other.name for other in client.search_experiments()] if experiment is None else []
-    except MlflowException as error:
-        raise UserError(uri, f"MLflow cannot read it ({error})", "check --uri and that the server runs") from error
+        choices = [other.name for other in client.search_experiments()] if experiment is None else []
+    except UserError:
+        raise
+    except Exception as error:  # MLflow raises errors of many libraries
+        raise UserError(
+            "--uri", store.describe_fault(error, uri), "check the address and that the server runs"
+        ) from error
     if experiment is None:
-        raise UserError(f"experiment '{name}'", f"is not in {uri}", nearest(name, names))
+        raise UserError(f"experiment '{name}'", f"is not in {uri}", nearest(name, choices))
     return client, experiment
 
 
@@ -96,21 +97,21 @@ def read_runs(client: MlflowClient, experiment: Experiment) -> list[TrainedRun]:
         token = page.token or ""
     if not runs:
         raise UserError(f"experiment '{experiment.name}'", "has no runs", "train one with `pal train`")
-    names = [run.info.run_name for run in runs]
+    labels = [run.info.run_name for run in runs]
     return [
         TrainedRun(
             name=name,
             started=run.info.start_time / 1000,
             tags=run.data.tags,
-            label=name if names.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
+            label=name if labels.count(name) == 1 else f"{name} ({run.info.run_id[:6]})",
             run_id=run.info.run_id,
             status=run.info.status,
-            params=run.data.params,
-            metrics=run.data.metrics,
+            params=names.restore(run.data.params, run.data.tags),
+            metrics=names.restore(run.data.metrics, run.data.tags),
             losses=_loss_history(client, run),
             evaluations=_evaluations(client, run),
         )
-        for name, run in zip(names, runs, strict=True)
+        for name, run in zip(labels, runs, strict=True)
     ]
 
 
@@ -128,7 +129,9 @@ def _evaluations(client: MlflowClient, run: Run) -> dict[str, Any]:
         for artifact in client.list_artifacts(run.info.run_id, EVALUATIONS):
             if artifact.path.endswith(".json"):
                 file = Path(client.download_artifacts(run.info.run_id, artifact.path, folder))
-                evaluations[file.stem] = json.loads(file.read_text(encoding="utf-8"))
+                original = run.data.tags.get(names.ORIGINAL + artifact.path, artifact.path)
+                benchmark = original.removeprefix(f"{EVALUATIONS}/").removesuffix(".json")
+                evaluations[benchmark] = json.loads(file.read_text(encoding="utf-8"))
     return evaluations
 
 
@@ -149,7 +152,8 @@ def read_sweep(client: MlflowClient, experiment: Experiment) -> tuple[dict[str, 
 def read_correctness(client: MlflowClient, run: TrainedRun, benchmark: str) -> dict[str, list[Any]]:
     """Returns which questions of a benchmark a run answered correctly: columns `question_id`, `clip_id`, `correct`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = client.download_artifacts(run.run_id, f"{CORRECTNESS}/{benchmark}.json", folder)
+        path = names.clean_path(f"{CORRECTNESS}/{benchmark}.json")
+        file = client.download_artifacts(run.run_id, path, folder)
         correctness: dict[str, list[Any]] = json.loads(Path(file).read_text(encoding="utf-8"))
         return correctness
 

@@ -17,7 +17,7 @@ from pipeline.core.console import format_duration, logger
 from pipeline.core.ranks import Ranks
 from pipeline.data.feature_set import FeatureSet
 from pipeline.engine import ParameterGroup
-from pipeline.tracking.writer import Status, read_metrics
+from pipeline.tracking.writer import Status
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.batches import Batch, count_answer_tokens, count_text_tokens, model_inputs
 from pipeline.training.build import build_components, save_model
@@ -110,7 +110,7 @@ class Trainer:
             status = "FINISHED"
         finally:
             if self.tracker is not None and not self.tracker.close(status):
-                logger.warning(f"MLflow does not answer ({self.tracker.failure}): the next start sends what is missing")
+                logger.warning(f"{self.tracker.failure}; the next start sends what is missing")
         return self._write_results(results)
 
     @property
@@ -256,10 +256,10 @@ class Trainer:
         """Writes the trained model for evaluation; returns the results of the run."""
         peaks = self.engine.gather_over_ranks(peak_memory_gib(self.engine.device))
         state = self.engine.gathered_state()
-        if state is None:
+        if state is None or self.tracker is None:
             return {}
         save_model(self.components.model, self.components.tokenizer, self.config, self.output / MODEL, state)
-        losses = [metrics["train/loss"] for _, metrics in read_metrics(self.output) if "train/loss" in metrics]
+        losses = [metrics["train/loss"] for _, metrics in self.tracker.read_metrics() if "train/loss" in metrics]
         results = {
             "final_loss": statistics.fmean(losses[-FINAL_LOSS_RECORDS:]),
             **self.throughput.rates(self.ranks.world_size),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,13 +28,16 @@ from pipeline.core.ranks import Ranks
 from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import open_feature_set
 from pipeline.data.loader import evaluation_batches
-from pipeline.model import PalForCausalLM
+from pipeline.model import PalForCausalLM, attention
+from pipeline.model.attention_ops import attend
 from pipeline.training.batches import count_answer_tokens, model_inputs
 from pipeline.training.build import build_loader, build_model
 from pipeline.training.validation import validation_questions
 
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 LAL, PAL_V3 = {"integration": "lal"}, {"integration": "pal_v3"}
+LONG = 8  # variants `:long` repeat each clip so often
+SCORE_BIAS = -3.0  # variants `:score_bias` add it to the scores of audio keys
 THIRD = {"num_audio_layers": "1/3"}
 
 
@@ -61,6 +63,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pal_v3_gain_0.3": {**PAL_V3, **_gain(0.3)},
     "pal_v3:embedding_scale": PAL_V3,
     "pal_v3_gain_0.1:embedding_scale": {**PAL_V3, **_gain(0.1)},
+    "lal_gain_0.1:score_bias": {**LAL, **_gain(0.1)},
+    "lal_gain_0.1:score_bias:long": {**LAL, **_gain(0.1)},
+    "gap": LAL,
+    "gap:long": LAL,
+    "plits:long": {"integration": "plits"},
+    "lal:long": LAL,
+    "lal_gain_0.1:long": {**LAL, **_gain(0.1)},
+    "lal_values_0.1:long": {**LAL, **_gain(0.1, "values")},
+    "pal_v3:long": PAL_V3,
+    "pal_v3_gain_0.1:long": {**PAL_V3, **_gain(0.1)},
 }
 
 
@@ -70,7 +82,7 @@ def main(arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     experiment = Experiment(arguments)
     for seed in arguments.seeds:
-        for name in arguments.variants or ["text", "gap", *VARIANTS]:
+        for name in arguments.variants or ["text", *VARIANTS]:
             row = {"measured": arguments.measure, "variant": name, "seed": seed}
             if arguments.measure == "train":
                 row |= {"steps": arguments.steps, "batch": arguments.batch, "rate": arguments.rate,
@@ -141,16 +153,18 @@ class Experiment:
         the mean KL divergence of the predictions of answer tokens, in nats. `gap` hides all audio and keeps its
         positions.
         """
-        name = {"text": "plits", "gap": "lal"}.get(variant, variant)
+        name = "plits" if variant == "text" else variant
         config = self.config(name, seed)
         model = self.model(name, config)
-        if variant == "gap":
+        if variant.startswith("gap"):
             _hide_audio(model)
         loss, distance, tokens = 0.0, 0.0, 0
         if not self._plain:
             texts = (without_audio(batch, self.template.audio_token_id) for batch in self.batches(config))
             self._plain = [_answer_log_probabilities(model, batch) for batch in texts]
         for batch, plain in zip(self.batches(config), self._plain, strict=True):
+            if variant.endswith(":long"):
+                _repeat_clips(batch)
             audio = plain if variant == "text" else _answer_log_probabilities(model, batch)
             targets = batch["labels"][batch["labels"] != -100]
             loss -= float(audio.gather(1, targets[:, None]).sum())
@@ -189,7 +203,7 @@ class Experiment:
             "swapped_loss": self.held_out_loss(model, config, swap=True),
             "largest_gradient": max(norms),
             "median_gradient": float(np.median(norms)),
-            "gains": [round(float(g), 3) for g in gains],
+            "gains": [round(g.item(), 3) for g in gains],
             "losses": losses,
         }
 
@@ -240,13 +254,30 @@ def _hide_audio(model: PalForCausalLM) -> None:
     model.layout = hidden  # type: ignore[method-assign]
 
 
+def _biased_attend(query: Tensor, blocks: Any, mask: Any, **settings: Any) -> Tensor:
+    if len(blocks) == 2 and mask is not None:  # audio keys come first
+        bias = torch.zeros(mask.shape[-1], dtype=mask.dtype)
+        bias[: blocks[0][0].shape[2]] = SCORE_BIAS
+        mask = mask + bias
+    return attend(query, blocks, mask, **settings)
+
+
+def _repeat_clips(batch: dict[str, Any]) -> None:
+    """Repeats the features of each clip `LONG` times."""
+    for name, lengths in batch["audio_lengths"].items():
+        clips = batch["audio_features"][name].split(lengths.tolist())
+        batch["audio_features"][name] = torch.cat([clip.repeat(LONG, 1) for clip in clips])
+    batch["audio_lengths"] = {name: LONG * lengths for name, lengths in batch["audio_lengths"].items()}
+
+
 @torch.no_grad()
 def _change_start(model: PalForCausalLM, change: str, batches: Iterator[dict[str, Any]]) -> None:
     """Applies what is no setting of the software.
 
     `small_projections` divides the output of P_l by ten; `embedding_scale` scales the tokens of PLITS to the root mean
-    square of the text embeddings.
+    square of the text embeddings; `score_bias` adds a constant to the scores of audio keys.
     """
+    attention.attend = _biased_attend if "score_bias" in change else attend  # type: ignore[attr-defined]
     if change == "small_projections":
         for stream in model.audio_streams:
             for projection in stream.layer_projections.values():
@@ -254,7 +285,8 @@ def _change_start(model: PalForCausalLM, change: str, batches: Iterator[dict[str
                 projection.output.bias.mul_(0.1)
     if change == "embedding_scale":
         batch = next(batches)
-        text = model.get_input_embeddings()(batch["input_ids"][batch["attention_mask"] > 0].clamp(max=49151))
+        is_text = (batch["attention_mask"] > 0) & (batch["input_ids"] != model.config.audio_token_id)
+        text = model.get_input_embeddings()(batch["input_ids"][is_text])
         for stream in model.audio_streams:
             if stream.spec.integration == "plits":
                 lengths = [batch["audio_lengths"]["whisper"]]
@@ -269,13 +301,13 @@ def _cosine(warmup: int, steps: int) -> Callable[[int], float]:
     return lambda step: min((step + 1) / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / steps))
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("measure", choices=["untrained", "train"])
     parser.add_argument("out", type=Path)
     for name in ("train", "test", "language_model"):
         parser.add_argument(name)
-    parser.add_argument("--variants", nargs="*", choices=["text", "gap", *VARIANTS])
+    parser.add_argument("--variants", nargs="*", choices=["text", *VARIANTS])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--questions", type=int, default=96)
     parser.add_argument("--steps", type=int, default=45)
@@ -283,5 +315,9 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--gain-rate", type=float, default=1.0)
     parser.add_argument("--warmup", type=int, default=10)
+    return parser
+
+
+if __name__ == "__main__":
     configure_logging()
-    main(parser.parse_args(sys.argv[1:]))
+    main(parser().parse_args())

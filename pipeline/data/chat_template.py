@@ -40,6 +40,7 @@ from pipeline.data.template_parts import (
 )
 
 _CACHED_SYSTEM_TEXTS = 1000
+_EXAMPLE = Question(question_id="example", question="What do you hear?", answer="A dog barks.")
 _TOKENISED_AT_ONCE = 10_000
 
 
@@ -119,9 +120,8 @@ class ChatTemplate:
         self._turn_marks = find_turn_marks(self._parts, tokenizer.bos_token or "", self._plain_text)
         self.end_token_id = self._tokenizer.encode(self._parts.after_answer, add_special_tokens=False)[-1]
         self.pad_token_id: int = self.end_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        example = Question(question_id="example", question="What do you hear?", answer="A dog barks.")
-        self.prefix = self.prefix_of(example)
-        self._check(example)
+        self.prefix = self.prefix_of(_EXAMPLE)
+        self._check(_EXAMPLE)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -162,10 +162,7 @@ class ChatTemplate:
         return Row(*(np.array(values, np.int64) for values in (ids, labels, segments)))
 
     def prefix_of(self, question: Question) -> list[int]:
-        """Returns the token ids of a question up to and including the first placeholder.
-
-        A question about no clip has the placeholder in front of its first user turn.
-        """
+        """Returns the token ids up to the first placeholder; without a clip, one stands before the first user turn."""
         return self._tokenise_prefix(self._write(question), _name_of(question)).ids
 
     def lengths(self, questions: Iterable[Question]) -> Iterator[int]:
@@ -174,12 +171,17 @@ class ChatTemplate:
         Raises:
             UserError: see `row`.
         """
+        return (after for _, after in self.token_counts(questions))
+
+    def token_counts(self, questions: Iterable[Question]) -> Iterator[tuple[int, int]]:
+        """Yields the tokens up to and including the first placeholder, and those after it; otherwise as `lengths`."""
         questions = iter(questions)
         while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
             names = [_name_of(question) for question in chunk]
-            suffixes = [self._write(question).suffix.texts for question in chunk]
-            for ids in self._plain_text.encode_batch(suffixes, names):
-                yield len(ids) - 1
+            conversations = [self._write(question) for question in chunk]
+            suffixes = self._plain_text.encode_batch([c.suffix.texts for c in conversations], names)
+            for conversation, ids, name in zip(conversations, suffixes, names, strict=True):
+                yield len(self._tokenise_prefix(conversation, name).ids), len(ids) - 1
 
     def prompt_of(self, question: Question) -> Prompt:
         """Returns the token ids up to where the last answer begins, for generation.
@@ -245,8 +247,8 @@ class ChatTemplate:
         labels = [IGNORE_INDEX] * len(ids)
         if self._loss_on == "all_text" and not only_answers:
             labels[1:] = [IGNORE_INDEX if self.audio_token_id in pair else pair[1] for pair in pairwise(ids)]
-        for start, end, loss in tokens.answers:
-            labels[start:end] = ids[start:end] if loss else [IGNORE_INDEX] * (end - start)
+        for first, last, loss in tokens.answers:
+            labels[first:last] = ids[first:last] if loss else [IGNORE_INDEX] * (last - first)
         return labels
 
     def _check_length(self, length: int, where: str) -> None:
@@ -265,8 +267,8 @@ class ChatTemplate:
         texts.append(end + "".join(conversation.suffix.texts).removeprefix(AUDIO_TOKEN))
         if self.prefix + tokens.ids != self._plain_text.encode(texts, _name_of(example)):
             raise unusable_template(self._tokenizer, "does not tokenise part by part")
-        start, end, _ = tokens.answers[-1]
-        if "".join(self.decode(tokens.ids[start:end]).split()) != "".join(example.answer.split()):
+        first, last, _ = tokens.answers[-1]
+        if "".join(self.decode(tokens.ids[first:last]).split()) != "".join(example.answer.split()):
             raise unusable_template(self._tokenizer, "gives labels that do not decode to the answer")
 
 

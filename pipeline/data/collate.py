@@ -25,14 +25,16 @@ class Example:
     Attributes:
         row: token ids, labels and segments.
         questions: the questions in the row.
-        clip: the clip they are about; None for a row of text only.
+        clip: the clip of the first placeholder; None for a row of text only.
         features: encoder -> (frames, width); empty for a row of text only.
+        other_clips: the clips of the other placeholders, in order, with their features.
     """
 
     row: Row
     questions: Sequence[Question]
     clip: Clip | None
     features: Mapping[str, NDArray[np.float16]]
+    other_clips: Sequence[tuple[Clip, Mapping[str, NDArray[np.float16]]]] = ()
 
 
 def collate(
@@ -49,7 +51,7 @@ def collate(
         input_ids, attention_mask, labels (-100 where there is no loss), segment_ids: (B, T) int64. audio_features:
         encoder -> (total frames, width), the clips concatenated without padding. audio_lengths: encoder -> (clips,)
         int64. For the host: question_ids and tasks, one entry per question, row by row; clip_ids and audio_s, one entry
-        per clip.
+        per placeholder.
     """
     shape = (len(examples), max(len(example.row.input_ids) for example in examples))
     tokens = {
@@ -65,7 +67,12 @@ def collate(
         tokens["labels"][columns] = example.row.labels
         tokens["segment_ids"][columns] = example.row.segment_ids
 
-    with_audio = [(example.clip, example.features) for example in examples if example.clip is not None]
+    with_audio = [
+        pair
+        for example in examples
+        if example.clip is not None
+        for pair in ((example.clip, example.features), *example.other_clips)
+    ]
     questions = [question for example in examples for question in example.questions]
     return {
         **{name: torch.from_numpy(values) for name, values in tokens.items()},

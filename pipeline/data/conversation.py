@@ -219,9 +219,9 @@ def _strip(content: Content) -> list[str | int]:
     texts = [i for i, part in enumerate(stripped) if isinstance(part, str)]
     if texts:
         first, last = texts[0], texts[-1]
-        if first in (0, last) or str(stripped[first]).strip():
+        if first in (0, len(stripped) - 1) or str(stripped[first]).strip():
             stripped[first] = str(stripped[first]).lstrip()
-        if last in (first, len(stripped) - 1) or str(stripped[last]).strip():
+        if last == len(stripped) - 1:
             stripped[last] = str(stripped[last]).rstrip()
     return [part for part in stripped if part != ""]
 

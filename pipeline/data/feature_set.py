@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import DataConfig
-from pipeline.core.errors import UserError, nearest
+from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import (
     CLIP_COLUMNS,
     CLIPS,
@@ -27,6 +27,7 @@ from pipeline.core.feature_contract import (
 )
 from pipeline.core.units import GIB
 from pipeline.data.mds_reader import REPAIR, MdsReader, copy_file
+from pipeline.data.question_table import read_table
 
 
 @dataclass(frozen=True)
@@ -49,60 +50,6 @@ class Clip:
         return self.domain if question.domain is None else question.domain
 
 
-@dataclass(frozen=True)
-class QuestionTable:
-    """All questions of a set as numbers, in storage order; their texts stay in the shards.
-
-    Attributes:
-        clip: (questions,) index of each question's clip.
-        number: (questions,) index of each question among those of its clip.
-        characters: (questions,) characters of question and answer together.
-        task, dataset: (questions,) indices into `tasks` and `datasets`.
-        duration_s: (clips,) duration of each clip.
-        tokens: (questions,) text tokens of each question after the prefix; None until `question_check` counted them.
-        fits: (questions,) whether each question can be trained on; None until `question_check` checked them.
-    """
-
-    clip: NDArray[np.int64]
-    number: NDArray[np.int32]
-    characters: NDArray[np.int32]
-    task: NDArray[np.int32]
-    dataset: NDArray[np.int32]
-    tasks: tuple[str, ...]
-    datasets: tuple[str, ...]
-    duration_s: NDArray[np.float64]
-    tokens: NDArray[np.int64] | None = None
-    fits: NDArray[np.bool_] | None = None
-
-    def __len__(self) -> int:
-        return len(self.clip)
-
-    def select(
-        self, tasks: Sequence[str] | None = None, datasets: Sequence[str] | None = None, key: str = "data"
-    ) -> NDArray[np.int64]:
-        """Returns the indices of the questions of these tasks and datasets that fit; None selects all.
-
-        Args:
-            key: config key of the selection, for error messages.
-
-        Raises:
-            UserError: the set does not have a task or dataset of this name, or nothing is selected.
-        """
-        is_selected = np.ones(len(self), bool)
-        for field, requested, known, codes in (
-            ("tasks", tasks, self.tasks, self.task),
-            ("datasets", datasets, self.datasets, self.dataset),
-        ):
-            if requested is not None:
-                for name in requested:
-                    if name not in known:
-                        raise UserError(f"{key}.{field}", f"the feature set has no '{name}'", nearest(name, known))
-                is_selected &= np.isin(codes, [known.index(name) for name in requested])
-        if not is_selected.any():
-            raise UserError(key, "its tasks and datasets together select no question", "widen one of them")
-        return np.flatnonzero(is_selected if self.fits is None else is_selected & self.fits)
-
-
 class FeatureSet:
     """A prepared set: its contract, its questions, and random access to clips and features.
 
@@ -116,7 +63,8 @@ class FeatureSet:
         folder: the location as a path; of a URL only the name is meaningful.
         encoders: feature columns that are read.
         contract: `features.json` of the set.
-        table: all questions as numbers.
+        table: all questions as numbers, without those that name a clip which is not in the set.
+        left_out: ids of the questions that name such a clip.
         clips: reader of the clips, from which `questions_of` takes the questions.
 
     Raises:
@@ -142,7 +90,10 @@ class FeatureSet:
         require_encoders(self.contract, list(encoders), self._location)
         self.clips = self._open(CLIPS, CLIP_COLUMNS, None)
         self._features = {name: self._open(name, FEATURE_COLUMNS, cache_bytes) for name in encoders}
-        self.table = self._read_table()
+        self.table, self.left_out = read_table(self.clips, is_text=self.is_text)
+        if len(self.table) != self.contract.questions:
+            fault = f"has {len(self.table)} questions, features.json says {self.contract.questions}"
+            raise UserError(f"{self._location}/{CLIPS}", fault, REPAIR)
 
     def _open(self, name: str, columns: dict[str, str], cache_bytes: int | None) -> MdsReader:
         location = f"{self._location}/{name}"
@@ -191,10 +142,10 @@ class FeatureSet:
         return arrays
 
     def questions(self) -> Iterator[Question]:
-        """Yields all questions, in storage order."""
+        """Yields the questions of the table, in its order."""
         for shard in range(len(self.clips.shard_sizes)):
             for sample in self.clips.samples(shard):
-                yield from _clip(sample).questions
+                yield from (q for q in questions_of(sample) if q.question_id not in self.left_out)
 
     @property
     def questions_sha256(self) -> str:
@@ -224,38 +175,6 @@ class FeatureSet:
             shard = reader.shard_of(index)
             if shard % num_processes == process:
                 reader.prepare(shard)
-
-    def _read_table(self) -> QuestionTable:
-        tasks: dict[str, int] = {}
-        datasets: dict[str, int] = {}
-        shard_rows: list[NDArray[np.int64]] = []
-        durations: list[float] = []
-        for shard in range(len(self.clips.shard_sizes)):
-            rows: list[tuple[int, int, int, int, int]] = []
-            for sample in self.clips.samples(shard):
-                dataset = datasets.setdefault(sample["dataset"], len(datasets))
-                for number, question in enumerate(sample["questions"]):
-                    source = question.get("dataset")
-                    source_code = dataset if source is None else datasets.setdefault(source, len(datasets))
-                    characters = len(question["question"]) + len(question["answer"])
-                    task = tasks.setdefault(question["task"], len(tasks))
-                    rows.append((len(durations), number, characters, task, source_code))
-                durations.append(sample["duration_s"])
-            shard_rows.append(np.array(rows, np.int64).reshape(-1, 5))
-        clip, question_numbers, character_counts, task_codes, dataset_codes = np.concatenate(shard_rows).T
-        if len(clip) != self.contract.questions:
-            fault = f"has {len(clip)} questions, features.json says {self.contract.questions}"
-            raise UserError(f"{self._location}/{CLIPS}", fault, REPAIR)
-        return QuestionTable(
-            clip=np.ascontiguousarray(clip),
-            number=np.ascontiguousarray(question_numbers, np.int32),
-            characters=np.ascontiguousarray(character_counts, np.int32),
-            task=np.ascontiguousarray(task_codes, np.int32),
-            dataset=np.ascontiguousarray(dataset_codes, np.int32),
-            tasks=tuple(tasks),
-            datasets=tuple(datasets),
-            duration_s=np.array(durations),
-        )
 
 
 def open_feature_set(location: str, encoders: Sequence[str], data: DataConfig) -> FeatureSet:
@@ -296,5 +215,5 @@ def questions_of(sample: dict[str, Any]) -> tuple[Question, ...]:
 
 
 def _clip(sample: dict[str, Any]) -> Clip:
-    values = [sample[name] for name in ("clip_id", "duration_s", "dataset", "domain")]
-    return Clip(*values, questions_of(sample), sample.get("audio", ""))
+    names = ("clip_id", "duration_s", "dataset", "domain")
+    return Clip(*(sample[name] for name in names), questions_of(sample), sample.get("audio", ""))

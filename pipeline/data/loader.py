@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, tee
 from typing import Any
 
@@ -19,13 +19,12 @@ from pipeline.core.ranks import Ranks, read_ranks
 from pipeline.data.chat_template import ChatTemplate
 from pipeline.data.collate import Batch, Example, collate
 from pipeline.data.feature_set import FeatureSet
-from pipeline.data.sampler import Ints, MixtureSampler, PackedExample, PackedSampler, Sampler, split_micro_batches
+from pipeline.data.row_lengths import AudioPositions, RowLengths
+from pipeline.data.sampler import Ints, MixtureSampler, PackedExample, PackedSampler, Sampler
 
 _PREFETCHED_BATCHES = 4  # per worker
 _PREFETCHED_EXAMPLES = 256  # per round, from a remote feature set
 _PREFETCH_PAUSE_S = 0.2
-
-AudioPositions = Callable[[float], int]  # seconds of a clip -> approximate positions of its audio in the sequence
 
 
 class TrainingLoader:
@@ -59,7 +58,7 @@ class TrainingLoader:
             selections.append(mixed_set.table.select(mixed.tasks, mixed.datasets, f"data.mixture.{number}"))
         samplers = [
             PackedSampler(
-                feature_set.table.clip,
+                _groups(feature_set),
                 selected,
                 feature_set.shard_sizes,
                 questions_per_sequence=data.questions_per_sequence,
@@ -73,11 +72,13 @@ class TrainingLoader:
         sizes = [feature_set.shard_sizes for feature_set in self._sets]
         settings = f"{data.questions_per_sequence} {data.shuffle_block_clips} {train.seed} {sizes} {shares}"
         selection_bytes = b" ".join(selected.tobytes() for selected in selections)
+        prefixes = [table.prefix for table in (feature_set.table for feature_set in sets) if table.prefix is not None]
+        selection_bytes += b"".join(prefix.tobytes() for prefix in prefixes)
         self._fingerprint = hashlib.sha256(settings.encode() + selection_bytes).hexdigest()[:16]
         self._data = data
         self._dataset = _MicroBatchDataset(self._sets, chat_template, feature_dtype(train))
         self._examples_per_step = train.global_batch_size // data.questions_per_sequence
-        self._lengths = _RowLengths(self._sets, chat_template, train, audio_positions)
+        self._lengths = RowLengths(self._sets, chat_template, train, audio_positions)
         self._ranks = ranks
         per_rank = 1 if train.micro_batch_tokens else train.micro_batch_size
         if self._examples_per_step % (per_rank * ranks.world_size):
@@ -184,71 +185,22 @@ def evaluation_batches(
     clip = features.table.clip
     rows = [PackedExample(int(clip[question]), np.array([question])) for question in selected]
     rows += [PackedExample(int(clip[selected[0]]), np.empty(0, np.int64))] * (-len(rows) % ranks.world_size)
-    lengths = _RowLengths([features], chat_template, train, audio_positions)
+    lengths = RowLengths([features], chat_template, train, audio_positions)
     if train.micro_batch_tokens is not None and features.table.tokens is None:
         lengths.tokenise(selected)
     dataset = _MicroBatchDataset([features], chat_template, feature_dtype(train))
     yield from _load(dataset, iter(lengths.split(rows, ranks)), workers=0)
 
 
+def _groups(feature_set: FeatureSet) -> Ints:
+    """Returns the clip of each question and, where a set has several, the code of its prefix."""
+    table = feature_set.table
+    return table.clip if table.prefix is None else np.stack([table.clip, table.prefix], axis=1)
+
+
 def feature_dtype(train: TrainConfig) -> torch.dtype:
     """Returns the dtype of audio features on the host: half precision keeps the shards' bytes, the model casts them."""
     return torch.float32 if train.precision == "fp32" else torch.float16
-
-
-class _RowLengths:
-    """Lengths of rows, and the micro-batches that stay within the bounds of `train`; see `TrainingLoader`."""
-
-    def __init__(
-        self,
-        sets: Sequence[FeatureSet],
-        chat_template: ChatTemplate,
-        train: TrainConfig,
-        audio_positions: AudioPositions | None,
-    ) -> None:
-        self._sets, self._chat_template = sets, chat_template
-        self._max_rows, self._max_tokens = train.micro_batch_size, train.micro_batch_tokens
-        self._audio_positions = audio_positions
-        self._token_counts: dict[int, Ints] = {}  # set -> tokens of each question after the prefix
-
-    def split(self, packed_examples: Sequence[PackedExample], ranks: Ranks) -> list[list[PackedExample]]:
-        """Returns this rank's micro-batches of some packed examples."""
-        return split_micro_batches(
-            packed_examples, self._row_length, self._rows_of, rank=ranks.rank, world_size=ranks.world_size
-        )
-
-    def tokenise(self, selected: Ints) -> None:
-        """Tokenises only these questions of the first set, where no others are read."""
-        feature_set = self._sets[0]
-        clips, numbers = feature_set.table.clip[selected], feature_set.table.number[selected]
-        questions = (feature_set.clip(int(c)).questions[n] for c, n in zip(clips, numbers, strict=True))
-        self._token_counts[0] = np.zeros(len(feature_set.table), np.int64)
-        self._token_counts[0][selected] = list(self._chat_template.lengths(questions))
-
-    def _row_length(self, example: PackedExample) -> float:
-        """Returns the positions of a row; its characters, which sort rows as well, where positions are not bounded."""
-        feature_set = self._sets[example.source]
-        if self._max_tokens is None:
-            return float(feature_set.table.characters[example.questions].sum())
-        if example.source not in self._token_counts:
-            token_counts = feature_set.table.tokens
-            if token_counts is None:
-                token_counts = np.array(list(self._chat_template.lengths(feature_set.questions())), np.int64)
-            self._token_counts[example.source] = token_counts
-        audio = 0
-        if self._audio_positions is not None and not feature_set.is_text:
-            audio = self._audio_positions(feature_set.table.duration_s[example.clip])
-        text = self._token_counts[example.source][example.questions].sum()
-        return float(len(self._chat_template.prefix) - 1 + audio + text)
-
-    def _rows_of(self, longest: float) -> int:
-        """Returns how many rows fit into a micro-batch whose longest row has this length."""
-        if self._max_tokens is None:
-            return self._max_rows
-        if longest > self._max_tokens:
-            fault = f"is {self._max_tokens}, and a row has {longest:.0f} positions"
-            raise UserError("train.micro_batch_tokens", fault, "raise it, or lower data.questions_per_sequence")
-        return min(self._max_rows, int(self._max_tokens // longest))
 
 
 class _MicroBatchDataset(Dataset[Batch | UserError]):
@@ -277,8 +229,13 @@ class _MicroBatchDataset(Dataset[Batch | UserError]):
         questions = [clip.questions[number] for number in feature_set.table.number[packed.questions]]
         if feature_set.is_text:
             return Example(self._chat_template.row(questions, audio=False), questions, None, {})
-        features = feature_set.features(packed.clip, clip.clip_id)
-        return Example(self._chat_template.row(questions), questions, clip, features)
+        row = self._chat_template.row(questions)
+        if not (audio := feature_set.table.audio_of(packed.questions, packed.clip)):
+            return Example(row, questions, None, {})
+        clips = [clip if index == packed.clip else feature_set.clip(index) for index in audio]
+        features = [feature_set.features(index, c.clip_id) for index, c in zip(audio, clips, strict=True)]
+        others = list(zip(clips[1:], features[1:], strict=True))
+        return Example(row, questions, clips[0], features[0], others)
 
 
 def _load(dataset: _MicroBatchDataset, plan: Iterator[list[PackedExample]], workers: int) -> Iterator[Batch]:

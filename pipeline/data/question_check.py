@@ -117,7 +117,7 @@ class QuestionChecker:
             UserError: too many questions are unfit, or one is and `data.unfit_questions` is `error`.
         """
         measured = load_or_measure(feature_set, self._chat_template)
-        table = replace(feature_set.table, tokens=None, fits=None)
+        table = replace(feature_set.table, tokens=None, prefix_tokens=None, fits=None)
         selected = table.select(selection.tasks, selection.datasets, selection.section)
         positions = self._positions(feature_set, measured)
         too_long = measured.text_tokens > self._data.max_text_tokens
@@ -126,7 +126,9 @@ class QuestionChecker:
             too_far = positions > self._max_positions
         fits = ~(too_long | too_far)
         fits[list(measured.faults)] = False
-        feature_set.table = replace(table, tokens=measured.suffix_tokens, fits=fits)
+        feature_set.table = replace(
+            table, tokens=measured.suffix_tokens, prefix_tokens=measured.prefix_tokens, fits=fits
+        )
         unfit = [
             self._describe(feature_set, selection, measured, positions, int(index))
             for index in selected[~fits[selected]]

@@ -66,11 +66,12 @@ class Measurements:
 
 @dataclass(frozen=True)
 class _Task:
-    """Clips [first_clip, last_clip), whose questions begin at index `first_question`."""
+    """Clips [first_clip, last_clip), whose questions begin at index `first_question`, without those `left_out`."""
 
     first_clip: int
     last_clip: int
     first_question: int
+    left_out: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _tasks(feature_set: FeatureSet) -> list[_Task]:
     first = 0
     while first < len(clip):
         last_clip = int(clip[min(first + QUESTIONS_PER_TASK, len(clip)) - 1]) + 1
-        tasks.append(_Task(int(clip[first]), last_clip, first))
+        tasks.append(_Task(int(clip[first]), last_clip, first, feature_set.left_out))
         first = int(np.searchsorted(clip, last_clip))
     return tasks
 
@@ -167,7 +168,8 @@ def _measure_in_worker(task: _Task) -> _Part:
 
 
 def _measure_task(clips: MdsReader, chat_template: ChatTemplate, task: _Task, *, is_text: bool) -> _Part:
-    questions = [q for index in range(task.first_clip, task.last_clip) for q in questions_of(clips[index])]
+    stored = (q for index in range(task.first_clip, task.last_clip) for q in questions_of(clips[index]))
+    questions = [question for question in stored if question.question_id not in task.left_out]
     tokens = np.zeros((len(questions), 2), np.int32)
     faults: dict[int, Fault] = {}
     other_clips: dict[int, list[str | None]] = {}
@@ -190,7 +192,7 @@ def _lengths(
 ) -> list[tuple[int, int] | UserError]:
     """Returns the tokens of each question before and after its first placeholder, or why it has none."""
     try:
-        return [(len(chat_template.prefix), length) for length in chat_template.lengths(questions)]
+        return list(chat_template.token_counts(questions))
     except UserError as error:  # tokenised again in halves, until the question at fault is alone
         if len(questions) == 1:
             return [error]

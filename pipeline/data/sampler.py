@@ -49,7 +49,8 @@ class PackedSampler:
     computed independently, and no example is dropped at the end of an epoch.
 
     Args:
-        clip_of_question: (questions of the whole set,) index of each question's clip.
+        clip_of_question: (questions of the whole set,) index of each question's clip; or (questions, 2) with a code
+            beside it, so that only questions with the same code share a packed example.
         selected: indices of the questions to train on.
         shard_sizes: clips per shard, in storage order.
         questions_per_sequence: maximum number of questions in one packed example.
@@ -72,9 +73,12 @@ class PackedSampler:
     ) -> None:
         if not len(selected):
             raise UserError("data", "no question is selected", "widen data.tasks or data.datasets")
-        clips, self._clip_rank, counts = np.unique(clip_of_question[selected], return_inverse=True, return_counts=True)
+        groups = clip_of_question.reshape(len(clip_of_question), -1)[selected]
+        codes = 1 + (int(groups[:, 1].max()) if groups.shape[1] > 1 else 0)
+        group_numbers = groups[:, 0].astype(np.int64) * codes + (groups[:, 1] if groups.shape[1] > 1 else 0)
+        clips, self._clip_rank, counts = np.unique(group_numbers, return_inverse=True, return_counts=True)
         self._selected = np.asarray(selected, np.int64)
-        self._clips = clips.astype(np.int64)
+        self._clips = clips.astype(np.int64) // codes  # of each group of questions that may share a packed example
         self._examples_of_clip = -(-counts // questions_per_sequence)
         # Questions sorted by clip; the packed examples of a clip share its questions as evenly as whole numbers allow.
         first_question = np.cumsum(counts) - counts
@@ -84,7 +88,7 @@ class PackedSampler:
         begin, end = (self._first_in_clip(counts, self._number_in_clip + shift) for shift in (0, 1))
         self._first = first_question[self._clip_index] + begin
         self._size = end - begin
-        self._num_passes = -(-len(self._clip_index) // len(clips))
+        self._num_passes = -(-len(self._clip_index) // len(np.unique(self._clips)))
         self._shard_sizes = np.asarray(shard_sizes, np.int64)
         self._block_clips = block_clips
         self._seed = seed

@@ -32,9 +32,10 @@ def main(argv: Sequence[str]) -> int:
     if arguments.web:
         from pipeline.inference.web import serve  # first, because it raises an error where gradio is not installed
 
-    from pipeline.inference.responder import load_config_of, load_responder, log_decoding
+    from pipeline.inference.responder import load_config_of, load_responder, log_decoding, require_streams
 
     config, model = load_config_of(arguments.model)
+    require_streams(arguments.model, config)
     contracts = read_encoders(arguments.model, model.feature_fingerprints, config.data.train)
 
     from pipeline.inference.encode_audio import AudioEncoders

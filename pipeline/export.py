@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +63,7 @@ def require_free(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     config = out / "config.json"
-    if not config.is_file() or json.loads(config.read_text(encoding="utf-8")).get("model_type") != "pal":
+    if not config.is_file() or not (out / run_dir.CONFIG).is_file():
         raise UserError(out, "exists and is not an exported model", "choose another folder")
 
 
@@ -75,8 +74,9 @@ def export(source: Path, out: Path) -> dict[str, Any]:
         `parameters`, their number, and `max_abs_difference` between the weights written and those read back.
     """
     from pipeline.data.chat_template import build_chat_template
-    from pipeline.model import PalForCausalLM, count_parameters
-    from pipeline.training.build import build_model, load_trained, save_model
+    from pipeline.model import count_parameters
+    from pipeline.training.build import build_model, load_trained
+    from pipeline.training.exported_model import load_model, save_model
 
     config = load_config(ExperimentConfig, source / run_dir.CONFIG)
     contract = load_contract(config.data.train)
@@ -84,7 +84,7 @@ def export(source: Path, out: Path) -> dict[str, Any]:
     model = build_model(config, contract, chat_template.audio_token_id)
     load_trained(model, source)
     save_model(model, tokenizer, config, out)
-    difference = _largest_difference(model, PalForCausalLM.from_pretrained(out, dtype=model.dtype))
+    difference = _largest_difference(model, load_model(out, config, model.dtype))
     return {"parameters": count_parameters(model)["total"], "max_abs_difference": difference}
 
 

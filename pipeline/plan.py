@@ -136,7 +136,8 @@ def _print_plan(stage: str, results: dict[str, Any], config: ExperimentConfig, c
             rows.append({"": name, "how": how, **memory, **{key: prediction[key] for key in shown}})
     print(_text(rows))
     print("\n" + "\n".join(results["alternatives"]))
-    print(f"\n{_preparation(results['extraction'])}")
+    if config.model.encoders:
+        print(f"\n{_preparation(results['extraction'])}")
 
 
 def _assumptions(config: ExperimentConfig, cluster: ClusterConfig, workload: WorkloadConfig) -> str:

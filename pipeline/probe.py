@@ -34,8 +34,9 @@ def main(argv: Sequence[str]) -> int:
 
     from pipeline.core.feature_contract import require_same_features
     from pipeline.evaluation.question_sets import evenly_spaced, open_feature_set
-    from pipeline.inference.responder import load_responder, log_decoding
+    from pipeline.inference.responder import load_config_of, load_responder, log_decoding, require_streams
 
+    require_streams(arguments.model, load_config_of(arguments.model)[0])
     responder = load_responder(arguments.model, arguments.max_new_tokens)
     log_decoding(arguments.max_new_tokens)
     features = open_feature_set(arguments.shards, list(responder.feature_fingerprints), arguments.cache)

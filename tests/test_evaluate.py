@@ -38,7 +38,7 @@ from pipeline.model import PalConfig, PalForCausalLM
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from pipeline.tracking.writer import EVALUATIONS
 from pipeline.training import run_dir
-from pipeline.training.build import save_model
+from pipeline.training.exported_model import save_model
 from tests.helpers.feature_sets import write_rows
 from tests.helpers.log_lines import log_lines
 

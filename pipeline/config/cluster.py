@@ -112,7 +112,7 @@ class WorkloadConfig(Strict):
     """Size of the training data; durations and token counts are means.
 
     Attributes:
-        clip_s: duration of a clip.
+        clip_s: duration of a clip; 0 for text alone.
         encoders: features by encoder.
         system_tokens: text tokens before the clip.
         question_tokens: text tokens of a question with its answer.
@@ -122,7 +122,7 @@ class WorkloadConfig(Strict):
 
     clips: PositiveInt
     questions: PositiveInt
-    clip_s: PositiveFloat
+    clip_s: Annotated[float, Field(ge=0)]
     encoders: dict[str, EncoderCost]
     system_tokens: NonNegativeInt
     question_tokens: PositiveInt

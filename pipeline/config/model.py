@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,8 +65,10 @@ class ModelConfig(Strict):
 
     Attributes:
         language_model: folder in the Hugging Face format, or name on the Hub.
-        encoders: encoders whose features the model reads, in the order that the preset expects.
-        integration: a preset, or `custom` with explicit `streams`.
+        encoders: encoders whose features the model reads, in the order that the preset expects; empty for a language
+            model alone, which is trained on text.
+        integration: a preset, `custom` with explicit `streams`, or `none` if and only if there are no encoders. Each of
+            the two follows from the other where it is left out.
         streams: the streams of a `custom` integration.
         connector: connector of every stream of a preset.
         first_audio_layer, num_audio_layers, layer_stride: the rule for audio_layers; num_audio_layers may be a
@@ -81,9 +83,9 @@ class ModelConfig(Strict):
     """
 
     language_model: str
-    encoders: list[str] = Field(default=["log_mel"], min_length=1)
-    integration: Preset | Literal["custom"] = "lal"
-    streams: list[StreamConfig] | None = None
+    encoders: list[str] = ["log_mel"]
+    integration: Preset | Literal["custom", "none"] = "lal"
+    streams: list[StreamConfig] | None = Field(default=None, min_length=1)
     connector: ConnectorConfig = ConnectorConfig()
     first_audio_layer: NonNegativeInt | None = None
     num_audio_layers: LayerCount = None
@@ -95,8 +97,28 @@ class ModelConfig(Strict):
     system_text_sees_audio: bool = False
     audio_queries: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_text_only(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            if values.get("integration") == "none" and "encoders" not in values:
+                return {**values, "encoders": []}
+            if values.get("encoders") in ([], {}) and "integration" not in values:
+                return {**values, "encoders": [], "integration": "none"}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
+        if self.text_only and self.encoders:
+            raise InvalidConfig(
+                "model.encoders", "has no effect on integration 'none'", "set it to [], or choose an integration"
+            )
+        if not self.text_only and not self.encoders:
+            raise InvalidConfig(
+                "model.encoders",
+                f"is empty, and integration '{self.integration}' reads audio",
+                "name an encoder of the feature set, or set model.integration to none to train on text alone",
+            )
         if (self.integration == "custom") != (self.streams is not None):
             raise InvalidConfig(
                 "model.streams", "must be set if and only if integration is custom", "set both or neither"
@@ -110,6 +132,11 @@ class ModelConfig(Strict):
             )
         return self
 
+    @property
+    def text_only(self) -> bool:
+        """Whether the model is a language model alone, without any stream."""
+        return self.integration == "none"
+
     def resolve_streams(self, num_layers: int) -> tuple[Stream, ...]:
         """Returns the explicit streams for a language model of `num_layers` layers.
 
@@ -117,7 +144,9 @@ class ModelConfig(Strict):
             UserError: a layer is beyond the model, the encoders do not suit the preset, or a setting has no effect on
                 these streams.
         """
-        if self.integration == "custom":
+        if self.integration == "none":
+            streams: tuple[Stream, ...] = ()
+        elif self.integration == "custom":
             streams = tuple(
                 Stream(
                     tuple(s.encoders),
@@ -150,9 +179,10 @@ class ModelConfig(Strict):
     def _refuse_dead_settings(self, streams: tuple[Stream, ...]) -> None:
         kinds = {stream.integration for stream in streams}
         rule = ("first_audio_layer", "num_audio_layers", "layer_stride", "audio_layers")
-        needs = {name: self.integration != "custom" and kinds != {"plits"} for name in rule}
+        needs = {name: self.integration != "custom" and not kinds <= {"plits"} for name in rule}
         needs |= dict.fromkeys(("audio_queries", "norm_audio_tokens"), "lal" in kinds)
         needs["summary_stride"] = self.integration == "pal_v3"
+        needs |= dict.fromkeys(("connector", "system_text_sees_audio"), not self.text_only)
         for name, has_effect in needs.items():
             if not has_effect and getattr(self, name) != type(self).model_fields[name].default:
                 raise UserError(

@@ -254,7 +254,22 @@ class ExperimentConfig(Strict):
             raise InvalidConfig("train.steps", f"needs exactly one of {', '.join(LENGTHS)}", "give exactly one")
         if self.train.checkpoint.keep_best and self.data.validation is None:
             raise InvalidConfig("train.checkpoint.keep_best", "has no effect without data.validation", "set both")
+        if self.model.text_only and not self.stages:
+            self._refuse_audio_settings()
         return self
+
+    def _refuse_audio_settings(self) -> None:
+        """Refuses settings of the audio side in a run on text alone."""
+        if self.train.trainable == "connector":
+            raise InvalidConfig(
+                "train.trainable",
+                "is connector, and a model without encoders has none",
+                "set it to all or all_but_ffn, and remove train.lora",
+            )
+        if self.train.connector_learning_rate is not None:
+            raise InvalidConfig(
+                "train.connector_learning_rate", "has no effect on a model without encoders", "remove it"
+            )
 
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Returns the number of micro-batches per rank and optimizer step; with `micro_batch_tokens`, the lowest one.

@@ -243,12 +243,29 @@ def require_encoders(contract: FeatureContract, encoders: list[str], folder: str
         UserError: the set holds no features of an encoder.
     """
     for name in encoders:
+        if not contract.encoders:
+            fault = f"is a set of text without audio, and '{name}' is among the encoders of the model"
+            remedy = "train a model with model.integration=none on it, or mix it into a set with audio (data.mixture)"
+            raise UserError(folder, fault, remedy)
         if name not in contract.encoders:
             raise UserError(
                 folder,
                 f"holds features of {', '.join(contract.encoders)}, not of '{name}' in model.encoders",
                 "change model.encoders or prepare this set with that encoder",
             )
+
+
+def require_text(contract: FeatureContract, folder: str | Path) -> None:
+    """Checks that the questions of a set are about no clip, for a model that has no encoder.
+
+    Raises:
+        UserError: they are about clips.
+    """
+    if contract.encoders:
+        fault = f"asks about clips ({', '.join(contract.encoders)}), and the model has no encoder to read them"
+        raise UserError(
+            folder, fault, "choose model.encoders and model.integration, or prepare a set with encoders: {}"
+        )
 
 
 def require_same_features(

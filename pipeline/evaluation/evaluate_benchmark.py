@@ -12,12 +12,14 @@ import numpy as np
 
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
+from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluation.baselines import majority_baseline, swap_audio
 from pipeline.evaluation.benchmark_clips import BenchmarkClips
 from pipeline.evaluation.benchmarks import Benchmark
 from pipeline.evaluation.generate_answers import AnswerGenerator
 from pipeline.evaluation.intervals import bootstrap_ci95
 from pipeline.evaluation.question_sets import (
+    QuestionSet,
     QuestionSource,
     evenly_spaced,
     make_predictions,
@@ -85,7 +87,7 @@ def evaluate_benchmark(
         _warn_of_truncated(source.location, predictions, generator)
         return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
 
-    swapped_pairing = swap_audio(question_set, clips) if options.swap_audio else None
+    swapped_pairing = swap_audio(question_set, clips) if _can_swap(question_set, source, options) else None
     predictions = predict({clip: clip for clip in clips})
     scores = _score_generated(predictions) | {"decoding": generator.decoding}
     official_files: dict[str, str] = {}
@@ -117,8 +119,16 @@ def answer_partition(generator: AnswerGenerator, source: QuestionSource, options
     question_set = open_question_set(source, generator.settings.model)
     clips = evenly_spaced(len(question_set), options.limit)
     generator.generate(question_set, source, {clip: clip for clip in clips})
-    if options.swap_audio:
+    if _can_swap(question_set, source, options):
         generator.generate(question_set, source, swap_audio(question_set, clips))
+
+
+def _can_swap(question_set: QuestionSet, source: QuestionSource, options: EvaluationOptions) -> bool:
+    """Returns whether the control with swapped audio is requested and possible; logs it where it is not."""
+    is_text = isinstance(question_set, FeatureSet) and question_set.is_text
+    if options.swap_audio and is_text:
+        logger.warning(f"{source.location}: a set of text has no audio to swap, so it has no such control")
+    return options.swap_audio and not is_text
 
 
 def apply_benchmark_rules(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction]:

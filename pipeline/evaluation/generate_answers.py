@@ -23,7 +23,7 @@ from pipeline.core.streams import IntegrationKind
 from pipeline.data.feature_set import FeatureSet, QuestionTable
 from pipeline.evaluation.answer_journal import AnswerJournal, fingerprint_job, fingerprint_model
 from pipeline.evaluation.question_sets import QuestionSet, QuestionSource, open_question_set
-from pipeline.inference.responder import Reply, Responder, greedy_decoding, load_responder, log_decoding
+from pipeline.inference.responder import Features, Reply, Responder, greedy_decoding, load_responder, log_decoding
 
 AudioPairing = Mapping[int, int]  # clip of the questions -> clip of the audio: the same one, except in a control
 
@@ -203,23 +203,29 @@ def generate_answers(
         index of the question -> answer, for one group.
     """
     total = sum(len(group.questions) for group in groups)
+    is_text = isinstance(question_set, FeatureSet) and question_set.is_text
     with progress(total, "questions") if show_progress else nullcontext() as bar:
         for group in groups:
             clips = [question_set.clip(clip) for clip, _ in group.clips]
-            audio = [
-                question_set.features(audio_clip, question_set.clip(audio_clip).clip_id)
-                for _, audio_clip in group.clips
-            ]
-            prefix = responder.prefill(audio, hidden)
+            prefix = None if is_text else responder.prefill(_features(question_set, group), hidden)
             answers: dict[int, Reply] = {}
             for first in range(0, len(group.questions), batch_size):
                 batch = group.questions[first : first + batch_size]
-                texts = [clips[row].questions[question_set.table.number[index]].question for index, row in batch]
-                replies = responder.answer(prefix, texts, [row for _, row in batch])
+                questions = [clips[row].questions[question_set.table.number[index]] for index, row in batch]
+                if prefix is None:
+                    replies = responder.answer_text(questions)
+                else:
+                    texts = [question.question for question in questions]
+                    replies = responder.answer(prefix, texts, [row for _, row in batch])
                 answers |= {index: reply for (index, _), reply in zip(batch, replies, strict=True)}
             yield answers
             if bar is not None:
                 bar.advance(len(group.questions))
+
+
+def _features(question_set: QuestionSet, group: ClipGroup) -> list[Features]:
+    """Returns the features of the audio of each clip of a group."""
+    return [question_set.features(clip, question_set.clip(clip).clip_id) for _, clip in group.clips]
 
 
 def _run_job(job: Job, partition: Partition) -> None:

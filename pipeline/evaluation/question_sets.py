@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import read_encoders, require_same_features
+from pipeline.core.feature_contract import read_encoders, require_same_features, require_text
 from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluation.benchmark_clips import BenchmarkClips
 from pipeline.evaluation.benchmarks import BENCHMARKS
@@ -48,13 +48,25 @@ def open_question_set(source: QuestionSource, model: Path) -> QuestionSet:
     fingerprints = description.feature_fingerprints
     kind, _, folder = source.location.partition("=")
     if kind not in BENCHMARKS or not folder:
-        features = open_feature_set(source.location, list(fingerprints), source.cache)
-        require_same_features(fingerprints, features.contract, source.location, str(model))
-        return features
+        return _open_prepared(source, fingerprints, model)
+    if config.model.text_only:
+        raise UserError(model, f"was trained on text alone, and {kind} asks about audio", "evaluate a set of text")
     contracts = read_encoders(model, fingerprints, config.data.train)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     benchmark = BENCHMARKS[kind](Path(folder))
     return BenchmarkClips(benchmark, lambda: AudioEncoders(contracts, source.encoder_weights, device))
+
+
+def _open_prepared(source: QuestionSource, fingerprints: dict[str, str], model: Path) -> FeatureSet:
+    """Opens a feature set, or a set of text, which every model can answer."""
+    features = open_feature_set(source.location, [], source.cache)
+    if features.is_text:
+        return features
+    if not fingerprints:
+        require_text(features.contract, source.location)
+    features = open_feature_set(source.location, list(fingerprints), source.cache)
+    require_same_features(fingerprints, features.contract, source.location, str(model))
+    return features
 
 
 def open_feature_set(location: str, encoders: Sequence[str], cache: Path | None) -> FeatureSet:

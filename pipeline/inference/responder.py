@@ -24,6 +24,7 @@ from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.length_errors import too_many_positions
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
+from pipeline.training.exported_model import load_model, read_model_config
 
 Features = Mapping[str, NDArray[np.float16]]
 
@@ -70,7 +71,23 @@ def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
     if not (folder / run_dir.CONFIG).is_file():
         fault = "is not an exported model" if folder.is_dir() else "does not exist"
         raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
-    return load_config(ExperimentConfig, folder / run_dir.CONFIG), PalConfig.from_pretrained(folder)
+    config = load_config(ExperimentConfig, folder / run_dir.CONFIG)
+    return config, read_model_config(folder, config)
+
+
+def require_streams(folder: Path, config: ExperimentConfig) -> None:
+    """Checks that a model reads audio.
+
+    Args:
+        folder: folder of the model.
+        config: how it was trained.
+
+    Raises:
+        UserError: it was trained on text alone.
+    """
+    if config.model.text_only:
+        remedy = f"train a model that reads audio from it (model.language_model={folder}), or evaluate it on text"
+        raise UserError(folder, "is a language model that was trained on text alone", remedy)
 
 
 def greedy_decoding(max_new_tokens: int) -> dict[str, Any]:
@@ -100,8 +117,7 @@ def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Respon
         UserError: the folder is not an exported model.
     """
     config, _ = load_config_of(folder)
-    # An empty generation config: transformers would read the folder's and warn of settings that are not used anyway.
-    model = PalForCausalLM.from_pretrained(folder, dtype="auto", generation_config=GenerationConfig())
+    model = load_model(folder, config)
     # Not data.max_text_tokens, which bounds training: a benchmark's prompts may be longer, up to the model's own limit.
     max_text_tokens = model.config.language_model.max_position_embeddings
     chat_template = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=max_text_tokens)
@@ -170,6 +186,34 @@ class Responder:
         """
         prefix_length = len(self.chat_template.prefix)
         suffixes = [self.chat_template.prompt(question)[prefix_length:] for question in questions]
+        return self._generate(prefix, suffixes, rows, questions, streamer)
+
+    @torch.inference_mode()
+    def answer_text(self, questions: Sequence[Question]) -> list[Reply]:
+        """Generates the answers to one batch of questions about no clip.
+
+        Raises:
+            UserError: see `answer`.
+        """
+        padding = torch.full((1, 1), self.chat_template.pad_token_id, device=self.model.device)
+        empty = self.model.prefill(padding, torch.zeros_like(padding), {}, {})  # the prompts share no prefix
+        prompts = [self.chat_template.prompt_of(question) for question in questions]
+        ids = [prompt.prefix + prompt.suffix for prompt in prompts]
+        return self._generate(empty, ids, [0] * len(ids), [question.question for question in questions])
+
+    def _generate(
+        self,
+        prefix: PrefixCache,
+        suffixes: Sequence[list[int]],
+        rows: Sequence[int],
+        questions: Sequence[str],
+        streamer: BaseStreamer | None = None,
+    ) -> list[Reply]:
+        """Generates the answers behind `suffixes`, the token ids that follow these rows of the prefix cache.
+
+        Args:
+            questions: names of the prompts in a warning.
+        """
         ends = (prefix.next_position.cpu()[list(rows)] + torch.tensor([len(ids) for ids in suffixes])).tolist()
         self._warn_of_positions(dict(zip(questions, ends, strict=True)))
         longest = max(map(len, suffixes))

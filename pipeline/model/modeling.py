@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,9 @@ class PalForCausalLM(PalGeneration):
     """A language model that reads audio through streams (arXiv 2506.10423); see `PalModel` for its arguments."""
 
     @classmethod
-    def from_language_model(cls, config: PalConfig, dtype: torch.dtype = torch.float32) -> PalForCausalLM:
+    def from_language_model(
+        cls, config: PalConfig, dtype: torch.dtype | Literal["auto"] = torch.float32
+    ) -> PalForCausalLM:
         """Loads a pretrained language model and gives it fresh streams.
 
         Under ZeRO-3 (an `HfDeepSpeedConfig` is alive) transformers loads the weights partition by partition.
@@ -46,6 +49,7 @@ class PalForCausalLM(PalGeneration):
         Args:
             config: what to build; `base_language_model` is the folder or Hub name to load, `language_model_config` its
                 config.
+            dtype: dtype of the weights; `auto` keeps that of the files.
 
         Raises:
             UserError: see `PalModel`.
@@ -59,7 +63,7 @@ class PalForCausalLM(PalGeneration):
         )
         config.language_model_config = language_model.config
         model = cls(config, language_model)
-        model.streams.to(dtype)
+        model.streams.to(language_model.dtype)
         # Published settings of decoding (penalties, sampling) are no part of what is trained, and transformers refuses
         # to save some of them.
         published = language_model.generation_config

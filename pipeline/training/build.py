@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, dump_config, load_config
+from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, load_config
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import FeatureContract, load_contract, write_encoders
+from pipeline.core.feature_contract import FeatureContract, load_contract
 from pipeline.core.ranks import Ranks
 from pipeline.core.streams import IntegrationKind, Stream
 from pipeline.cost.flops import whole_time_steps
@@ -228,29 +227,6 @@ def load_trained(model: PalForCausalLM, source: Path) -> None:
         if name in trainable:
             with torch.no_grad(), gathered([parameter]):
                 parameter.copy_(weights[name])
-
-
-def save_model(
-    model: PalForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    config: ExperimentConfig,
-    folder: Path,
-    state_dict: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Writes the Hugging Face folder that `pal evaluate` reads: weights, tokenizer and the config of the training run.
-
-    Args:
-        folder: is replaced if it exists.
-        state_dict: the weights, if the model itself does not hold them (ZeRO-3).
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, state_dict=state_dict)
-    tokenizer.save_pretrained(temporary)
-    (temporary / run_dir.CONFIG).write_text(dump_config(config), encoding="utf-8")
-    write_encoders(temporary, load_contract(config.data.train), config.model.encoders)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _pal_config(config: ExperimentConfig, contract: FeatureContract, audio_token_id: int) -> PalConfig:

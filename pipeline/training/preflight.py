@@ -9,7 +9,13 @@ from pathlib import Path
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.config.flat import flatten
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import FeatureContract, load_contract, require_encoders, require_same_features
+from pipeline.core.feature_contract import (
+    FeatureContract,
+    load_contract,
+    require_encoders,
+    require_same_features,
+    require_text,
+)
 from pipeline.core.ranks import Ranks
 from pipeline.core.streams import Stream
 from pipeline.engine import build_ds_config
@@ -42,6 +48,10 @@ def check(
     build_ds_config(config.train.zero, config.train, world_size=world_size, accumulation=accumulation, on_gpu=on_gpu)
     contract = load_contract(config.data.train)
     require_encoders(contract, config.model.encoders, config.data.train)
+    if config.model.text_only:
+        sets = [config.data.train, config.data.validation, *(mixed.path for mixed in config.data.mixture)]
+        for location in filter(None, sets):
+            require_text(load_contract(location), location)
     if config.data.validation is not None:
         expected = {name: contract.encoders[name].fingerprint for name in config.model.encoders}
         require_same_features(expected, load_contract(config.data.validation), config.data.validation, "data.train")
@@ -63,6 +73,9 @@ def _check_origin(config: ExperimentConfig, planned: Collection[Path]) -> str | 
         raise UserError(config.output, f"starts from {folder}, which is not finished", "run that first")
     if run_dir.is_finished(folder):
         origin_model = load_config(ExperimentConfig, folder / run_dir.CONFIG).model
+        if origin_model.text_only and not config.model.text_only:
+            remedy = f"set model.language_model to {folder / 'model'} instead"
+            raise UserError("starts_from", f"{folder} trained a language model on text alone", remedy)
         settings, origin_settings = (flatten(m.model_dump(mode="json")) for m in (config.model, origin_model))
         for key in settings.keys() | origin_settings.keys():
             value, origin_value = settings.get(key), origin_settings.get(key)
@@ -97,7 +110,7 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     row_tokens = [counts[selected[begin:end]].sum() for begin, end in zip(first, last, strict=True)]
     sequences = config.train.global_batch_size // config.data.questions_per_sequence
     text_tokens = sequences * float(len(chat_template.prefix) - 1 + np.mean(row_tokens))
-    seconds = sequences * float(np.mean(table.duration_s[clips]))
+    seconds = 0.0 if sets.train.is_text else sequences * float(np.mean(table.duration_s[clips]))
     steps = total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
     lines = []

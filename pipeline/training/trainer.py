@@ -20,9 +20,10 @@ from pipeline.engine import ParameterGroup
 from pipeline.tracking.writer import Status
 from pipeline.training import checkpoint_dir, run_dir
 from pipeline.training.batches import Batch, count_answer_tokens, count_text_tokens, model_inputs
-from pipeline.training.build import build_components, save_model
+from pipeline.training.build import build_components
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.dropout_seed import dropout_seed
+from pipeline.training.exported_model import save_model
 from pipeline.training.lr_schedule import lr_multiplier
 from pipeline.training.run_dir import RunRecord
 from pipeline.training.run_tracking import start_tracker
@@ -155,10 +156,13 @@ class Trainer:
         return loss
 
     def _check_gradients(self, micro_batches: list[Batch]) -> None:
-        """Ends a run, at its first step with audio, if no gradient reaches a part of the model that is trained."""
+        """Ends a run, at its first step with audio, if no gradient reaches a part of the model that is trained.
+
+        A model without encoders is checked at its first step.
+        """
         (clips,) = self.engine.sum_over_ranks([sum(len(batch["clip_ids"]) for batch in micro_batches)])
-        self.gradients_checked = clips > 0
-        without_gradient = self.engine.groups_without_gradient() if clips else []
+        self.gradients_checked = clips > 0 or self.config.model.text_only
+        without_gradient = self.engine.groups_without_gradient() if self.gradients_checked else []
         # By side, not by group: behind the closed gates of `flamingo` only the gates get a gradient at first.
         reached = {group.name.partition(".")[0] for group in self.engine.groups if group.name not in without_gradient}
         for side in {name.partition(".")[0] for name in without_gradient} - reached:

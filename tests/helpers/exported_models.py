@@ -11,7 +11,8 @@ from pipeline.config import ExperimentConfig, validate_config
 from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import FeatureSet
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
-from pipeline.training.build import build_model, save_model
+from pipeline.training.build import build_model
+from pipeline.training.exported_model import save_model
 from tests.helpers.corpora import clip_row, prepare_config, prepare_here, tone, write_manifest
 
 

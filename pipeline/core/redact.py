@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,14 @@ def environment_secrets() -> list[str]:
         with contextlib.suppress(OSError):
             lines = (folder / os.environ.get("DS_ENV_FILE", ".deepspeed_env")).read_text(encoding="utf-8").splitlines()
             variables += [(name.strip(), value.strip()) for name, _, value in (line.partition("=") for line in lines)]
-    return [value for name, value in variables if holds_secret(name, value)]
+    secrets = [value for name, value in variables if holds_secret(name, value)]
+    return list(dict.fromkeys([*secrets, *(form for value in secrets for form in _on_command_line(value))]))
+
+
+def _on_command_line(value: str) -> list[str]:
+    """Returns the forms in which the launcher writes a value onto the command line for other hosts."""
+    quoted = shlex.quote(value)
+    return [quoted, quoted.replace("%", "%%"), value.replace("%", "%%")]
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:

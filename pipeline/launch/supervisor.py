@@ -162,7 +162,7 @@ def _launcher(placement: Placement, output: Path) -> list[str]:
         command = [*python, "pipeline.launch.ray_launcher", "--address", placement.ray_address]
         command += ["--ranks", str(placement.nproc), "--output", str(output)]
         return [*command, "--gpu"] if placement.on_gpu else command
-    command = [*python, "deepspeed.launcher.runner", "--module", "--no_local_rank"]
+    command = [*python, "pipeline.launch.deepspeed_launcher", "--module", "--no_local_rank"]
     command += ["--master_port", str(free_port()), "--hostfile", str(placement.hostfile or os.devnull)]
     return [*command, "--num_accelerators", str(placement.nproc)] if placement.nproc else command
 

@@ -57,9 +57,16 @@ def download(url: str, folder) -> dict[str, str]:
     return hashes(folder)
 
 
-def test_an_object_store_holds_the_same_files_as_a_local_folder(bucket, corpus, tmp_path, capsys):
+def test_features_of_remote_audio_are_those_of_local_audio(bucket, corpus, tmp_path):
     prepare_here(prepare_config(corpus, tmp_path / "local", partition_clips=2))
-    remote = prepare_config(f"{bucket}/corpus/manifest.jsonl", f"{bucket}/set", partition_clips=2)
+    prepare_here(prepare_config(f"{bucket}/corpus/manifest.jsonl", tmp_path / "remote", partition_clips=2))
+    assert hashes(tmp_path / "remote/log_mel") == hashes(tmp_path / "local/log_mel")
+
+
+def test_an_object_store_holds_the_same_files_as_a_local_folder(bucket, corpus, tmp_path, capsys):
+    manifest = f"{bucket}/corpus/manifest.jsonl"
+    prepare_here(prepare_config(manifest, tmp_path / "local", partition_clips=2))
+    remote = prepare_config(manifest, f"{bucket}/set", partition_clips=2)
     prepare_here(remote)
     assert download(remote.output, tmp_path / "copy") == hashes(tmp_path / "local")
     assert validate.main([remote.output]) == 0

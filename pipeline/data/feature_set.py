@@ -215,5 +215,11 @@ def questions_of(sample: dict[str, Any]) -> tuple[Question, ...]:
 
 
 def _clip(sample: dict[str, Any]) -> Clip:
-    names = ("clip_id", "duration_s", "dataset", "domain")
-    return Clip(*(sample[name] for name in names), questions_of(sample), sample.get("audio", ""))
+    return Clip(
+        sample["clip_id"],
+        sample["duration_s"],
+        sample["dataset"],
+        sample["domain"],
+        questions_of(sample),
+        sample.get("audio", ""),
+    )

@@ -123,6 +123,10 @@ def batches(seed: int = 0) -> dict[str, list[Row]]:
             Row([[text(1)[0], clip(3), *text(2), clip(2), *text(4)]]),
             Row([text(5)]),
         ],
+        "dialogue": [
+            Row([[*text(2), clip(3), *text(5), clip(4), *text(6)]]),
+            Row([[*text(3), clip(2), *text(5)], text(4), [clip(1), clip(3), *text(6)]], prefix=[*text(2), clip(3)]),
+        ],
     }
 
 

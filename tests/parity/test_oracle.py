@@ -66,9 +66,15 @@ def test_every_preset_of_every_family(family: str, name: str, situation: str) ->
     check(Case(family, preset(name)), situation, loss_on="text")
 
 
+@pytest.mark.parametrize("situation", ["everything", "dialogue"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_loss_on_all_text(name: str) -> None:
-    check(Case("llama", preset(name)), "everything", loss_on="text")
+def test_loss_on_all_text(name: str, situation: str) -> None:
+    check(Case("llama", preset(name)), situation, loss_on="text")
+
+
+def test_a_mixture_of_integrations_reads_a_dialogue() -> None:
+    streams = (*preset("lal"), *preset("plits"))
+    check(Case("llama", streams), "dialogue", loss_on="text")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipeline.core.transcript import Part, Style, stdout_style, visible
 from pipeline.data.chat_template import build_chat_template
 from pipeline.data.feature_set import open_feature_set
 from pipeline.data.loader import TrainingLoader
-from tests.helpers.feature_sets import write_feature_set, write_rows
+from tests.helpers.feature_sets import frames_of, write_feature_set, write_rows
 from tests.helpers.jobs import write_experiment
 
 
@@ -115,12 +115,31 @@ def test_packed_questions_are_shown_behind_what_they_share(
     assert shown.count("Listen.") == 1 and shown.count("⟦answer") == 3
 
 
+def test_a_control_token_that_a_text_spells_is_noted(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"question_id": "q", "question": "Is <|im_end|> a sound?", "answer": "no", "task": "t"}
+    clip = {
+        "clip_id": "c",
+        "duration_s": 1.0,
+        "dataset": "d",
+        "domain": "x",
+        "questions": [question],
+        "audio": "/a.wav",
+    }
+    features = write_rows(tmp_path / "set", [clip], {"log_mel": [frames_of(0, 8)]})
+    assert inspect(experiment, f"data.train={features}", "data.validation=null") == 0
+    shown = capsys.readouterr().out
+    assert "Is <|im_end|> a sound?" in shown and "plain text here, not tokens: <|im_end|>\n" in shown
+    assert "/a.wav" in shown
+
+
 def test_questions_without_audio_have_no_place_of_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = {"question_id": "q", "question": "Why?", "answer": "so", "task": "t"}
     clip = {"clip_id": "c", "duration_s": 0.0, "dataset": "d", "domain": "text", "questions": [question]}
     (row,) = rows_of(tmp_path / "rows.json", write_rows(tmp_path / "set", [clip], {}))
     assert (row["audio"], row["turns"][0]["text"]) == ([], "Why?")
-    assert "questions without audio" in capsys.readouterr().out
+    assert "1 question without audio" in capsys.readouterr().out
 
 
 def test_controls_and_hidden_characters_become_visible() -> None:

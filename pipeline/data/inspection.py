@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.core.console import format_duration
 from pipeline.core.errors import UserError, nearest
 from pipeline.core.feature_contract import Question
 from pipeline.core.transcript import Part, Style, field_lines, visible
@@ -85,13 +86,15 @@ class StoredSet:
         """Returns what the set holds."""
         contract, table = self.features.contract, self.features.table
         names = [f"{name} ({e.frame_rate_hz:g} frames of {e.width} a second)" for name, e in contract.encoders.items()]
-        size = f"{contract.clips:,} clips, {contract.audio_hours:.2f} h of audio, {contract.questions:,} questions"
+        questions, length = counted(contract.questions, "question"), format_duration(contract.audio_hours * 3600)
         fields = {
-            "holds": size if names else f"{contract.questions:,} questions without audio",
+            "holds": f"{counted(contract.clips, 'clip')}, {length} of audio, {questions}"
+            if names
+            else f"{questions} without audio",
             "encoders": ", ".join(names),
             "datasets": _counts(table.datasets, table.dataset),
             "tasks": _counts(table.tasks, table.task),
-            "rejected": f"{contract.rejected:,} clips, listed in {_REJECTS}" if contract.rejected else "",
+            "rejected": f"{counted(contract.rejected, 'clip')}, listed in {_REJECTS}" if contract.rejected else "",
         }
         lines = [field_lines(label, text, style) for label, text in fields.items() if text]
         return "\n".join([style.heading(str(self.features.folder)), *lines])
@@ -170,6 +173,11 @@ def question_row(question: Question, clip: Clip, clips: Sequence[Clip]) -> dict[
         "choices": question.choices,
         "answer": question.answer,
     }
+
+
+def counted(number: int, unit: str) -> str:
+    """Returns `1 clip` or `1,200 clips`."""
+    return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
 def clips_in_order(question: Question) -> list[int]:

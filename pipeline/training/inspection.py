@@ -22,6 +22,7 @@ from pipeline.data.feature_set import Clip, FeatureSet
 from pipeline.data.inspection import (
     ClipIndex,
     clips_in_order,
+    counted,
     describe_audio,
     describe_frames,
     describe_question,
@@ -78,8 +79,10 @@ class TrainingData:
         order = "storage order; --epoch 0 shows the sequences of training, in their order"
         fields = {
             "data": ", ".join(dict.fromkeys(str(feature_set.folder) for feature_set in self.sets)),
-            "questions": f"{selected:,} selected; an epoch has {examples:,} sequences of up to {packed}",
-            "left out": f"{self.num_unfit:,} questions that do not fit; pal train lists them" if self.num_unfit else "",
+            "questions": f"{selected:,} selected; an epoch has {counted(examples, 'sequence')} of up to {packed}",
+            "left out": f"{counted(self.num_unfit, 'question')} that do not fit; pal train lists them"
+            if self.num_unfit
+            else "",
             "order": order if self._epoch is None else f"that of training, epoch {self._epoch}",
             "bounds": f"data.max_text_tokens {max_tokens:,}; the language model's positions: {limit}",
             "marks": f"⟨audio⟩ is the place of a clip; tokens with loss are {style.legend}",
@@ -164,6 +167,11 @@ class TrainingSequence:
                 lines.append(field_lines("shared", style.conversation(shared), style))
             lines += ["", f"  {style.heading(question.question_id)}  {describe_question(question)}"]
             lines.append(field_lines("text", style.conversation(parts), style, 4))
+            spelled = self._spelled_tokens(example.row.input_ids[columns])
+            if spelled:
+                lines.append(
+                    field_lines("note", f"plain text here, not tokens: {visible(' '.join(spelled))}", style, 4)
+                )
             lines.append(field_lines("tokens", self._count(example, columns, question), style, 4))
         return "\n".join(lines)
 
@@ -212,6 +220,12 @@ class TrainingSequence:
             part = Part(next(places), audio=True) if place >= 0 else Part(text[start:], loss=bool(loss))
             (shared if in_shared else own).append(part)
         return shared, own
+
+    def _spelled_tokens(self, ids: Ints) -> list[str]:
+        """Returns the control tokens that the text of a question spells, which look like real ones."""
+        text = self.source.decode(ids.tolist())
+        tokens = {str(token): index for index, token in self.source.tokenizer.added_tokens_decoder.items()}
+        return [token for token, index in tokens.items() if text.count(token) > int((ids == index).sum())]
 
     def _count(self, example: Example, columns: Ints, question: Question) -> str:
         """Returns the tokens and positions of a question, beside their bounds."""

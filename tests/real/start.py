@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,6 @@ from pipeline.training.validation import validation_questions
 RANKS = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 LAL, PAL_V3 = {"integration": "lal"}, {"integration": "pal_v3"}
 LONG = 8  # variants `:long` repeat each clip so often
-SCORE_BIAS = -3.0  # variants `:score_bias` add it to the scores of audio keys
 THIRD = {"num_audio_layers": "1/3"}
 
 
@@ -63,14 +64,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pal_v3_gain_0.3": {**PAL_V3, **_gain(0.3)},
     "pal_v3:embedding_scale": PAL_V3,
     "pal_v3_gain_0.1:embedding_scale": {**PAL_V3, **_gain(0.1)},
-    "lal_gain_0.1:score_bias": {**LAL, **_gain(0.1)},
-    "lal_gain_0.1:score_bias:long": {**LAL, **_gain(0.1)},
+    **{f"lal_gain_0.1:score_bias_{b}{long}": {**LAL, **_gain(0.1)} for b in (3, 6) for long in ("", ":long")},
     "gap": LAL,
     "gap:long": LAL,
     "plits:long": {"integration": "plits"},
     "lal:long": LAL,
     "lal_gain_0.1:long": {**LAL, **_gain(0.1)},
     "lal_values_0.1:long": {**LAL, **_gain(0.1, "values")},
+    "lal_third:long": {**LAL, **THIRD},
+    "lal_third_gain_0.1:long": {**LAL, **THIRD, **_gain(0.1)},
     "pal_v3:long": PAL_V3,
     "pal_v3_gain_0.1:long": {**PAL_V3, **_gain(0.1)},
 }
@@ -254,10 +256,10 @@ def _hide_audio(model: PalForCausalLM) -> None:
     model.layout = hidden  # type: ignore[method-assign]
 
 
-def _biased_attend(query: Tensor, blocks: Any, mask: Any, **settings: Any) -> Tensor:
+def _biased_attend(score_bias: float, query: Tensor, blocks: Any, mask: Any, **settings: Any) -> Tensor:
     if len(blocks) == 2 and mask is not None:  # audio keys come first
         bias = torch.zeros(mask.shape[-1], dtype=mask.dtype)
-        bias[: blocks[0][0].shape[2]] = SCORE_BIAS
+        bias[: blocks[0][0].shape[2]] = -score_bias
         mask = mask + bias
     return attend(query, blocks, mask, **settings)
 
@@ -275,9 +277,10 @@ def _change_start(model: PalForCausalLM, change: str, batches: Iterator[dict[str
     """Applies what is no setting of the software.
 
     `small_projections` divides the output of P_l by ten; `embedding_scale` scales the tokens of PLITS to the root mean
-    square of the text embeddings; `score_bias` adds a constant to the scores of audio keys.
+    square of the text embeddings; `score_bias_B` subtracts B from the scores of audio keys.
     """
-    attention.attend = _biased_attend if "score_bias" in change else attend  # type: ignore[attr-defined]
+    bias = re.search(r"score_bias_(\d+)", change)
+    attention.attend = attend if bias is None else partial(_biased_attend, int(bias[1]))  # type: ignore[attr-defined]
     if change == "small_projections":
         for stream in model.audio_streams:
             for projection in stream.layer_projections.values():

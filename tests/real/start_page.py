@@ -27,7 +27,7 @@ smallest and the largest in brackets.
 | `_values_G` | the values alone are scaled |
 | `_no_norm` | `norm_audio_tokens: false`; `small_projections`: P_l begins ten times smaller |
 | `_third` | LAL in the first third of the layers |
-| `score_bias` | 3 is subtracted from the scores of audio keys: no setting of the software, an experiment |
+| `score_bias_B` | B is subtracted from the scores of audio keys: no setting of the software, an experiment |
 | `long` | each clip eight times as long (12 s on average) |
 | `embedding_scale` | PLITS tokens begin with the root mean square of the text embeddings |
 """

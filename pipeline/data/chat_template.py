@@ -173,15 +173,15 @@ class ChatTemplate:
         """
         return (after for _, after in self.token_counts(questions))
 
-    def token_counts(self, questions: Iterable[Question]) -> Iterator[tuple[int, int]]:
+    def token_counts(self, questions: Iterable[Question], *, audio: bool = True) -> Iterator[tuple[int, int]]:
         """Yields the tokens up to and including the first placeholder, and those after it; otherwise as `lengths`."""
         questions = iter(questions)
         while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
             names = [_name_of(question) for question in chunk]
-            conversations = [self._write(question) for question in chunk]
-            suffixes = self._plain_text.encode_batch([c.suffix.texts for c in conversations], names)
-            for conversation, ids, name in zip(conversations, suffixes, names, strict=True):
-                yield len(self._tokenise_prefix(conversation, name).ids), len(ids) - 1
+            conversations = [self._write(question, audio=audio) for question in chunk]
+            counts = self._spans.count([conversation.suffix for conversation in conversations], names)
+            for conversation, count, name in zip(conversations, counts, names, strict=True):
+                yield len(self._tokenise_prefix(conversation, name).ids), count - 1
 
     def prompt_of(self, question: Question) -> Prompt:
         """Returns the token ids up to where the last answer begins, for generation.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,8 +122,7 @@ class SpanTokenizer:
         if key not in self._tokens:
             cuts = [cut for answer in span.answers for cut in (answer.prompt, answer.end)]
             *heads, ids = self._plain_text.encode_batch([*cuts, span.texts], [name] * (len(cuts) + 1))
-            if any(ids[: len(head)] != head for head in heads):
-                raise UserError(name, "an answer merges with a token of the text beside it", "check the chat template")
+            _refuse_merged_tokens(ids, heads, name)
             bounds = [len(head) - skip for head in heads]
             losses = [answer.loss for answer in span.answers]
             if len(self._tokens) >= _CACHED_SPANS:
@@ -131,6 +130,27 @@ class SpanTokenizer:
             answers = list(zip(bounds[::2], bounds[1::2], losses, strict=True))
             self._tokens[key] = SpanTokens(ids[skip:], answers)
         return self._tokens[key]
+
+    def count(self, spans: Sequence[Span], names: Sequence[str]) -> Iterator[int]:
+        """Yields the number of tokens of each span, without remembering them; otherwise as `tokenise`."""
+        whole = [tuple(span.texts) for span in spans]
+        cuts = [
+            [cut for answer in span.answers for cut in (answer.prompt, answer.end) if cut != texts]
+            for span, texts in zip(spans, whole, strict=True)
+        ]
+        batch = [text for texts, heads in zip(whole, cuts, strict=True) for text in (texts, *heads)]
+        batch_names = [name for heads, name in zip(cuts, names, strict=True) for _ in range(len(heads) + 1)]
+        encoded = iter(self._plain_text.encode_batch(batch, batch_names))
+        for heads, name in zip(cuts, names, strict=True):
+            ids = next(encoded)
+            _refuse_merged_tokens(ids, [next(encoded) for _ in heads], name)
+            yield len(ids)
+
+
+def _refuse_merged_tokens(ids: list[int], heads: Sequence[list[int]], name: str) -> None:
+    """Refuses a text whose beginnings up to an answer, and up to its end, have other tokens than the text itself."""
+    if any(ids[: len(head)] != head for head in heads):
+        raise UserError(name, "an answer merges with a token of the text beside it", "check the chat template")
 
 
 def write_conversation(

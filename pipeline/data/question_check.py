@@ -161,11 +161,11 @@ class QuestionChecker:
         if index in measured.faults:
             reason, fault, remedy = measured.faults[index]
             return UnfitQuestion(selection.key, question_id, clip.clip_id, reason, fault, remedy)
-        tokens = int(measured.text_tokens[index])
-        if tokens > self._data.max_text_tokens:
-            error, reason = too_many_text_tokens(where, tokens, self._data.max_text_tokens), "text_tokens"
+        if self._max_positions is not None and positions[index] > self._max_positions:
+            error, reason = too_many_positions(where, int(positions[index]), self._max_positions), "positions"
         else:
-            error, reason = too_many_positions(where, int(positions[index]), self._max_positions or 0), "positions"
+            tokens, limit = int(measured.text_tokens[index]), self._data.max_text_tokens
+            error, reason = too_many_text_tokens(where, tokens, limit), "text_tokens"
         return UnfitQuestion(selection.key, question_id, clip.clip_id, reason, error.fault, error.remedy)
 
     def _refuse(self, unfit: Sequence[UnfitQuestion], count: int) -> None:

@@ -22,17 +22,18 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.core import choices
 from pipeline.core.console import format_duration, logger
 from pipeline.core.files import atomic_write, file_lock
 from pipeline.core.ranks import read_ranks
 from pipeline.data import chat_template as chat_template_module
-from pipeline.data import plain_text, question_check_measure, template_parts
+from pipeline.data import conversation, plain_text, question_check_measure, template_parts
 from pipeline.data.chat_template import ChatTemplate
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.question_check_measure import Measurements, measure
 
 FOLDER = "question_checks"
-_TOKENISING = (chat_template_module, plain_text, question_check_measure, template_parts)
+_TOKENISING = (chat_template_module, choices, conversation, plain_text, question_check_measure, template_parts)
 _HEAD_START_S = 1.0  # of the first rank of a node, whose progress appears on the console
 
 

@@ -192,7 +192,7 @@ def _lengths(
 ) -> list[tuple[int, int] | UserError]:
     """Returns the tokens of each question before and after its first placeholder, or why it has none."""
     try:
-        return list(chat_template.token_counts(questions))
+        return list(chat_template.token_counts(questions, audio=not is_text))
     except UserError as error:  # tokenised again in halves, until the question at fault is alone
         if len(questions) == 1:
             return [error]

@@ -39,11 +39,16 @@ class CheckedSets:
         """Number of questions that are left out."""
         return sum(len(check.unfit) for check in self.checks)
 
-    def report(self, output: Path) -> None:
-        """Logs one line for each selection with unfit questions."""
+    def report(self, output: Path | None = None) -> None:
+        """Logs one line for each selection with unfit questions.
+
+        Args:
+            output: folder where `write_list` lists them; None in a dry run.
+        """
+        listed = "" if output is None else f" (listed in {output / UNFIT})"
         for check in self.checks:
             if check.unfit:
-                logger.warning(f"{check.report()} (all are listed in {output / UNFIT})")
+                logger.warning(f"{check.report()}{listed}")
 
     def write_list(self, output: Path) -> None:
         """Writes the unfit questions to `unfit.jsonl` of an output folder; removes the file if there are none."""

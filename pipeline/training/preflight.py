@@ -97,7 +97,7 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     parameters = count_parameters(build_empty_model(config, contract, chat_template.audio_token_id))
     sets = check_questions(config, chat_template)
-    sets.report(config.output)
+    sets.report()
     positions, ranks = audio_positions(config, contract), Ranks(0, world_size, 0, 1)
     loader = TrainingLoader([sets.train, *sets.mixture], chat_template, config.data, config.train, ranks, positions)
     table = sets.train.table

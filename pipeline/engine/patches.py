@@ -6,6 +6,9 @@ library no longer needs it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +30,30 @@ def skip_shm_all_reduce() -> None:
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def listen_on_loopback(address: str) -> None:
+    """Keeps the rendezvous store of a job on one machine from listening on every network of that machine. torch 2.14.
+
+    Whoever can reach the store can change it, and torch binds it to all addresses, whatever MASTER_ADDR is. A store can
+    be given a socket that listens already, but not through `init_process_group`.
+
+    Args:
+        address: MASTER_ADDR; no effect unless it is the loopback address.
+    """
+    from torch.distributed import TCPStore
+
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # an attribute of that name may be a function
+
+    def store(*, host_name: str, port: int, is_master: bool, **options: Any) -> TCPStore:
+        if is_master and host_name == address and port:
+            with contextlib.suppress(OSError):  # the port is taken: torch reuses its own store there, or reports it
+                listener = socket.create_server((host_name, port), backlog=1024)
+                options["master_listen_fd"] = listener.detach()  # the store closes it
+        return TCPStore(host_name=host_name, port=port, is_master=is_master, **options)
+
+    if address in ("127.0.0.1", "localhost"):
+        rendezvous.TCPStore = store  # type: ignore[attr-defined]
 
 
 def set_group_timeouts(timeout_s: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.core.errors import UserError
 from pipeline.core.ranks import Ranks, set_single_rank_environment
 from pipeline.engine.ds_config import zero_stage
-from pipeline.engine.patches import skip_shm_all_reduce
+from pipeline.engine.patches import listen_on_loopback, skip_shm_all_reduce
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +20,15 @@ if TYPE_CHECKING:
 def init_process_group(ranks: Ranks, timeout_s: float) -> None:
     """Joins the process group: gloo on CPU, NCCL on GPUs.
 
-    A collective that waits longer than `timeout_s` for another rank raises instead of hanging.
+    A collective that waits longer than `timeout_s` for another rank raises instead of hanging. On one machine, nothing
+    listens beyond the loopback address.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     skip_shm_all_reduce()
     set_single_rank_environment()
+    listen_on_loopback(os.environ["MASTER_ADDR"])
     get_accelerator().set_device(ranks.local_rank)
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
 

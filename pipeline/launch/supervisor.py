@@ -132,7 +132,7 @@ def supervise(
     with (output / LOG).open("wb", buffering=0) as log:
         process = subprocess.Popen(
             [*_launcher(placement, output), module, *arguments],
-            env=_environment(placement.nproc or 1, placement.on_gpu),
+            env=_environment(placement),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -167,15 +167,18 @@ def _launcher(placement: Placement, output: Path) -> list[str]:
     return [*command, "--num_accelerators", str(placement.nproc)] if placement.nproc else command
 
 
-def _environment(nproc: int, on_gpu: bool) -> dict[str, str]:
-    threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+def _environment(placement: Placement) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // (placement.nproc or 1))
     forced = {SUPERVISED: "1", HAS_PARENT: "1", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
-    if not on_gpu:
+    if not placement.on_gpu:
         forced[ACCELERATOR_VARIABLE] = "cpu"
     # Without a limit, every rank would use all cores, and ranks would wait for each other's threads.
     defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     # Without these, ssh under pdsh would wait forever for a host that is cut off.
     defaults["PDSH_SSH_ARGS_APPEND"] = "-oServerAliveInterval=15 -oServerAliveCountMax=3"
+    if placement.hostfile is None and placement.ray_address is None:
+        # Ranks of one machine listen for each other on its loopback interface only.
+        defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {**defaults, **os.environ, **forced}
 
 

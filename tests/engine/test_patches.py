@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import shutil
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,6 +38,26 @@ def test_deepspeed_compiles_its_shm_all_reduce_unless_the_operator_is_marked_inc
     patches.skip_shm_all_reduce()
     assert deepspeed_torch.build_shm_op() is None and builder.load.call_count == 1
     assert "build_shm_op()" in inspect.getsource(deepspeed_torch.TorchBackend.__init__), "patch no longer needed"
+
+
+def listening_addresses(port: int) -> set[str]:
+    """Returns the addresses on which something listens on this port, as Linux writes them."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return {words[1].partition(":")[0] for words in lines if words[1].endswith(f":{port:04X}") and words[3] == "0A"}
+
+
+def addresses_of_the_store(patched: bool) -> set[str]:
+    """Returns where the store of a new process group listens."""
+    if patched:
+        init_process_group(read_ranks(), TIMEOUT_S)
+    else:
+        torch.distributed.init_process_group("gloo")
+    return listening_addresses(int(os.environ["MASTER_PORT"]))
+
+
+def test_the_store_of_a_job_on_one_machine_listens_on_loopback_alone() -> None:
+    assert run_on_ranks(addresses_of_the_store, 1, False)[0] != {"0100007F"}, "patch no longer needed"
+    assert run_on_ranks(addresses_of_the_store, 1, True)[0] == {"0100007F"}
 
 
 def timeouts_of_a_new_group() -> list[timedelta]:

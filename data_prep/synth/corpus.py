@@ -1,10 +1,8 @@
-"""Plans a synthetic corpus, renders its audio and publishes the finished folder atomically."""
+"""Plans a synthetic corpus and renders its audio."""
 
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.synth.folder import finish, read_finished, start, write, write_lines
 from data_prep.synth.music import plan_music
 from data_prep.synth.plan import Plan, deck
 from data_prep.synth.questions import word_questions
@@ -21,8 +20,6 @@ from data_prep.synth.speech import plan_speech
 from pipeline.core.errors import UserError
 
 REVISION = 1  # raise it with every change that alters the corpus
-RECORD = "synth.json"  # in a finished corpus
-STAMP = "settings.json"  # in an unfinished corpus
 DOMAINS: dict[str, Callable[[np.random.Generator], Iterator[Plan]]] = {
     "sound": plan_sounds,
     "music": plan_music,
@@ -71,8 +68,8 @@ class Clip:
         return f"audio/{self.clip_id}.{self.container.lower()}"
 
 
-def plan_corpus(clips: int, seed: int) -> list[Clip]:
-    """Plans a corpus without rendering it; clips alternate between the domains.
+def check_size(clips: int, seed: int) -> None:
+    """Checks the size and the seed of a corpus.
 
     Raises:
         UserError: there are too few clips, or the seed is negative.
@@ -81,6 +78,15 @@ def plan_corpus(clips: int, seed: int) -> list[Clip]:
         raise UserError("--clips", f"{clips} is too few", f"request at least {SMALLEST_CORPUS}")
     if seed < 0:
         raise UserError("--seed", f"{seed} is negative", "give 0 or more")
+
+
+def plan_corpus(clips: int, seed: int) -> list[Clip]:
+    """Plans a corpus without rendering it; clips alternate between the domains.
+
+    Raises:
+        UserError: see `check_size`.
+    """
+    check_size(clips, seed)
     rng = np.random.default_rng([seed, 0])
     plans = {name: make_plans(rng) for name, make_plans in DOMAINS.items()}
     held_out = {name: deck(rng, HELD_OUT) for name in DOMAINS}
@@ -150,27 +156,21 @@ def write_corpus(out: Path, clips: int, seed: int) -> dict[str, Any]:
     """
     out = out.resolve()
     settings = {"revision": REVISION, "clips": clips, "seed": seed}
-    finished = _read_record(out)
+    finished = read_finished(out, settings)
     if finished is not None:
-        if {key: finished.get(key) for key in settings} != settings:
-            raise UserError(out, "holds a corpus with other settings", "choose another folder, or remove this one")
         return finished
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(out, "is not empty and not a finished corpus", "choose another folder")
-
     corpus = plan_corpus(clips, seed)
-    work_dir = _start(out, settings)
+    work_dir = start(out, settings)
+    (work_dir / "audio").mkdir(exist_ok=True)
     for clip in corpus:
         path = work_dir / clip.audio
         if not path.exists():
-            _write(path, encode(clip))
+            write(path, encode(clip))
     for name, held_out in (("train.jsonl", False), ("test.jsonl", True)):
-        _write_lines(work_dir / name, [_manifest_row(clip) for clip in corpus if clip.held_out == held_out])
-    _write_lines(work_dir / "truth.jsonl", [{"clip_id": clip.clip_id, **asdict(clip.plan)} for clip in corpus])
+        write_lines(work_dir / name, [_manifest_row(clip) for clip in corpus if clip.held_out == held_out])
+    write_lines(work_dir / "truth.jsonl", [{"clip_id": clip.clip_id, **asdict(clip.plan)} for clip in corpus])
     record = {**settings, **summary(corpus)}
-    _write(work_dir / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-    (work_dir / STAMP).unlink()
-    work_dir.rename(out)  # also replaces an empty folder
+    finish(work_dir, out, record)
     return record
 
 
@@ -192,44 +192,3 @@ def _manifest_row(clip: Clip) -> dict[str, Any]:
         "domain": clip.domain,
         "questions": clip.questions,
     }
-
-
-def _read_record(out: Path) -> dict[str, Any] | None:
-    path = out / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(path, f"is damaged ({error})", "remove the folder") from error
-    if not isinstance(record, dict):
-        raise UserError(path, "is damaged (not a table)", "remove the folder")
-    return record
-
-
-def _start(out: Path, settings: dict[str, int]) -> Path:
-    """Returns the working folder, emptied unless it is from a run with these settings."""
-    work_dir = out.parent / f".{out.name}.unfinished"
-    stamp = work_dir / STAMP
-    settings_text = json.dumps(settings)
-    if not (stamp.is_file() and stamp.read_text(encoding="utf-8") == settings_text):
-        shutil.rmtree(work_dir, ignore_errors=True)
-        try:
-            (work_dir / "audio").mkdir(parents=True)
-        except OSError as error:
-            raise UserError(
-                work_dir.parent, f"cannot be written ({error.strerror})", "choose another folder"
-            ) from error
-        _write(stamp, settings_text.encode())
-    return work_dir
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Writes to a temporary name first, so that a file under its final name is always complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.rename(path)
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.feature_contract import Question
-from pipeline.data.feature_set import Clip, QuestionTable
+from pipeline.data.feature_set import Clip
+from pipeline.data.question_table import QuestionTable
 from pipeline.evaluation.benchmarks import Benchmark
 from pipeline.inference.encode_audio import AudioEncoders, duration_s
 

@@ -20,7 +20,8 @@ import torch
 from pipeline.core.console import configure_logging, progress
 from pipeline.core.errors import EXIT_FAILURE
 from pipeline.core.streams import IntegrationKind
-from pipeline.data.feature_set import FeatureSet, QuestionTable
+from pipeline.data.feature_set import FeatureSet
+from pipeline.data.question_table import QuestionTable
 from pipeline.evaluation.answer_journal import AnswerJournal, fingerprint_job, fingerprint_model
 from pipeline.evaluation.question_sets import QuestionSet, QuestionSource, open_question_set
 from pipeline.inference.responder import Features, Reply, Responder, greedy_decoding, load_responder, log_decoding

@@ -18,10 +18,11 @@ from transformers.generation.streamers import BaseStreamer
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import Question
+from pipeline.core.feature_contract import Question, Turn
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.length_errors import too_many_positions
+from pipeline.inference.token_streamer import TokenStreamer
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
 from pipeline.training.exported_model import load_model, read_model_config
@@ -197,7 +198,7 @@ class Responder:
         """
         padding = torch.full((1, 1), self.chat_template.pad_token_id, device=self.model.device)
         empty = self.model.prefill(padding, torch.zeros_like(padding), {}, {})  # the prompts share no prefix
-        prompts = [self.chat_template.prompt_of(question) for question in questions]
+        prompts = [self.chat_template.prompt_of(_without_clip(question)) for question in questions]
         ids = [prompt.prefix + prompt.suffix for prompt in prompts]
         return self._generate(empty, ids, [0] * len(ids), [question.question for question in questions])
 
@@ -288,31 +289,9 @@ class Responder:
         return {name: x.to(self.model.device, self.model.dtype) for name, x in frames.items()}, lengths
 
 
-class TokenStreamer(BaseStreamer):
-    """Decodes one answer while it is generated.
-
-    Args:
-        write: is called with each new piece of text.
-
-    Attributes:
-        times_s: time of each token, from `time.perf_counter`.
-    """
-
-    def __init__(self, chat_template: ChatTemplate, write: Callable[[str], None]) -> None:
-        self._chat_template, self._write = chat_template, write
-        self._ids: list[int] = []
-        self._written = ""
-        self.times_s: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        if not value.numel():  # transformers first passes the ids of the prompt, which is empty
-            return
-        self.times_s.append(time.perf_counter())
-        self._ids += value.flatten().tolist()
-        text = self._chat_template.decode(self._ids)
-        if not text.endswith("\ufffd"):  # an incomplete character, whose last bytes are in later tokens
-            self._write(text.removeprefix(self._written))
-            self._written = text
-
-    def end(self) -> None:
-        self._write(self._chat_template.decode(self._ids).removeprefix(self._written))
+def _without_clip(question: Question) -> Question:
+    """Returns a plain question as a conversation that names no clip."""
+    if question.turns is not None:
+        return question
+    turns = [Turn(role="user", content=[question.question]), Turn(role="assistant", content=[question.answer])]
+    return question.model_copy(update={"turns": turns})

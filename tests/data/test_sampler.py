@@ -1,3 +1,4 @@
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -167,3 +168,24 @@ def test_a_mixture_is_the_same_at_any_world_size():
     expected = steps(mixed(), 1, 0, 12)
     assert steps(mixed(), 4, 0, 12) == expected
     assert steps(mixed(), 2, 5 * 8, 7) == expected[5:]
+
+
+@pytest.mark.parametrize(
+    ("questions_per_sequence", "recorded"), [(1, "e41868c775e43ad0"), (2, "772bf17f538367c0"), (6, "362684814cbbc933")]
+)
+def test_the_order_of_plain_questions_is_the_recorded_one(questions_per_sequence, recorded):
+    this = sampler(questions_per_sequence=questions_per_sequence, seed=5)
+    order = keys(this.packed_examples(0, 3 * this.examples_per_epoch))
+    assert hashlib.sha256(repr(order).encode()).hexdigest()[:16] == recorded
+    coded = sampler(questions_per_sequence=questions_per_sequence, seed=5, clip=np.stack([CLIP, 0 * CLIP], axis=1))
+    assert keys(coded.packed_examples(0, 3 * this.examples_per_epoch)) == order
+
+
+def test_only_questions_with_the_same_code_share_a_packed_example():
+    code = np.arange(len(CLIP)) % 3
+    this = sampler(questions_per_sequence=4, clip=np.stack([CLIP, code], axis=1))
+    packed = this.packed_examples(0, this.examples_per_epoch)
+    assert sorted(np.concatenate([example.questions for example in packed])) == list(range(len(CLIP)))
+    for example in packed:
+        assert (CLIP[example.questions] == example.clip).all() and len(set(code[example.questions])) == 1
+    assert any(len(example.questions) > 1 for example in packed)

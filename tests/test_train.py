@@ -254,8 +254,8 @@ def test_hostfile(tmp_path: Path) -> None:
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert supervisor._environment(1, on_gpu=False)["OMP_NUM_THREADS"] == str(cores)
-    assert supervisor._environment(2 * cores, on_gpu=False)["OMP_NUM_THREADS"] == "1"
+    assert supervisor._environment(supervisor.Placement(1, False))["OMP_NUM_THREADS"] == str(cores)
+    assert supervisor._environment(supervisor.Placement(2 * cores, False))["OMP_NUM_THREADS"] == "1"
 
 
 def test_dry_run_reports_an_unfit_question_as_training_does(

@@ -116,6 +116,10 @@ class TrainingLoader:
         finally:
             stopped.set()
 
+    def example(self, packed: PackedExample) -> Example:
+        """Returns the row of a packed example with its questions and clips, as batches hold it."""
+        return self._dataset.example(packed)
+
     def _plan(self, start: int) -> Iterator[list[list[PackedExample]]]:
         # A global batch contains the next packed examples for any number of ranks; their order within it does not
         # change the loss.
@@ -215,7 +219,7 @@ class _MicroBatchDataset(Dataset[Batch | UserError]):
     def __getitem__(self, packed_examples: Sequence[PackedExample]) -> Batch | UserError:
         try:
             return collate(
-                [self._example(example) for example in packed_examples],
+                [self.example(example) for example in packed_examples],
                 pad_token_id=self._chat_template.pad_token_id,
                 widths=self._sets[0].widths,
                 feature_dtype=self._dtype,
@@ -223,7 +227,7 @@ class _MicroBatchDataset(Dataset[Batch | UserError]):
         except UserError as error:
             return error
 
-    def _example(self, packed: PackedExample) -> Example:
+    def example(self, packed: PackedExample) -> Example:
         feature_set = self._sets[packed.source]
         clip = feature_set.clip(packed.clip)
         questions = [clip.questions[number] for number in feature_set.table.number[packed.questions]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -21,7 +21,6 @@ from pipeline.data.collate import Example
 from pipeline.data.feature_set import Clip, FeatureSet
 from pipeline.data.inspection import (
     ClipIndex,
-    clips_in_order,
     counted,
     describe_audio,
     describe_frames,
@@ -61,11 +60,10 @@ class TrainingData:
         self.loader = TrainingLoader(
             self.sets, self.chat_template, config.data, config.train, Ranks(0, 1, 0, 1), bounded_positions
         )
-        keys = ["data", *(f"data.mixture.{number}" for number in range(len(config.data.mixture)))]
-        self.selections = [
-            feature_set.table.select(part.tasks, part.datasets, key)
-            for feature_set, part, key in zip(self.sets, [config.data, *config.data.mixture], keys, strict=True)
-        ]
+        data = config.data
+        self.selections = [checked.train.table.select(data.tasks, data.datasets)]
+        for number, (mixed_set, mixed) in enumerate(zip(checked.mixture, data.mixture, strict=True)):
+            self.selections.append(mixed_set.table.select(mixed.tasks, mixed.datasets, f"data.mixture.{number}"))
         self.indices = [ClipIndex(feature_set) for feature_set in self.sets]
         self.audio_positions = audio_positions(config, contract, ("plits", "lal"))
         self.max_positions: int | None = getattr(language_model_config(name), "max_position_embeddings", None)
@@ -155,14 +153,20 @@ class TrainingSequence:
         if len(self.source.sets) > 1:
             lines.append(field_lines("set", str(self._features.folder), style))
         lines.append(field_lines("source", visible(f"dataset {clip.dataset}, domain {clip.domain}"), style))
-        clips = {other.clip_id: other for question in example.questions for other in self._clips(question)}
-        names = {clip_id: f"audio {number}" for number, clip_id in enumerate(clips, start=1)}
+        lengths: dict[str, str] = {}  # id of a clip -> its length and frames
+        for other, features in [(example.clip, example.features), *example.other_clips]:
+            if other is not None:
+                frames = describe_frames({name: len(array) for name, array in features.items()})
+                lengths[other.clip_id] = f"{describe_audio(other)}, {frames}"
+        names = {clip_id: f"audio {number}" for number, clip_id in enumerate(lengths, start=1)}
         if len(names) == 1:
             names = dict.fromkeys(names, "audio")
-        for clip_id, name in names.items():
-            lines.append(field_lines(name, f"{describe_audio(clips[clip_id])}, {self._frames(clip_id)}", style))
+        lines += [field_lines(name, lengths[clip_id], style) for clip_id, name in names.items()]
+        places = self._places(example)
         for number, (question, columns) in enumerate(zip(example.questions, _conversations(example), strict=True)):
-            shared, parts = self._parts(example, columns, [names[c.clip_id] for c in self._in_order(question)])
+            shared, parts = self._parts(
+                example, columns, [names[places[column].clip_id] for column in columns if column in places]
+            )
             if shared and not number:
                 lines.append(field_lines("shared", style.conversation(shared), style))
             lines += ["", f"  {style.heading(question.question_id)}  {describe_question(question)}"]
@@ -172,11 +176,11 @@ class TrainingSequence:
                 lines.append(
                     field_lines("note", f"plain text here, not tokens: {visible(' '.join(spelled))}", style, 4)
                 )
-            lines.append(field_lines("tokens", self._count(example, columns, question), style, 4))
+            lines.append(field_lines("tokens", self._count(example, columns, places), style, 4))
         return "\n".join(lines)
 
     def _example(self) -> Example:
-        return self.source.loader._dataset._example(self.packed)
+        return self.source.loader.example(self.packed)
 
     @property
     def _features(self) -> FeatureSet:
@@ -189,14 +193,11 @@ class TrainingSequence:
     def _clips(self, question: Question) -> list[Clip]:
         return self.source.indices[self.packed.source].clips_of(self._clip, question)
 
-    def _in_order(self, question: Question) -> list[Clip]:
-        """Returns the clip at each placeholder of a question."""
-        clips = self._clips(question)
-        return [clips[number] for number in clips_in_order(question)] if clips else []
-
-    def _frames(self, clip_id: str) -> str:
-        index = self.source.indices[self.packed.source].find(clip_id)
-        return describe_frames({name: len(array) for name, array in self._features.features(index, clip_id).items()})
+    def _places(self, example: Example) -> dict[int, Clip]:
+        """Returns column -> clip for each placeholder of the row."""
+        columns = np.flatnonzero(example.row.input_ids == self.source.chat_template.audio_token_id).tolist()
+        clips = [] if example.clip is None else [example.clip, *(clip for clip, _ in example.other_clips)]
+        return dict(zip(columns, clips, strict=True))
 
     def _parts(self, example: Example, columns: Ints, names: Sequence[str]) -> tuple[list[Part], list[Part]]:
         """Returns the text that a question shares with the others of its sequence, and its own.
@@ -227,11 +228,11 @@ class TrainingSequence:
         tokens = {str(token): index for index, token in self.source.tokenizer.added_tokens_decoder.items()}
         return [token for token, index in tokens.items() if text.count(token) > int((ids == index).sum())]
 
-    def _count(self, example: Example, columns: Ints, question: Question) -> str:
+    def _count(self, example: Example, columns: Ints, places: Mapping[int, Clip]) -> str:
         """Returns the tokens and positions of a question, beside their bounds."""
         source, ids = self.source, example.row.input_ids[columns]
         loss = int((example.row.labels[columns] != IGNORE_INDEX).sum())
-        clips = self._in_order(question)
+        clips = [places[column] for column in columns if column in places]
         audio = sum(source.audio_positions(clip.duration_s) for clip in clips)
         positions = len(ids) - len(clips) + audio
         text = f"{len(ids):,} of data.max_text_tokens {source.config.data.max_text_tokens:,}, {loss:,} with loss"

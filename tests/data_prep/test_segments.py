@@ -1,7 +1,9 @@
 """Tests segments of audio files: their names in every format, their samples, and the checks of their length."""
 
+import io
 import json
 import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -251,3 +253,23 @@ def test_the_times_of_audiocaps_are_those_of_the_video(tmp_path):
     text = "audiocap_id,youtube_id,start_time,caption\n1,abc,30,A dog barks.\n"
     (clip,) = read(tmp_path, text, name="m.csv", table={"question": "What?"})
     assert (clip.audio, clip.start_s, clip.end_s) == ("abc.wav", None, None)
+
+
+def test_segments_of_a_member_of_an_archive_are_clips_of_their_own(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(5), RATE_HZ)
+    with tarfile.open(tmp_path / "m.tar", "w") as tar:
+        for number, (start, end) in enumerate([(1, 2), (3, 4.5)]):
+            for name, data in (
+                (f"{number}.json", json.dumps({"from": start, "to": end, "answer": "x"}).encode()),
+                (f"{number}.wav", (tmp_path / "a.wav").read_bytes()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    table = {"question": "?", "start": "{from}", "end": "{to}", "clip_id": "same"}
+    config = prepare_config(tmp_path / "m.tar", tmp_path / "out", table=table)
+    clips = list(read_clips(config))
+    assert len(clips) == 2 and clips[0].clip_id == "same" and clips[1].clip_id.endswith("#t=3,4.5")
+    for clip, (first, stop) in zip(clips, [(16000, 32000), (48000, 72000)], strict=True):
+        expected = samples(tmp_path / "a.wav")[first:stop]
+        np.testing.assert_array_equal(samples(audio_path(clip, audio_roots(config))), expected)

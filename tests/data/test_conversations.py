@@ -139,7 +139,7 @@ def test_a_template_without_later_turns_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"question 'q': has several turns, but .*one exchange only"):
         template.row([DIALOGUE])
     with pytest.raises(UserError, match=r"question 'q': is \d+ text tokens long"):
-        ChatTemplate(load_tokenizer(tmp_path), SYSTEM, max_text_tokens=70).row([conversation(*DIALOGUE.turns[:2])])
+        ChatTemplate(load_tokenizer(tmp_path), SYSTEM, max_text_tokens=20).row([conversation(*DIALOGUE.turns[:2])])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2AudioEncoderConfig, WhisperFeatureExtractor, WhisperModel
 from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from data_prep.audio.windows import Window
 from data_prep.config import AfWhisperConfig, WhisperConfig
@@ -36,7 +37,7 @@ class _WhisperMel(Encoder):
         rate_hz = self._extractor.sampling_rate
         return self._extractor(window.audio, sampling_rate=rate_hz, return_tensors="pt").input_features[0]
 
-    def _shorten(self, model: nn.Module) -> None:
+    def _shorten(self, model: WhisperEncoder | Qwen2AudioEncoder) -> None:
         """Leaves only the positions of the window in an encoder."""
         positions = self.window_samples // self._extractor.hop_length // 2  # the second convolution has a stride of two
         if positions < model.config.max_source_positions:

@@ -47,8 +47,8 @@ class AudioStream(nn.Module):
         self.connector = build_connector(spec.connector, widths, grids, width)
         projected = spec.audio_layers if spec.integration == "lal" else ()
         self.layer_projections = nn.ModuleDict({str(layer): Mlp(width, hidden) for layer in projected})
-        scaled = projected if spec.gain is not None else ()
-        self.layer_gains = nn.ModuleDict({str(layer): KeyValueGain(spec.gain) for layer in scaled})
+        gains = {str(layer): KeyValueGain(spec.gain) for layer in projected if spec.gain is not None}
+        self.layer_gains = nn.ModuleDict(gains)
         crossed = spec.audio_layers if spec.integration == "flamingo" else ()
         heads = language_model.num_attention_heads
         self.layer_blocks = nn.ModuleDict({str(layer): FlamingoBlock(hidden, width, heads) for layer in crossed})

@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,26 @@ def make_runtime_env(config: SubmitConfig, environment: Mapping[str, str]) -> di
         variables[name] = environment[name]
     if not config.working_dir.is_dir():
         raise UserError("working_dir", f"{config.working_dir} is not a folder", "give an existing folder")
+    _require_no_shadows(config)
     return {"working_dir": str(config.working_dir.resolve()), "excludes": config.exclude, "env_vars": variables}
+
+
+def _require_no_shadows(config: SubmitConfig) -> None:
+    """Refuses a working_dir whose files would replace installed modules: Ray puts the copy in front of all modules.
+
+    Raises:
+        UserError: it holds a module that is named like one of Python's or of ours, and is another one.
+    """
+    commands = {"pipeline": "cli.py", "data_prep": "prepare.py"}  # file by which a checkout of ours is recognized
+    excluded = {pattern.strip("/") for pattern in config.exclude}
+    for entry in sorted(config.working_dir.resolve().iterdir()):
+        is_package = entry.is_dir() and (entry / "__init__.py").is_file()
+        if not (is_package or entry.suffix == ".py") or entry.name in excluded:
+            continue
+        is_foreign = entry.stem in commands and not (entry / commands[entry.stem]).is_file()
+        if is_foreign or entry.stem in sys.stdlib_module_names:
+            fault = f"{config.working_dir} holds {entry.name}, which would replace the module {entry.stem} in the job"
+            raise UserError("working_dir", fault, f"rename it, or add /{entry.name} to exclude")
 
 
 def _connect(address: str) -> JobSubmissionClient:

@@ -125,3 +125,16 @@ def test_a_wrong_token_is_one_line(cluster: str) -> None:
     done = pal_submit(cluster, "--", "true", RAY_AUTH_TOKEN="another-token-altogether")
     assert done.returncode == EXIT_USER_ERROR
     assert "rejects our token" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["random.py", "pipeline.py", "types/__init__.py", "data_prep/__init__.py"])
+def test_a_folder_whose_files_would_replace_installed_modules_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
+    (tmp_path / "my_experiment.py").write_text("")
+    with pytest.raises(UserError, match="would replace the module"):
+        submit.make_runtime_env(SubmitConfig(working_dir=tmp_path), {})
+    checkout = Path(submit.__file__).parents[1]
+    assert submit.make_runtime_env(SubmitConfig(working_dir=checkout), {})["working_dir"] == str(checkout)
+    excluded = SubmitConfig(working_dir=tmp_path, exclude=["/" + name.partition("/")[0]])
+    assert submit.make_runtime_env(excluded, {})["working_dir"] == str(tmp_path)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pipeline.core.console import markdown_table
 from pipeline.experiments import tables, trends
@@ -64,7 +65,7 @@ def write_report(experiment: str, runs: Sequence[TrainedRun], out: Path) -> Repo
     if fits:
         parts += ["## Fitted laws", *trends.describe_fits(fits)]
     parts += _details(runs)
-    parts += [f"![{picture.stem.replace('_', ' ')}]({picture.name})" for picture in pictures]
+    parts += [f"![{picture.stem.replace('_', ' ')}]({quote(picture.name)})" for picture in pictures]
     files[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return Report(table, fits, [*files, *pictures])
 

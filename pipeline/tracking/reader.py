@@ -68,6 +68,7 @@ def open_experiment(name: str, uri: str | None) -> tuple[MlflowClient, Experimen
         remedy = "set --uri or MLFLOW_TRACKING_URI to the store of the runs; `pal train` writes mlflow.db beside the "
         remedy += "output folder, so runs in runs/NAME are in sqlite:///runs/mlflow.db"
         raise UserError(uri, "there is no such MLflow database", remedy)
+    store.require_answer(uri)
     try:
         client = store.open_client(uri)
         experiment = client.get_experiment_by_name(name)

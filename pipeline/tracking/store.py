@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import sqlite3
+import ssl
+import urllib.error
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +24,7 @@ if TYPE_CHECKING:  # takes seconds to import
 
 _SQLITE = "sqlite:///"
 _CREATION_LIMIT_S = 300.0
+ANSWER_LIMIT_S = 10.0
 _MAX_REASON_LENGTH = 200
 # Short limits, since with the defaults one call to a dead server takes minutes.
 _LIMITS = {
@@ -54,6 +59,26 @@ def open_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def require_answer(uri: str) -> None:
+    """Checks that something answers at the address of a server, before MLflow is imported and retries.
+
+    Raises:
+        UserError: nothing answers within `ANSWER_LIMIT_S`.
+    """
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(uri, timeout=ANSWER_LIMIT_S).close()
+    except urllib.error.HTTPError:  # an answer too
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):  # MLflow has its own settings for certificates
+            return
+        fault = f"MLflow does not answer at {uri} ({reason})"
+        raise UserError("tracking URI", fault, "check the address and that the server runs") from error
 
 
 def _create_database(path: Path) -> None:

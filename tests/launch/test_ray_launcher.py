@@ -151,5 +151,5 @@ def test_a_lost_node_is_named_and_the_next_job_waits_for_another(
 def test_user_errors_are_raised_before_anything_starts() -> None:
     with pytest.raises(UserError, match="--nproc: 0 is below 1"):
         ray_launcher.devices("auto", 0)
-    with pytest.raises(UserError, match=r"--ray: no cluster at .* accepts our token"):
+    with pytest.raises(UserError, match="--ray: no cluster answers at"):
         ray_launcher.devices(f"127.0.0.1:{free_port()}", 1)

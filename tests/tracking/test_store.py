@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.config import TrackingConfig
 from pipeline.core.errors import UserError
-from pipeline.tracking import names, records, writer
+from pipeline.tracking import names, records, store, writer
 from pipeline.tracking.reader import open_experiment, read_runs
 from pipeline.tracking.shipper import STATE, Shipper
 from pipeline.tracking.writer import METRICS, RunDescription, Tracker
@@ -197,3 +198,13 @@ def test_the_store_is_that_of_the_config_then_of_the_environment(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert writer.tracking_uri(CONFIG, output) == "http://127.0.0.1:1"
     assert writer.tracking_uri(TrackingConfig(uri="http://127.0.0.1:2"), output) == "http://127.0.0.1:2"
+
+
+def test_a_silent_or_absent_server_is_named_before_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "ANSWER_LIMIT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(UserError, match="does not answer"):
+            open_experiment("e", uri)
+    with pytest.raises(UserError, match="Connection refused"):
+        open_experiment("e", uri)

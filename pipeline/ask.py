@@ -1,4 +1,4 @@
-"""`pal ask MODEL CLIP "question" ...`: answers questions about an audio file, which is encoded and prefilled once."""
+"""`pal ask MODEL CLIP "question" ...`: answers questions about audio files, which are encoded and prefilled once."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from pipeline.core.streams import IntegrationKind
 from pipeline.core.units import MIB
 
 if TYPE_CHECKING:  # torch takes seconds to import, which `--help` must not
+    from pipeline.core.feature_contract import Question
     from pipeline.inference.encode_audio import AudioEncoders, EncodedAudio
     from pipeline.inference.responder import Answer, Responder
-    from pipeline.model import PrefixCache
 
 STANDARD_INPUT = "-"
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.web:
         from pipeline.inference.web import serve  # first, because it raises an error where gradio is not installed
 
-    from pipeline.inference.responder import load_config_of, load_responder, log_decoding, require_streams
+    from pipeline.inference.decoding import log_decoding
+    from pipeline.inference.responder import load_config_of, load_responder, require_streams
 
     config, model = load_config_of(arguments.model)
     require_streams(arguments.model, config)
@@ -53,24 +54,33 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _answer_about_file(responder: Responder, audio_encoders: AudioEncoders, arguments: argparse.Namespace) -> None:
-    """Encodes the clip, answers the given or typed questions, and writes pictures and results on request."""
+    """Encodes the clips, answers the given or typed questions, and writes pictures and results on request."""
+    from pipeline.inference.dialogue import Dialogue
+
     start = time.perf_counter()
-    audio = audio_encoders.encode(arguments.clip)
+    files = [arguments.clip, *arguments.more_clips]
+    audio = [audio_encoders.encode(file) for file in files]
     encoded = time.perf_counter()
-    prefix = responder.prefill([audio.features], arguments.hide)
+    clips = [clip.features for clip in audio]
+    dialogue = Dialogue(responder, clips, arguments.hide, keeps_history=arguments.chat)
+    prefix = dialogue.prefill(arguments.question[0] if arguments.question else "")
     prefilled = time.perf_counter()
-    cache_mib = prefix.nbytes / MIB
+    cache_mib, audio_s = prefix.nbytes / MIB, sum(clip.duration_s for clip in audio)
     logger.info(
-        f"{arguments.clip}: {audio.duration_s:.1f} s of audio encoded and prefilled in {prefilled - start:.2f} s; "
+        f"{', '.join(map(str, files))}: {audio_s:.1f} s of audio encoded and prefilled in {prefilled - start:.2f} s; "
         f"the prefix cache takes {cache_mib:.1f} MiB"
     )
-    questions = arguments.question or _read_questions()
-    answers = [_answer(responder, prefix, question, arguments) for question in questions]
+    del prefix  # questions that begin otherwise replace it
+    answers = []
+    for question in arguments.question or _read_questions():
+        answer = dialogue.ask(question, _print_text)
+        _end_answer(answer, arguments)
+        answers.append(answer)
     if arguments.picture:
-        _draw(responder, audio, answers, arguments)
+        _draw(responder, audio[0], dialogue.questions, arguments)
     results = {
         "answers": [asdict(answer) for answer in answers],
-        "audio_s": audio.duration_s,
+        "audio_s": audio_s,
         "audio_cache_mib": cache_mib,
         "audio_encode_s": encoded - start,
         "audio_prefill_s": prefilled - encoded,
@@ -93,7 +103,8 @@ def _answer_about_stream(responder: Responder, audio_encoders: AudioEncoders, ar
         max_nbytes = max(max_nbytes, audio.nbytes)
         for question in arguments.question:
             print(f"[{received_s:.0f} s] ", end="")
-            answers.append(_answer(responder, prefix, question, arguments))
+            answers.append(responder.answer_streaming(prefix, question, _print_text))
+            _end_answer(answers[-1], arguments)
             answer_results.append({"received_s": received_s, **asdict(answers[-1])})
         del prefix  # frees its memory before more audio arrives
     cache_mib = max_nbytes / MIB
@@ -115,6 +126,19 @@ def _parser() -> argparse.ArgumentParser:
         "clip", type=Path, nargs="?", help="audio file (WAV, FLAC, MP3, OGG), or - for a WAV on standard input"
     )
     parser.add_argument("question", nargs="*", help="any number of questions about the clip")
+    parser.add_argument(
+        "--clip",
+        dest="more_clips",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another audio file; may be repeated. A question names each clip by <audio>, in order: "
+        '"Is <audio> louder than <audio>?"; the clips stand in front of a question that names none',
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="one conversation: each question follows the ones before and their answers"
+    )
     parser.add_argument(
         "--hide",
         action="append",
@@ -169,9 +193,9 @@ def _check(arguments: argparse.Namespace) -> None:
     """
     streaming = str(arguments.clip) == STANDARD_INPUT
     if arguments.web:
-        for name in ("clip", "hide", "picture", "json"):
+        for name in ("clip", "more_clips", "chat", "hide", "picture", "json"):
             if getattr(arguments, name):
-                where = "CLIP" if name == "clip" else f"--{name}"
+                where = {"clip": "CLIP", "more_clips": "--clip"}.get(name, f"--{name}")
                 raise UserError(where, "has no effect with --web", "leave it out: use the controls of the page")
     elif arguments.clip is None:
         raise UserError("CLIP", "is missing", "give an audio file, - for standard input, or --web for a web page")
@@ -179,6 +203,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("QUESTION", "is missing", "questions cannot be typed while audio arrives on standard input")
     if streaming and arguments.picture:
         raise UserError("--picture", "needs a whole audio file, not standard input", "leave it out")
+    for name, option in (("more_clips", "--clip"), ("chat", "--chat")):
+        if streaming and getattr(arguments, name):
+            raise UserError(option, "needs whole audio files, not standard input", "leave it out")
+    if arguments.picture and arguments.more_clips:
+        raise UserError("--picture", "shows one clip", "leave out --picture or --clip")
     for name, default, applies, mode, remedy in (
         ("every_s", 60.0, streaming, "streaming audio", "give - as the clip, or leave it out"),
         ("keep_s", 600.0, streaming, "streaming audio", "give - as the clip, or leave it out"),
@@ -191,13 +220,11 @@ def _check(arguments: argparse.Namespace) -> None:
     require_positive(arguments, "every_s", "keep_s", "max_new_tokens")
 
 
-def _answer(responder: Responder, prefix: PrefixCache, question: str, arguments: argparse.Namespace) -> Answer:
-    """Prints the answer to a question while it is generated; warns if it is truncated."""
-    answer = responder.answer_streaming(prefix, question, _print_text)
+def _end_answer(answer: Answer, arguments: argparse.Namespace) -> None:
+    """Ends the line of an answer that was printed while it was generated; warns if it is truncated."""
     print()
     if answer.truncated:
         logger.warning(f"the answer is truncated at {arguments.max_new_tokens} tokens; raise --max-new-tokens")
-    return answer
 
 
 def _print_text(text: str) -> None:
@@ -213,18 +240,19 @@ def _speed(answers: Sequence[Answer]) -> dict[str, Any]:
     }
 
 
-def _draw(responder: Responder, audio: EncodedAudio, answers: Sequence[Answer], arguments: argparse.Namespace) -> None:
+def _draw(
+    responder: Responder, audio: EncodedAudio, questions: Sequence[Question], arguments: argparse.Namespace
+) -> None:
     """Plots the attention of each answer over the spectrogram of the clip."""
     from pipeline.inference.encode_audio import SPECTROGRAM_HIGHEST_HZ, spectrogram
     from pipeline.plots import plot_attention_over_time
 
     background, file = spectrogram(arguments.clip), arguments.picture
-    for number, answer in enumerate(answers, start=1):
-        mass = responder.attention_mass(audio.features, answer.question, answer.answer)
-        attention = responder.attention_over_time(mass)
-        title = f"{answer.question} {answer.answer}"
+    for number, question in enumerate(questions, start=1):
+        attention = responder.attention_over_time(responder.attention_mass([audio.features], question))
+        title = f"{question.question} {question.answer}"
         figure = plot_attention_over_time(background, audio.duration_s, SPECTROGRAM_HIGHEST_HZ, attention, title)
-        figure.savefig(file if len(answers) == 1 else file.with_stem(f"{file.stem}-{number}"))
+        figure.savefig(file if len(questions) == 1 else file.with_stem(f"{file.stem}-{number}"))
 
 
 def _read_questions() -> Iterator[str]:

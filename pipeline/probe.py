@@ -33,15 +33,16 @@ def main(argv: Sequence[str]) -> int:
     require_positive(arguments, "limit", "questions", "batch_size")
 
     from pipeline.core.feature_contract import require_same_features
-    from pipeline.evaluation.question_sets import evenly_spaced, open_feature_set
-    from pipeline.inference.responder import load_config_of, load_responder, log_decoding, require_streams
+    from pipeline.evaluation.question_sets import clips_with_questions, open_feature_set
+    from pipeline.inference.decoding import log_decoding
+    from pipeline.inference.responder import load_config_of, load_responder, require_streams
 
     require_streams(arguments.model, load_config_of(arguments.model)[0])
     responder = load_responder(arguments.model, arguments.max_new_tokens)
     log_decoding(arguments.max_new_tokens)
     features = open_feature_set(arguments.shards, list(responder.feature_fingerprints), arguments.cache)
     require_same_features(responder.feature_fingerprints, features.contract, arguments.shards, str(arguments.model))
-    clips = evenly_spaced(len(features), arguments.limit)
+    clips = clips_with_questions(features, arguments.limit)
     results = {
         "attention_mass": attention_mass(responder, features, clips, arguments.questions),
         "masking": score_without_pathways(responder, features, clips, arguments.batch_size),
@@ -142,11 +143,13 @@ def score_without_pathways(
 
 def _probe_question(responder: Responder, features: FeatureSet, index: int) -> tuple[Clip, Question, AttentionMass]:
     """Returns a question with its clip, and the attention of its reference answer."""
+    from pipeline.evaluation.question_sets import ClipNumbers, features_of
+
     clip_index = int(features.table.clip[index])
     clip = features.clip(clip_index)
     question = clip.questions[features.table.number[index]]
-    arrays = features.features(clip_index, clip.clip_id)
-    return clip, question, responder.attention_mass(arrays, question.question, question.answer)
+    arrays = features_of(features, ClipNumbers(features).of_question(clip_index, question))
+    return clip, question, responder.attention_mass(arrays, question)
 
 
 def _print_tables(results: dict[str, Any]) -> None:
@@ -217,8 +220,9 @@ def _draw_clips(
         frames = spectrograms.features(index, clip.clip_id)[log_mels[0]].astype(np.float32)
         spectrogram = frames.reshape(-1, contract.options["num_mels"])
         question = clip.questions[-1]
-        arrays = features.features(index, clip.clip_id)
-        attention = responder.attention_mass(arrays, question.question, question.answer)
+        if question.clips:
+            continue
+        attention = responder.attention_mass([features.features(index, clip.clip_id)], question)
         title = f"{clip.clip_id}: {question.question} {question.answer}"
         highest_hz = contract.sample_rate_hz / 2
         figure = plots.plot_attention_over_time(

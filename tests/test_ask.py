@@ -5,14 +5,16 @@ import json
 from pathlib import Path
 
 import pytest
+import soundfile
 
 from pipeline.ask import main
 from pipeline.core.errors import UserError, run_command
-from pipeline.core.feature_contract import ENCODERS_FILE, read_encoders
+from pipeline.core.feature_contract import ENCODERS_FILE, Question, read_encoders
 from pipeline.data.feature_set import FeatureSet
 from pipeline.inference.encode_audio import AudioEncoders, spectrogram
 from pipeline.inference.responder import load_responder
 from pipeline.model import PalForCausalLM
+from tests.helpers.corpora import tone
 
 
 def test_a_file_is_encoded_as_preparation_encodes_it(exported: Path) -> None:
@@ -52,6 +54,41 @@ def test_questions_share_one_prefill(
     assert main([*arguments, str(tmp_path / "b.json")]) == 0
     typed = json.loads((tmp_path / "b.json").read_text())["answers"]
     assert [answer["answer"] for answer in typed] == batch_answers[:2]
+
+
+def test_several_clips_and_a_conversation(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "b.wav", tone(1.0, 16000), 16000)
+    arguments = [str(exported / "model"), str(exported / "clip.flac"), "--max-new-tokens=4"]
+    two = [*arguments, "--clip", str(tmp_path / "b.wav")]
+    assert main([*two, "Is <audio> louder than <audio>?", "--json", str(tmp_path / "two.json")]) == 0
+    figures = json.loads((tmp_path / "two.json").read_text())
+    assert figures["audio_s"] == pytest.approx(71.0)
+    features = FeatureSet(exported / "set", ["log_mel"])
+    fingerprints = {"log_mel": features.contract.encoders["log_mel"].fingerprint}
+    encoders = AudioEncoders(read_encoders(exported / "model", fingerprints, "no set"), {}, "cpu")
+    clips = [encoders.encode(file).features for file in (exported / "clip.flac", tmp_path / "b.wav")]
+    content = ["Is ", 0, " louder than ", 1, "?"]
+    turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ["yes"]}]
+    question = Question.model_validate(
+        {"question_id": "q", "question": "?", "answer": "yes", "turns": turns, "clips": ["b"]}
+    )
+    responder = load_responder(exported / "model", 4)
+    prompt = responder.prompt_of(question)
+    prefix = responder.prefill_prompts([prompt.prefix], clips, prompt.clips)
+    assert figures["answers"][0]["answer"] == responder.answer(prefix, [question], [0])[0].text, "as of a prepared set"
+
+    assert main([*arguments, "What is it?", "Why?", "--chat", "--json", str(tmp_path / "chat.json")]) == 0
+    assert len(json.loads((tmp_path / "chat.json").read_text())["answers"]) == 2
+    capsys.readouterr()
+    for more, message in (
+        (["Is <audio>?"], "QUESTION: names 1 clips by <audio>, but there are 2; write <audio> 2 times, or not at all"),
+        (["What?", "--picture=p.png"], "--picture: shows one clip"),
+    ):
+        assert run_command(main, [*two, *more]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    for more in (["--chat"], ["--clip=b.wav"]):
+        assert run_command(main, [str(exported / "model"), "-", "What?", *more]) == 2
+        assert "needs whole audio files, not standard input" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_mistake_is_one_line(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -188,13 +188,13 @@ def test_answers_do_not_depend_on_batch_size_and_a_clip_is_encoded_once(
     responder: Responder, features: FeatureSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded_clips: list[int] = []
-    prefill = responder.prefill
+    prefill = responder.prefill_prompts
 
-    def counting_prefill(clips: Any, hidden: Any) -> Any:
+    def counting_prefill(prefixes: Any, clips: Any, placeholders: Any, hidden: Any) -> Any:
         encoded_clips.append(len(clips))
-        return prefill(clips, hidden)
+        return prefill(prefixes, clips, placeholders, hidden)
 
-    monkeypatch.setattr(responder, "prefill", counting_prefill)
+    monkeypatch.setattr(responder, "prefill_prompts", counting_prefill)
     swapped = swap_within_domains({clip: features.clip(clip).domain for clip in range(CLIPS_IN_SET)})
     for pairing in (own_audio(), swapped):
         answers = []

@@ -24,11 +24,14 @@ class BenchmarkClips:
 
     Attributes:
         table: question table as of a feature set, without tasks, datasets and numbers of characters.
+        is_text: False, as of a feature set with audio.
         identity: hash of the questions and of the sizes of the audio files.
 
     Raises:
         UserError: an audio file that cannot be opened.
     """
+
+    is_text = False
 
     def __init__(self, benchmark: Benchmark, audio_encoders: Callable[[], AudioEncoders]) -> None:
         self.benchmark = benchmark

@@ -21,7 +21,8 @@ from pipeline.evaluation.intervals import bootstrap_ci95
 from pipeline.evaluation.question_sets import (
     QuestionSet,
     QuestionSource,
-    evenly_spaced,
+    clips_with_questions,
+    conversation_clips,
     make_predictions,
     open_feature_set,
     open_question_set,
@@ -77,17 +78,19 @@ def evaluate_benchmark(
     """
     options = options or EvaluationOptions()
     question_set = open_question_set(source, generator.settings.model)
-    clips = evenly_spaced(len(question_set), options.limit)
+    clips = clips_with_questions(question_set, options.limit)
     benchmark = question_set.benchmark if isinstance(question_set, BenchmarkClips) else None
     if benchmark is not None:
         _check_benchmark(benchmark, source, options)
 
     def predict(pairing: Mapping[int, int]) -> list[Prediction]:
-        predictions = make_predictions(question_set, generator.generate(question_set, source, pairing))
+        predictions = make_predictions(question_set, generator.generate(question_set, source, clips, pairing))
         _warn_of_truncated(source.location, predictions, generator)
         return predictions if benchmark is None else apply_benchmark_rules(predictions, benchmark)
 
-    swapped_pairing = swap_audio(question_set, clips) if _can_swap(question_set, source, options) else None
+    swapped_pairing = None
+    if _can_swap(question_set, source, options):
+        swapped_pairing = swap_audio(question_set, conversation_clips(question_set, clips))
     predictions = predict({clip: clip for clip in clips})
     scores = _score_generated(predictions) | {"decoding": generator.decoding}
     official_files: dict[str, str] = {}
@@ -117,10 +120,11 @@ def answer_partition(generator: AnswerGenerator, source: QuestionSource, options
         UserError: as `evaluate_benchmark`.
     """
     question_set = open_question_set(source, generator.settings.model)
-    clips = evenly_spaced(len(question_set), options.limit)
-    generator.generate(question_set, source, {clip: clip for clip in clips})
+    clips = clips_with_questions(question_set, options.limit)
+    generator.generate(question_set, source, clips, {clip: clip for clip in clips})
     if _can_swap(question_set, source, options):
-        generator.generate(question_set, source, swap_audio(question_set, clips))
+        pairing = swap_audio(question_set, conversation_clips(question_set, clips))
+        generator.generate(question_set, source, clips, pairing)
 
 
 def _can_swap(question_set: QuestionSet, source: QuestionSource, options: EvaluationOptions) -> bool:

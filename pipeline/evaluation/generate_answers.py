@@ -23,10 +23,12 @@ from pipeline.core.streams import IntegrationKind
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.question_table import QuestionTable
 from pipeline.evaluation.answer_journal import AnswerJournal, fingerprint_job, fingerprint_model
-from pipeline.evaluation.question_sets import QuestionSet, QuestionSource, open_question_set
-from pipeline.inference.responder import Features, Reply, Responder, greedy_decoding, load_responder, log_decoding
+from pipeline.evaluation.prompt_rows import prompt_rows
+from pipeline.evaluation.question_sets import ClipNumbers, QuestionSet, QuestionSource, open_question_set
+from pipeline.inference.decoding import greedy_decoding, log_decoding
+from pipeline.inference.responder import Reply, Responder, load_responder
 
-AudioPairing = Mapping[int, int]  # clip of the questions -> clip of the audio: the same one, except in a control
+AudioPairing = Mapping[int, int]  # clip -> clip whose audio replaces its own: the same one, except in a control
 
 
 @dataclass(frozen=True)
@@ -47,15 +49,15 @@ class Partition:
 
 @dataclass(frozen=True)
 class ClipGroup:
-    """Clips that are encoded together.
+    """Clips whose questions are answered together.
 
     Attributes:
-        clips: (clip of the questions, clip of the audio) pairs.
-        questions: (index of the question, position of its clip in `clips`) pairs.
+        questions: indices of the questions, clip by clip.
+        audio: clip -> the clip whose audio replaces its own; other clips keep theirs.
     """
 
-    clips: Sequence[tuple[int, int]]
-    questions: Sequence[tuple[int, int]]
+    questions: Sequence[int]
+    audio: AudioPairing
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Job:
     settings: GenerationSettings
     source: QuestionSource
     pairing: AudioPairing
+    clips: Sequence[int]
     fingerprint: str
 
     @property
@@ -116,20 +119,23 @@ class AnswerGenerator:
         """Settings of decoding, as plain JSON."""
         return greedy_decoding(self.settings.max_new_tokens)
 
-    def generate(self, question_set: QuestionSet, source: QuestionSource, pairing: AudioPairing) -> dict[int, Reply]:
-        """Returns index of the question -> answer for those questions about the clips of `pairing` that the journal
-        now answers: all of them, unless other machines still work on their partitions.
+    def generate(
+        self, question_set: QuestionSet, source: QuestionSource, clips: Sequence[int], pairing: AudioPairing
+    ) -> dict[int, Reply]:
+        """Returns index of the question -> answer for those questions about `clips` that the journal now answers: all
+        of them, unless other machines still work on their partitions.
 
         Args:
             question_set: the question set of `source`.
+            pairing: clip -> the clip whose audio replaces its own, in questions about other clips too.
 
         Raises:
             UserError: a damaged feature set, or a question that the model cannot take.
             BrokenProcessPool: a process was killed.
         """
         identity = question_set.contract.dump() if isinstance(question_set, FeatureSet) else question_set.identity
-        fingerprint = fingerprint_job(self._model_fingerprint, self.decoding, pairing, identity)
-        job = Job(self.settings, source, pairing, fingerprint)
+        fingerprint = fingerprint_job(self._model_fingerprint, self.decoding, pairing, f"{identity} {list(clips)}")
+        job = Job(self.settings, source, pairing, clips, fingerprint)
         partition, nproc = self.settings.partition, self.settings.nproc
         if self._pool is None:
             _run_job(job, partition)
@@ -151,16 +157,23 @@ def open_answer_generator(settings: GenerationSettings) -> Iterator[AnswerGenera
         yield AnswerGenerator(settings, pool)
 
 
-def group_clips(table: QuestionTable, pairing: AudioPairing, batch_size: int) -> list[ClipGroup]:
+def group_clips(
+    table: QuestionTable, pairing: AudioPairing, batch_size: int, clips: Collection[int] | None = None
+) -> list[ClipGroup]:
     """Groups clips whose questions fit into one batch together; a clip with more questions is a group of its own.
 
     Clips with the longest audio come first, so that the clips of a group have similar lengths.
+
+    Args:
+        clips: clips whose questions are answered; None means all of `pairing`, which may hold more: the other clips of
+            conversations.
     """
-    questions: dict[int, list[int]] = {clip: [] for clip in pairing}
+    selected = pairing if clips is None else clips
+    questions: dict[int, list[int]] = {clip: [] for clip in selected}
     for index, clip in enumerate(table.clip.tolist()):
-        if clip in pairing:
+        if clip in questions:
             questions[clip].append(index)
-    order = sorted((clip for clip in pairing if questions[clip]), key=lambda c: (-table.duration_s[pairing[c]], c))
+    order = sorted((clip for clip in questions if questions[clip]), key=lambda c: (-table.duration_s[pairing[c]], c))
     groups: list[list[int]] = []
     filled = batch_size
     for clip in order:
@@ -169,19 +182,13 @@ def group_clips(table: QuestionTable, pairing: AudioPairing, batch_size: int) ->
             filled = 0
         groups[-1].append(clip)
         filled += len(questions[clip])
-    return [
-        ClipGroup(
-            [(clip, pairing[clip]) for clip in group],
-            [(index, row) for row, clip in enumerate(group) for index in questions[clip]],
-        )
-        for group in groups
-    ]
+    return [ClipGroup([index for clip in group for index in questions[clip]], pairing) for group in groups]
 
 
 def unanswered_groups(groups: Sequence[ClipGroup], answered: Collection[int]) -> list[ClipGroup]:
     """Returns the groups with at least one question that is not answered."""
     done = set(answered)
-    return [group for group in groups if any(index not in done for index, _ in group.questions)]
+    return [group for group in groups if any(index not in done for index in group.questions)]
 
 
 def generate_answers(
@@ -193,9 +200,10 @@ def generate_answers(
     hidden: Collection[IntegrationKind] = (),
     show_progress: bool = True,
 ) -> Iterator[dict[int, Reply]]:
-    """Answers every question about the clips of these groups.
+    """Answers every question of these groups.
 
-    A clip is encoded once for all its questions, whatever the batch size.
+    Of a conversation the last answer is generated; the answers of its earlier turns are those of the set. A clip is
+    encoded once for all questions that begin alike, whatever the batch size.
 
     Args:
         hidden: integrations whose audio tokens the model may not attend to.
@@ -204,29 +212,20 @@ def generate_answers(
         index of the question -> answer, for one group.
     """
     total = sum(len(group.questions) for group in groups)
-    is_text = isinstance(question_set, FeatureSet) and question_set.is_text
+    clip_numbers = ClipNumbers(question_set)
     with progress(total, "questions") if show_progress else nullcontext() as bar:
         for group in groups:
-            clips = [question_set.clip(clip) for clip, _ in group.clips]
-            prefix = None if is_text else responder.prefill(_features(question_set, group), hidden)
             answers: dict[int, Reply] = {}
-            for first in range(0, len(group.questions), batch_size):
-                batch = group.questions[first : first + batch_size]
-                questions = [clips[row].questions[question_set.table.number[index]] for index, row in batch]
-                if prefix is None:
-                    replies = responder.answer_text(questions)
-                else:
-                    texts = [question.question for question in questions]
-                    replies = responder.answer(prefix, texts, [row for _, row in batch])
-                answers |= {index: reply for (index, _), reply in zip(batch, replies, strict=True)}
+            for rows in prompt_rows(responder, question_set, clip_numbers, group.questions, group.audio, batch_size):
+                prefix = rows.prefill(responder, question_set, hidden)
+                for first in range(0, len(rows.questions), batch_size):
+                    batch = rows.questions[first : first + batch_size]
+                    questions, row_numbers = [question for *_, question in batch], [row for _, row, _ in batch]
+                    replies = responder.answer(prefix, questions, row_numbers)
+                    answers |= {index: reply for (index, *_), reply in zip(batch, replies, strict=True)}
             yield answers
             if bar is not None:
                 bar.advance(len(group.questions))
-
-
-def _features(question_set: QuestionSet, group: ClipGroup) -> list[Features]:
-    """Returns the features of the audio of each clip of a group."""
-    return [question_set.features(clip, question_set.clip(clip).clip_id) for _, clip in group.clips]
 
 
 def _run_job(job: Job, partition: Partition) -> None:
@@ -237,7 +236,7 @@ def _run_job(job: Job, partition: Partition) -> None:
     responder = _cached_responder(settings.model, settings.max_new_tokens, partition.index)
     question_set = open_question_set(job.source, settings.model)
     journal = job.journal
-    groups = partition.select(group_clips(question_set.table, job.pairing, settings.batch_size))
+    groups = partition.select(group_clips(question_set.table, job.pairing, settings.batch_size, job.clips))
     groups = unanswered_groups(groups, journal.read())
     with journal.open_file() as file:
         for answers in generate_answers(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import read_encoders, require_same_features, require_text
+from pipeline.core.feature_contract import Question, read_encoders, require_same_features, require_text
 from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluation.benchmark_clips import BenchmarkClips
 from pipeline.evaluation.benchmarks import BENCHMARKS
@@ -78,6 +80,51 @@ def open_feature_set(location: str, encoders: Sequence[str], cache: Path | None)
     if "://" in location and cache is None:
         raise UserError(location, "is in an object store", "give --cache a folder on a local disk")
     return FeatureSet(location, encoders, cache)
+
+
+class ClipNumbers:
+    """Finds the clips that conversations name; reads the ids of a set when the first one is looked up."""
+
+    def __init__(self, question_set: QuestionSet) -> None:
+        self._question_set = question_set
+        self._numbers: dict[str, int] = {}
+
+    def of_question(self, own: int, question: Question) -> tuple[int, ...]:
+        """Returns the index of a question's own clip and those of `Question.clips`.
+
+        Raises:
+            UserError: a clip is not in the set.
+        """
+        if not question.clips:
+            return (own,)
+        if not self._numbers:
+            ids = (self._question_set.clip(index).clip_id for index in range(len(self._question_set)))
+            self._numbers = {clip_id: index for index, clip_id in enumerate(ids)}
+        for clip_id in question.clips:
+            if clip_id not in self._numbers:
+                fault = f"names the clip '{clip_id}', which is not in its feature set"
+                raise UserError(f"question '{question.question_id}'", fault, "prepare the set again")
+        return own, *(self._numbers[clip_id] for clip_id in question.clips)
+
+
+def features_of(question_set: QuestionSet, clips: Iterable[int]) -> list[dict[str, NDArray[np.float16]]]:
+    """Returns the features of clips, as of `FeatureSet.features`."""
+    return [question_set.features(clip, question_set.clip(clip).clip_id) for clip in clips]
+
+
+def conversation_clips(question_set: QuestionSet, clips: Sequence[int]) -> list[int]:
+    """Returns these clips, and then the other clips that the conversations about them name."""
+    numbers = ClipNumbers(question_set)
+    named = (
+        number for clip in clips for q in question_set.clip(clip).questions for number in numbers.of_question(clip, q)
+    )
+    return list(dict.fromkeys([*clips, *named]))
+
+
+def clips_with_questions(question_set: QuestionSet, limit: int | None) -> list[int]:
+    """Returns the clips that have questions, or `limit` of them at even distances."""
+    clips = np.unique(question_set.table.clip).tolist()
+    return [clips[index] for index in evenly_spaced(len(clips), limit)]
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

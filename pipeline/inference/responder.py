@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 from pipeline.config import ExperimentConfig, load_config
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
-from pipeline.core.feature_contract import Question, Turn
+from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
+from pipeline.data.conversation import Prompt
 from pipeline.data.length_errors import too_many_positions
+from pipeline.inference.decoding import greedy_decoding
 from pipeline.inference.token_streamer import TokenStreamer
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
 from pipeline.training import run_dir
@@ -91,21 +92,6 @@ def require_streams(folder: Path, config: ExperimentConfig) -> None:
         raise UserError(folder, "is a language model that was trained on text alone", remedy)
 
 
-def greedy_decoding(max_new_tokens: int) -> dict[str, Any]:
-    """Returns all settings of decoding that differ from, or are stated beside, transformers' global defaults.
-
-    Nothing is taken from the language model's `generation_config.json` (Qwen 2.5 penalises repetition there, others
-    bound the length or search with beams), so that models of all families are decoded in the same way.
-    """
-    return {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
-
-
-def log_decoding(max_new_tokens: int) -> None:
-    """Logs how answers are decoded."""
-    settings = ", ".join(f"{name} {value}" for name, value in greedy_decoding(max_new_tokens).items())
-    logger.info(f"greedy decoding ({settings}); the language model's generation_config.json is not used")
-
-
 def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Responder:
     """Loads an exported model with the prompt that it was trained with, onto a GPU where there is one.
 
@@ -130,7 +116,7 @@ class Responder:
     """Generates answers with one model on its device.
 
     Args:
-        max_new_tokens: maximum length of an answer.
+        max_new_tokens: maximum length of an answer; also an attribute.
 
     Attributes:
         model: the model, in evaluation mode.
@@ -142,20 +128,45 @@ class Responder:
     def __init__(self, model: PalForCausalLM, chat_template: ChatTemplate, max_new_tokens: int) -> None:
         self.model = model.eval()
         self.chat_template = chat_template
-        self._max_new_tokens = max_new_tokens
+        self.max_new_tokens = max_new_tokens
         self._warned_of_positions = False
         self.max_positions: int = model.config.language_model.max_position_embeddings
         self.feature_fingerprints: dict[str, str] = model.config.feature_fingerprints
 
-    @torch.inference_mode()
     def prefill(self, clips: Sequence[Features], hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
-        """Prefills the prompt's prefix with each of these clips, for any number of questions.
+        """Prefills the prefix of plain questions with each of these clips, for any number of questions.
 
         Args:
             hidden: integrations whose audio tokens are masked from the language model.
         """
-        ids = torch.tensor([self.chat_template.prefix] * len(clips), device=self.model.device)
-        return self.model.prefill(ids, None, *self._audio(clips), hidden=hidden)
+        return self.prefill_prompts([self.chat_template.prefix] * len(clips), clips, range(len(clips)), hidden)
+
+    @torch.inference_mode()
+    def prefill_prompts(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        clips: Sequence[Features],
+        placeholders: Sequence[int],
+        hidden: Collection[IntegrationKind] = (),
+    ) -> PrefixCache:
+        """Prefills the prefixes of prompts, a row each; encodes each clip once.
+
+        Args:
+            prefixes: token ids up to the last placeholder; without a placeholder those before the question.
+            placeholders: index of the clip at each placeholder of the prefixes, row by row.
+            hidden: see `prefill`.
+        """
+        device, longest = self.model.device, max(1, *map(len, prefixes))
+        pad = self.chat_template.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(prefix)) + list(prefix) for prefix in prefixes], device=device)
+        mask = None
+        if any(len(prefix) < longest for prefix in prefixes):
+            rows = [[0] * (longest - len(prefix)) + [1] * len(prefix) for prefix in prefixes]
+            mask = torch.tensor(rows, device=device)
+        in_order = list(placeholders) == list(range(len(clips)))
+        audio = self._audio(clips) if clips else ({}, {})
+        numbers = None if in_order else torch.tensor(placeholders, dtype=torch.long)
+        return self.model.prefill(ids, mask, *audio, clips=numbers, hidden=hidden)
 
     @torch.inference_mode()
     def prefill_stream(self, audio: StreamingAudio, hidden: Collection[IntegrationKind] = ()) -> PrefixCache:
@@ -171,52 +182,25 @@ class Responder:
     def answer(
         self,
         prefix: PrefixCache,
-        questions: Sequence[str],
+        questions: Sequence[str | Question],
         rows: Sequence[int],
         streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
         """Generates the answers to one batch with `greedy_decoding`.
 
         Args:
-            prefix: prefix cache from `prefill` or `prefill_stream`.
+            prefix: prefix cache from `prefill`, `prefill_prompts` or `prefill_stream`.
+            questions: questions whose prompts begin as the prefix cache does; of plain ones their texts are enough.
             rows: row of each question's clip in the prefix cache.
             streamer: receives each token when it is generated; for a single question.
 
         Raises:
             UserError: a question is too long, or contains a mark of the chat template.
         """
-        prefix_length = len(self.chat_template.prefix)
-        suffixes = [self.chat_template.prompt(question)[prefix_length:] for question in questions]
-        return self._generate(prefix, suffixes, rows, questions, streamer)
-
-    @torch.inference_mode()
-    def answer_text(self, questions: Sequence[Question]) -> list[Reply]:
-        """Generates the answers to one batch of questions about no clip.
-
-        Raises:
-            UserError: see `answer`.
-        """
-        padding = torch.full((1, 1), self.chat_template.pad_token_id, device=self.model.device)
-        empty = self.model.prefill(padding, torch.zeros_like(padding), {}, {})  # the prompts share no prefix
-        prompts = [self.chat_template.prompt_of(_without_clip(question)) for question in questions]
-        ids = [prompt.prefix + prompt.suffix for prompt in prompts]
-        return self._generate(empty, ids, [0] * len(ids), [question.question for question in questions])
-
-    def _generate(
-        self,
-        prefix: PrefixCache,
-        suffixes: Sequence[list[int]],
-        rows: Sequence[int],
-        questions: Sequence[str],
-        streamer: BaseStreamer | None = None,
-    ) -> list[Reply]:
-        """Generates the answers behind `suffixes`, the token ids that follow these rows of the prefix cache.
-
-        Args:
-            questions: names of the prompts in a warning.
-        """
+        suffixes = [self._suffix(question) for question in questions]
         ends = (prefix.next_position.cpu()[list(rows)] + torch.tensor([len(ids) for ids in suffixes])).tolist()
-        self._warn_of_positions(dict(zip(questions, ends, strict=True)))
+        names = [question if isinstance(question, str) else question.question_id for question in questions]
+        self._warn_of_positions(dict(zip(names, ends, strict=True)))
         longest = max(map(len, suffixes))
         device, pad = self.model.device, self.chat_template.pad_token_id
         input_ids = [[pad] * (longest - len(ids)) + ids for ids in suffixes]
@@ -227,13 +211,22 @@ class Responder:
             prefix=prefix,
             prefix_rows=torch.tensor(rows, device=device),
             generation_config=GenerationConfig(
-                **greedy_decoding(self._max_new_tokens), eos_token_id=self.chat_template.end_token_id, pad_token_id=pad
+                **greedy_decoding(self.max_new_tokens), eos_token_id=self.chat_template.end_token_id, pad_token_id=pad
             ),
             use_model_defaults=False,  # transformers would replace the settings that equal its global defaults
             streamer=streamer,
         )
         end = self.chat_template.end_token_id
         return [Reply(self.chat_template.decode(ids), truncated=end not in ids) for ids in generated.tolist()]
+
+    def prompt_of(self, question: Question, *, has_audio: bool = True) -> Prompt:
+        """Returns the prompt of a question, in which earlier answers are those of its turns.
+
+        Args:
+            has_audio: False for the questions of a set of text, whose plain questions are about no clip.
+        """
+        prompt = self.chat_template.prompt_of(question)
+        return prompt if has_audio or not prompt.clips else Prompt(prompt.prefix[:-1], prompt.suffix, ())
 
     def _warn_of_positions(self, positions: Mapping[str, int]) -> None:
         """Warns once if a prompt takes more positions than the language model has.
@@ -246,8 +239,13 @@ class Responder:
             logger.warning(too_many_positions(f"question '{question}'", longest, self.max_positions))
             self._warned_of_positions = True
 
-    def answer_streaming(self, prefix: PrefixCache, question: str, write: Callable[[str], None]) -> Answer:
-        """Answers one question about the first clip of `prefix`; calls `write` with each new piece of text.
+    def _suffix(self, question: str | Question) -> list[int]:
+        if isinstance(question, str):
+            question = Question(question_id=question, question=question, answer="")
+        return self.chat_template.prompt_of(question).suffix
+
+    def answer_streaming(self, prefix: PrefixCache, question: str | Question, write: Callable[[str], None]) -> Answer:
+        """Answers one question about the first row of `prefix`; calls `write` with each new piece of text.
 
         Raises:
             UserError: see `answer`.
@@ -257,17 +255,27 @@ class Responder:
         (reply,) = self.answer(prefix, [question], [0], streamer=streamer)
         first, last, tokens = streamer.times_s[0], streamer.times_s[-1], len(streamer.times_s)
         tokens_per_s = (tokens - 1) / (last - first) if tokens > 1 else None
-        return Answer(question, reply.text, tokens, first - start, tokens_per_s, reply.truncated)
+        text = question if isinstance(question, str) else question.question
+        return Answer(text, reply.text, tokens, first - start, tokens_per_s, reply.truncated)
 
-    def attention_mass(self, features: Features, question: str, answer: str) -> AttentionMass:
-        """Measures which parts of clip and text the tokens that predict this answer attend to.
+    def attention_mass(self, clips: Sequence[Features], question: Question) -> AttentionMass:
+        """Measures which parts of clips and text the tokens that predict the last answer of a question attend to.
+
+        Args:
+            clips: clip of the question, then those of `Question.clips`.
 
         Raises:
             UserError: the conversation is too long, or the model has flamingo streams.
         """
-        row = self.chat_template.row([Question(question_id=question, question=question, answer=answer)])
+        if question.turns is not None:
+            history = [turn.model_copy(update={"loss": False}) for turn in question.turns[:-1]]
+            last = question.turns[-1].model_copy(update={"loss": True})
+            question = question.model_copy(update={"turns": [*history, last]})
+        row = self.chat_template.row([question])
         ids, labels = (torch.from_numpy(x)[None].to(self.model.device) for x in (row.input_ids, row.labels))
-        return probe_attention(self.model, ids, labels, *self._audio([features]))
+        placeholders = self.chat_template.prompt_of(question).clips
+        audio = self._audio([clips[number] for number in placeholders]) if placeholders else ({}, {})
+        return probe_attention(self.model, ids, labels, *audio)
 
     def attention_over_time(self, attention: AttentionMass) -> dict[str, NDArray[np.float32]]:
         """Returns pathway -> attention to each of its audio tokens, in temporal order, summed over layers.
@@ -287,11 +295,3 @@ class Responder:
         lengths = {name: torch.tensor([len(clip[name]) for clip in clips]) for name in names}
         frames = {name: torch.from_numpy(np.concatenate([clip[name] for clip in clips])) for name in names}
         return {name: x.to(self.model.device, self.model.dtype) for name, x in frames.items()}, lengths
-
-
-def _without_clip(question: Question) -> Question:
-    """Returns a plain question as a conversation that names no clip."""
-    if question.turns is not None:
-        return question
-    turns = [Turn(role="user", content=[question.question]), Turn(role="assistant", content=[question.answer])]
-    return question.model_copy(update={"turns": turns})

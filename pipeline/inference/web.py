@@ -116,7 +116,8 @@ class Page:
         rate = "" if answer.tokens_per_s is None else f"{answer.tokens_per_s:.0f}"
         names = " + ".join(kind.upper() for kind in self._pathways if kind in pathways) or "none"
         session.rows.insert(0, [question, names, f"{answer.first_token_s:.2f}", rate, answer.answer])
-        yield "", text, session.rows
+        bound = f"{self._responder.max_new_tokens} tokens, the bound that `--max-new-tokens` sets"
+        yield f"⚠️ The answer is truncated at {bound}." if answer.truncated else "", text, session.rows
 
     def ask_again(
         self, session: ClipSession | None, pathways: Collection[IntegrationKind]

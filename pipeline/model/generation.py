@@ -93,6 +93,7 @@ class PalGeneration(PalModel, GenerationMixin):
         audio_features: dict[str, Tensor],
         audio_lengths: dict[str, Tensor],
         *,
+        clips: Tensor | None = None,
         hidden: Collection[IntegrationKind] = (),
     ) -> PrefixCache:
         """Prefills the beginnings of conversations, up to the end of their clips, for any number of questions.
@@ -100,13 +101,15 @@ class PalGeneration(PalModel, GenerationMixin):
         Args:
             input_ids, attention_mask: (B, T_in) text before the audio and a placeholder for each clip.
             audio_features, audio_lengths: as in `forward`.
+            clips: (num_placeholders,) which of these clips each placeholder stands for, row by row; None means in
+                their order, each once.
             hidden: integrations whose audio tokens are masked from every query; positions stay as they are.
 
         Raises:
             UserError: placeholders and clips disagree, or features do not fit the streams.
         """
         audio = self.audio_kv(audio_features, audio_lengths)
-        return self.prefill_audio_kv(input_ids, attention_mask, audio, hidden=hidden)
+        return self.prefill_audio_kv(input_ids, attention_mask, audio, clips=clips, hidden=hidden)
 
     @torch.no_grad()
     def prefill_audio_kv(
@@ -115,10 +118,11 @@ class PalGeneration(PalModel, GenerationMixin):
         attention_mask: Tensor | None,
         audio: AudioKV,
         *,
+        clips: Tensor | None = None,
         hidden: Collection[IntegrationKind] = (),
     ) -> PrefixCache:
         """Does the same as `prefill` with clips that are encoded already; releases LAL's keys and values in `audio`."""
-        layout = self.layout(TextBatch(input_ids, attention_mask), audio, pad_left=True)
+        layout = self.layout(TextBatch(input_ids, attention_mask), audio, clips=clips, pad_left=True)
         inputs = self.forward_inputs(layout.hide(self.specs, hidden), audio)
         inputs.attention_inputs.audio.precompute()
         audio.release()

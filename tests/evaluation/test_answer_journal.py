@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from pipeline.evaluation.answer_journal import AnswerJournal, fingerprint_job
-from pipeline.inference.responder import Reply, greedy_decoding
+from pipeline.inference.decoding import greedy_decoding
+from pipeline.inference.responder import Reply
 
 
 def write(folder: Path, fingerprint: str, replies: dict[int, Reply]) -> None:

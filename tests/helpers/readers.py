@@ -24,10 +24,10 @@ class Reader:
     answer: Callable[[Question], str]
     decoding: Mapping[str, Any]
 
-    def generate(self, question_set: QuestionSet, source: QuestionSource, pairing: Any) -> dict[int, Reply]:
+    def generate(self, question_set: QuestionSet, source: QuestionSource, clips: Any, pairing: Any) -> dict[int, Reply]:
         table, replies = question_set.table, {}
         for index in range(len(table)):
-            if (clip := int(table.clip[index])) in pairing:
+            if (clip := int(table.clip[index])) in clips:
                 question = question_set.clip(clip).questions[table.number[index]]
                 replies[index] = Reply(self.answer(question), truncated=False)
         return replies

@@ -12,7 +12,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from pipeline.core.streams import Connector, preset_streams
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
-from pipeline.inference.responder import Reply, Responder, greedy_decoding
+from pipeline.inference.decoding import greedy_decoding
+from pipeline.inference.responder import Reply, Responder
 from pipeline.model import PalConfig, PalForCausalLM
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
 from tests.helpers.feature_sets import byte_tokenizer

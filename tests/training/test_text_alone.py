@@ -87,7 +87,10 @@ def test_answers_are_those_of_transformers(trained: Path) -> None:
     questions = [
         Question(question_id=str(n), question=text, answer="", system=system[n]) for n, text in enumerate(texts)
     ]
-    replies = load_responder(trained / "model", 12).answer_text(questions)
+    responder = load_responder(trained / "model", 12)
+    prompts = [responder.prompt_of(question, has_audio=False) for question in questions]
+    prefix = responder.prefill_prompts([prompt.prefix for prompt in prompts], [], [])
+    replies = responder.answer(prefix, questions, range(len(questions)))
     tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     plain = AutoModelForCausalLM.from_pretrained(trained / "model").eval()
     for question, reply in zip(questions, replies, strict=True):

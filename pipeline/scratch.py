@@ -9,6 +9,9 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pipeline.config import DataConfig, load_config
 from pipeline.config.fields import PositiveInt
@@ -27,6 +30,7 @@ class ScratchConfig(Strict):
     num_heads: PositiveInt
     num_key_value_heads: PositiveInt
     vocab_size: PositiveInt
+    initializer_range: Annotated[float, Field(gt=0)] | None = None
     seed: int = 0
 
 

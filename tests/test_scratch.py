@@ -40,6 +40,13 @@ def test_the_model_loads_and_its_tokenizer_knows_the_manifest(inputs: list[str],
     assert (Path(inputs[1]) / "model.safetensors").read_bytes() == weights
 
 
+def test_the_spread_of_the_weights_is_a_setting_of_the_config(inputs: list[str]) -> None:
+    assert main([*inputs, "--set", "initializer_range=0.1"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(inputs[1]).config.initializer_range == 0.1
+    with pytest.raises(UserError, match="initializer_range"):
+        main([*inputs, "--set", "initializer_range=0"])
+
+
 @pytest.mark.parametrize(
     ("text", "fault"), [(None, "cannot be read"), ("{", "not a manifest"), ("[]", "not a manifest")]
 )

@@ -33,3 +33,14 @@ def test_same_seed_gives_same_weights_regardless_of_the_global_random_state(tmp_
         save_random_language_model(tmp_path / name, TEXTS, settings)
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in "ab")
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_spread_of_the_weights_follows_the_setting(tmp_path: Path) -> None:
+    for name, spread in (("default", None), ("wide", 0.1)):
+        settings = RandomLanguageModel(hidden_size=96, num_heads=2, num_layers=1, initializer_range=spread)
+        save_random_language_model(tmp_path / name, TEXTS, settings)
+    spreads = {
+        name: AutoModelForCausalLM.from_pretrained(tmp_path / name).model.layers[0].mlp.up_proj.weight.std().item()
+        for name in ("default", "wide")
+    }
+    assert spreads == pytest.approx({"default": 0.02, "wide": 0.1}, rel=0.05)

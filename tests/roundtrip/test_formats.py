@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.loading import dump_config
 from tests.helpers.corpora import prepare_config, prepare_here
 from tests.roundtrip.training_view import difference, expected, inspect, seen_by_model
 from tests.roundtrip.truth import PLACEHOLDERS, TEXTS, Truth, in_one_file, make_conversations, make_truth
@@ -55,6 +58,20 @@ def test_segments_of_one_file(name: str, seed: int, tmp_path: Path) -> None:
 def test_conversations_about_segments(name: str, seed: int, tmp_path: Path) -> None:
     truth = in_one_file(make_conversations(seed))
     check(truth, {**CHATS, "own": write_own_conversations}[name](truth, tmp_path / "corpus"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sharegpt", "parts", "parquet", "webdataset"])
+def test_the_commands_themselves(name: str, tmp_path: Path) -> None:
+    truth = make_truth(20) if name in PLAIN else make_conversations(20)
+    written = (PLAIN | CHATS)[name](truth, tmp_path / "corpus")
+    config, features = tmp_path / "prepare.yaml", tmp_path / "features"
+    config.write_text(dump_config(prepare_config(written.manifest, features, **written.settings)))
+    command = [sys.executable, "-m", "pipeline.cli", "prepare", str(config)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    seen = seen_by_model(inspect(tmp_path, features), features, truth.sounds)
+    assert not difference(seen, expected(written.items))
 
 
 def check(truth: Truth, written: Written, folder: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.core.streams import (
     Stream,
     check_streams,
     preset_streams,
+    with_gain,
 )
 
 
@@ -77,7 +78,8 @@ class ModelConfig(Strict):
         summary_stride: number of frames that `pal_v3` merges into one summary token.
         norm_audio_tokens: apply the layer's own input norm to the projected audio tokens.
         gain: learnable scale of the keys and values of LAL in each audio layer, so that a pretrained language model
-            begins close to itself; null is the method as published. Streams without LAL ignore it.
+            begins close to itself; null is the method as published. Presets without LAL ignore it, and the streams of a
+            `custom` integration have their own.
         system_text_sees_audio: let the system prompt, which precedes the audio, attend to it.
         audio_queries: ablation in which audio tokens also attend to the audio of their clip.
     """
@@ -171,8 +173,8 @@ class ModelConfig(Strict):
                     None if self.audio_layers is None else tuple(self.audio_layers),
                 ),
                 summary_stride=self.summary_stride,
-                gain=None if self.gain is None else self.gain.spec(),
             )
+            streams = with_gain(streams, None if self.gain is None else self.gain.spec())
         self._refuse_dead_settings(streams)
         return check_streams(streams, num_layers)
 
@@ -182,6 +184,7 @@ class ModelConfig(Strict):
         needs = {name: self.integration != "custom" and not kinds <= {"plits"} for name in rule}
         needs |= dict.fromkeys(("audio_queries", "norm_audio_tokens"), "lal" in kinds)
         needs["summary_stride"] = self.integration == "pal_v3"
+        needs["gain"] = self.integration != "custom"  # recipes set it for every preset
         needs |= dict.fromkeys(("connector", "system_text_sees_audio"), not self.text_only)
         for name, has_effect in needs.items():
             if not has_effect and getattr(self, name) != type(self).model_fields[name].default:

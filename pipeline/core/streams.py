@@ -187,7 +187,6 @@ def preset_streams(
     connector: Connector,
     layers: LayerRule = LayerRule(),
     summary_stride: int = 3,
-    gain: Gain | None = None,
 ) -> tuple[Stream, ...]:
     """Returns the streams of a preset (arXiv 2506.10423; `delayed` is its v1, `pal_v2` its v2, `pal_v3` its v3).
 
@@ -199,7 +198,6 @@ def preset_streams(
         connector: connector of the full-resolution stream; the summary stream of `pal_v3` always uses `conv`.
         layers: layers that receive audio, except in streams of `plits`.
         summary_stride: number of frames in one summary token of `pal_v3`.
-        gain: scale of the keys and values in streams of `lal`.
 
     Raises:
         UserError: the encoders do not suit the preset, or the layers do not fit the model.
@@ -222,8 +220,7 @@ def preset_streams(
     def stream(names: Sequence[str], integration: IntegrationKind) -> tuple[Stream, ...]:
         audio_layers = () if integration == "plits" else layers.resolve(num_layers)
         groups = [tuple(names)] if connector.kind == "lfst" else [(name,) for name in names]
-        scale = gain if integration == "lal" else None
-        return tuple(Stream(group, integration, connector, audio_layers, gain=scale) for group in groups)
+        return tuple(Stream(group, integration, connector, audio_layers) for group in groups)
 
     if preset == "plits":
         return stream(encoders, "plits")
@@ -238,6 +235,11 @@ def preset_streams(
         sequence = replace(connector, kind="mlp", width=None) if connector.kind == "lfst" else connector
         return (*stream(encoders[1:], "lal"), Stream((encoders[0],), "plits", replace(sequence, width=None)))
     raise UserError("model.integration", f"unknown preset '{preset}'", f"choose from {', '.join(get_args(Preset))}")
+
+
+def with_gain(streams: Sequence[Stream], gain: Gain | None) -> tuple[Stream, ...]:
+    """Returns the streams, those of `lal` with this gain."""
+    return tuple(replace(stream, gain=gain) if stream.integration == "lal" else stream for stream in streams)
 
 
 def check_streams(streams: Sequence[Stream], num_layers: int) -> tuple[Stream, ...]:

@@ -10,6 +10,7 @@ from data_prep.config import PrepareConfig
 from pipeline.config import ExperimentConfig, dump_config, load_config
 from pipeline.config.yaml_text import dump_yaml, parse_yaml
 from pipeline.core.errors import UserError
+from pipeline.core.streams import Gain, Stream
 
 MINIMAL = {
     "output": "runs/x",
@@ -150,6 +151,25 @@ def test_a_setting_without_effect_is_an_error(config_file: Path, integration: st
         UserError, match=rf"model.{setting.split('=')[0]}: has no effect on integration '{integration}'"
     ):
         config.model.resolve_streams(6)
+
+
+@pytest.mark.parametrize(("integration", "gains"), [("plits", [None]), ("lal", [0.2]), ("pal_v3", [0.2, None])])
+def test_streams_of_lal_receive_the_gain(config_file: Path, integration: str, gains: list[float | None]) -> None:
+    config = load(config_file, f"model.integration={integration}", "model.gain={start: 0.2}")
+    streams = config.model.resolve_streams(6)
+    assert [stream.gain and stream.gain.start for stream in streams] == gains
+    assert [Stream.from_dict(stream.to_dict()) for stream in streams] == list(streams)
+
+
+def test_custom_streams_have_gains_of_their_own(config_file: Path) -> None:
+    stream = "{encoders: [log_mel], integration: lal, audio_layers: [0], gain: {start: 0.3}}"
+    settings = ["model.integration=custom", f"model.streams=[{stream}]"]
+    assert [s.gain for s in load(config_file, *settings).model.resolve_streams(6)] == [Gain(0.3)]
+    with pytest.raises(UserError, match=r"model\.gain: has no effect on integration 'custom'"):
+        load(config_file, *settings, "model.gain={start: 0.1}").model.resolve_streams(6)
+    plits = stream.replace("lal, audio_layers: [0]", "plits")
+    with pytest.raises(UserError, match=r"model\.streams\.0\.gain: has no effect on plits"):
+        load(config_file, "model.integration=custom", f"model.streams=[{plits}]").model.resolve_streams(6)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pipeline.core.streams import Connector, Gain, Preset, preset_streams
+from pipeline.core.streams import Connector, Gain, Preset, preset_streams, with_gain
 from pipeline.model import PalConfig, PalForCausalLM
 
 FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text", "Olmo2")
@@ -50,7 +50,7 @@ def build(
 ) -> PalForCausalLM:
     """Builds a model in evaluation mode, with biases, norms and gates off their neutral values."""
     encoders = ["one", "two"] if preset == "pal_v2" else ["one"]
-    streams = preset_streams(preset, encoders, LAYERS, connector=connector or Connector(), gain=gain)
+    streams = with_gain(preset_streams(preset, encoders, LAYERS, connector=connector or Connector()), gain)
     torch.manual_seed(seed)
     config = PalConfig(
         language_model_config(family, **(language_model or {})), streams, WIDTHS, AUDIO_TOKEN, **switches

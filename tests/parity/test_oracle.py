@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from pipeline.core.streams import Connector, Gain, LayerRule, Stream, preset_streams
+from pipeline.core.streams import Connector, Gain, LayerRule, Stream, preset_streams, with_gain
 from tests.oracle import model as oracle
 from tests.parity.batches import batches, grid_batch
 from tests.parity.comparison import Case, answers, build, differences, of_oracle, of_product, oracle_method
@@ -126,7 +126,7 @@ def test_every_switch(name: str, switch: str, value: bool, family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "olmo2", "gemma3"])
 @pytest.mark.parametrize("name", ["lal", "pal_v2", "pal_v3"])
 def test_gain(name: str, family: str, target: Literal["keys_values", "values"]) -> None:
-    streams = preset(name, gain=Gain(0.3, target))
+    streams = with_gain(preset(name), Gain(0.3, target))
     check(Case(family, streams), "everything")
     check(Case(family, streams, (("audio_queries", True),)), "everything")
 

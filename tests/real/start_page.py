@@ -31,6 +31,11 @@ smallest and the largest in brackets.
 | `long` | each clip eight times as long (12 s on average) |
 | `embedding_scale` | PLITS tokens begin with the root mean square of the text embeddings |
 """
+TRAINING = """## After training of the audio side alone
+
+AdamW, cosine decay, gradients clipped at 1. `gain rate` multiplies the learning rate of the gains; swapped: the loss
+with clips of other questions.
+"""
 
 
 def main(page: Path, files: Sequence[Path]) -> None:
@@ -40,19 +45,15 @@ def main(page: Path, files: Sequence[Path]) -> None:
     parts.append("The distance is the mean KL divergence from the plain language model's predictions.\n")
     columns = {"loss": "held-out loss", "kl": "distance from `text`"}
     parts.append(_table(untrained, ("variant",), columns))
-    parts.append("## After training of the audio side alone\n")
-    parts.append(
-        "AdamW, cosine decay, gradients clipped at 1. `gain rate` multiplies the learning rate of the gains; swapped: "
-        "the loss with clips of other questions.\n"
-    )
-    trained = [row for row in rows if row["measured"] == "train"]
-    columns = {
-        "loss": "held-out loss",
-        "swapped_loss": "swapped",
-        "largest_gradient": "largest gradient",
-        "median_gradient": "median gradient",
-    }
-    parts.append(_table(trained, (*SETTINGS, "variant"), columns))
+    if trained := [row for row in rows if row["measured"] == "train"]:
+        parts.append(TRAINING)
+        columns = {
+            "loss": "held-out loss",
+            "swapped_loss": "swapped",
+            "largest_gradient": "largest gradient",
+            "median_gradient": "median gradient",
+        }
+        parts.append(_table(trained, (*SETTINGS, "variant"), columns))
     page.write_text("\n".join(parts), encoding="utf-8")
 
 

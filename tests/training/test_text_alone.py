@@ -96,12 +96,12 @@ def test_answers_are_those_of_transformers(trained: Path) -> None:
     for question, reply in zip(questions, replies, strict=True):
         turns = [("system", question.system or "Listen."), ("user", question.question)]
         messages = [{"role": role, "content": content} for role, content in turns]
-        prompt = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
         )
         with torch.inference_mode():
-            ids = plain.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-        assert reply.text == tokenizer.decode(ids, skip_special_tokens=True).strip()
+            generated = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        assert reply.text == tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def test_evaluation_of_text_needs_no_audio_and_has_no_swapped_control(

@@ -153,18 +153,29 @@ def measure_workload(config: ExperimentConfig) -> WorkloadConfig:
 def _sample(
     features: FeatureSet, selected: NDArray[np.int64], chat_template: ChatTemplate, share: float
 ) -> _SampledQuestions:
-    """Averages over selected questions at even distances."""
-    table = features.table
-    indices = selected[np.linspace(0, len(selected) - 1, SAMPLED_QUESTIONS).astype(np.int64)]
-    clips = table.clip[indices]
-    rows = [
-        chat_template.row([features.clip(int(clip)).questions[number]], audio=not features.is_text)
-        for clip, number in zip(clips, table.number[indices], strict=True)
-    ]
+    """Averages over selected questions at even distances; those that cannot be trained on are left out.
+
+    Raises:
+        UserError: none of them can be trained on.
+    """
+    table, rows, audio_s = features.table, [], []
+    error: UserError | None = None
+    for index in selected[np.linspace(0, len(selected) - 1, SAMPLED_QUESTIONS).astype(np.int64)]:
+        clip = int(table.clip[index])
+        question = features.clip(clip).questions[table.number[index]]
+        try:
+            rows.append(chat_template.row([question], audio=not features.is_text))
+        except UserError as unfit:
+            error = unfit
+            continue
+        clips = () if features.is_text else table.audio_of([index], clip)
+        audio_s.append(float(table.duration_s[list(clips)].sum()))
+    if not rows and error is not None:
+        raise error
     prefix = len(chat_template.prefix) - features.is_text
     return _SampledQuestions(
         share=share,
-        clip_s=0.0 if features.is_text else float(np.mean(table.duration_s[clips])),
+        clip_s=float(np.mean(audio_s)),
         question_tokens=float(np.mean([len(row.input_ids) - prefix for row in rows])),
         answer_tokens=float(np.mean([(row.labels >= 0).sum() for row in rows])),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from pipeline.data.conversation import (
     refuse_turn_marks,
     write_conversation,
 )
+from pipeline.data.length_errors import too_many_text_tokens
 from pipeline.data.plain_text import PlainTextTokenizer
 from pipeline.data.template_parts import (
     AUDIO_TOKEN,
@@ -82,6 +83,7 @@ class ChatTemplate:
         tokenizer: a tokenizer from `load_tokenizer`.
         system_prompt: system text of questions without their own; empty for none.
         max_text_tokens: a longer conversation is an error and never truncated.
+        length_error: makes that error from the conversation's name, its tokens and the bound.
         loss_on: `answer` (with its end of turn), or `all_text`, which adds the user's texts and the template around
             them. Before the first audio only answers have a loss, and the first token after an audio never has one,
             because its predecessor depends on the integration.
@@ -102,6 +104,7 @@ class ChatTemplate:
         system_prompt: str,
         *,
         max_text_tokens: int,
+        length_error: Callable[[str, int, int], UserError] = too_many_text_tokens,
         loss_on: Literal["answer", "all_text"] = "answer",
     ) -> None:
         for marker in MARKERS:
@@ -109,7 +112,7 @@ class ChatTemplate:
                 remedy = "remove it: the pipeline places the audio, the question and the answer"
                 raise UserError("data.system_prompt", f"contains {marker}", remedy)
         self._tokenizer = tokenizer
-        self._max_text_tokens = max_text_tokens
+        self._max_text_tokens, self._length_error = max_text_tokens, length_error
         self._loss_on = loss_on
         self._next_turn: str | None = None
         self.audio_token_id: int = tokenizer.convert_tokens_to_ids(AUDIO_TOKEN)
@@ -253,11 +256,7 @@ class ChatTemplate:
 
     def _check_length(self, length: int, where: str) -> None:
         if length > self._max_text_tokens:
-            raise UserError(
-                where,
-                f"is {length} text tokens long, data.max_text_tokens is {self._max_text_tokens}",
-                "raise data.max_text_tokens or leave this question out",
-            )
+            raise self._length_error(where, length, self._max_text_tokens)
 
     def _check(self, example: Question) -> None:
         """Checks that the parts, tokenised one by one, give the conversation, and that labels decode to the answer."""

@@ -4,7 +4,7 @@ order or tokens."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class FeatureSet:
         encoders: feature columns that are read.
         contract: `features.json` of the set.
         table: all questions as numbers, without those that name a clip which is not in the set.
-        left_out: ids of the questions that name such a clip.
+        left_out: ids of the questions that name such a clip; `clip` leaves them out too.
         clips: reader of the clips, from which `questions_of` takes the questions.
 
     Raises:
@@ -116,8 +116,16 @@ class FeatureSet:
         return max((reader.shard_sizes for reader in (self.clips, *self._features.values())), key=len)
 
     def clip(self, index: int) -> Clip:
-        """Returns a clip with all its questions."""
-        return _clip(self.clips[index])
+        """Returns a clip with those of its questions that are in the table."""
+        sample = self.clips[index]
+        return Clip(
+            sample["clip_id"],
+            sample["duration_s"],
+            sample["dataset"],
+            sample["domain"],
+            self._kept(sample),
+            sample.get("audio", ""),
+        )
 
     def features(self, index: int, clip_id: str) -> dict[str, NDArray[np.float16]]:
         """Returns encoder -> (frames, width) float16, read-only.
@@ -145,7 +153,10 @@ class FeatureSet:
         """Yields the questions of the table, in its order."""
         for shard in range(len(self.clips.shard_sizes)):
             for sample in self.clips.samples(shard):
-                yield from (q for q in questions_of(sample) if q.question_id not in self.left_out)
+                yield from self._kept(sample)
+
+    def _kept(self, sample: dict[str, Any]) -> tuple[Question, ...]:
+        return questions_of(sample, self.left_out)
 
     @property
     def questions_sha256(self) -> str:
@@ -209,17 +220,7 @@ def open_mixture(features: FeatureSet, data: DataConfig) -> list[FeatureSet]:
     return sets
 
 
-def questions_of(sample: dict[str, Any]) -> tuple[Question, ...]:
-    """Returns the questions of a sample of `FeatureSet.clips`."""
-    return tuple(Question.model_validate(question) for question in sample["questions"])
-
-
-def _clip(sample: dict[str, Any]) -> Clip:
-    return Clip(
-        sample["clip_id"],
-        sample["duration_s"],
-        sample["dataset"],
-        sample["domain"],
-        questions_of(sample),
-        sample.get("audio", ""),
-    )
+def questions_of(sample: dict[str, Any], left_out: Collection[str] = ()) -> tuple[Question, ...]:
+    """Returns the questions of a sample of `FeatureSet.clips`, without those of these ids."""
+    questions = (Question.model_validate(question) for question in sample["questions"])
+    return tuple(question for question in questions if question.question_id not in left_out)

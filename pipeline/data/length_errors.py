@@ -29,3 +29,13 @@ def too_many_positions(where: str, positions: int, limit: int) -> UserError:
         f"takes {positions} positions with its audio, more than the {limit} of the language model",
         "shorten the audio or the text, leave it out, or use a language model with more positions",
     )
+
+
+def prompt_too_long(where: str, tokens: int, limit: int) -> UserError:
+    """Returns the error about a prompt whose text alone has more tokens than the language model has positions.
+
+    Args:
+        where: names the conversation.
+    """
+    fault = f"is {tokens} text tokens long, more than the {limit} positions of the language model"
+    return UserError(where, fault, "shorten it, or use a language model with more positions")

@@ -79,6 +79,8 @@ class TrainingLoader:
         self._dataset = _MicroBatchDataset(self._sets, chat_template, feature_dtype(train))
         self._examples_per_step = train.global_batch_size // data.questions_per_sequence
         self._lengths = RowLengths(self._sets, chat_template, train, audio_positions)
+        for source, (feature_set, selected) in enumerate(zip(self._sets, selections, strict=True)):
+            self._lengths.check_longest(source, selected, _groups(feature_set), data.questions_per_sequence)
         self._ranks = ranks
         per_rank = 1 if train.micro_batch_tokens else train.micro_batch_size
         if self._examples_per_step % (per_rank * ranks.world_size):
@@ -138,8 +140,10 @@ class TrainingLoader:
                 continue
             for example in sampler.packed_examples(position, position + _PREFETCHED_EXAMPLES):
                 feature_set = self._sets[example.source]
+                clips = feature_set.table.audio_of(example.questions, example.clip)
                 try:
-                    feature_set.prefetch(example.clip, node_ranks.local_rank, node_ranks.local_world_size)
+                    for clip in dict.fromkeys(clips):
+                        feature_set.prefetch(clip, node_ranks.local_rank, node_ranks.local_world_size)
                 except UserError:
                     return  # reading a row of this shard raises the same error
             position += _PREFETCHED_EXAMPLES

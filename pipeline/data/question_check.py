@@ -87,9 +87,9 @@ class CheckedSelection:
 class QuestionChecker:
     """Checks the questions of feature sets against the chat template, the tokenizer and the bounds of a run.
 
-    A question is unfit if the template or the tokenizer cannot express its texts, if its answer is none of its choices,
-    if it is longer than `data.max_text_tokens`, or if it takes more positions with its audio than the language model
-    has.
+    A question is unfit if the template or the tokenizer cannot express its texts, if an answer is empty or none of its
+    choices, if it is longer than `data.max_text_tokens`, or if it takes more positions with its audio than the language
+    model has.
 
     Args:
         chat_template: renders the conversations.

@@ -180,7 +180,7 @@ def _measure_task(clips: MdsReader, chat_template: ChatTemplate, task: _Task, *,
             faults[index] = ("text", length.fault, length.remedy)
             continue
         tokens[number] = length
-        if (fault := _choice_fault(question)) is not None:
+        if (fault := _answer_fault(question)) is not None:
             faults[index] = fault
         if question.turns is not None and not is_text:
             other_clips[index] = _clips_of(question)
@@ -201,8 +201,11 @@ def _lengths(
     return [length for half in halves for length in _lengths(chat_template, half, is_text)]
 
 
-def _choice_fault(question: Question) -> Fault | None:
-    """Returns the fault of a question whose answer names none of its choices."""
+def _answer_fault(question: Question) -> Fault | None:
+    """Returns the fault of a question that has no answer to train on, or one that names none of its choices."""
+    answers = [turn.content for turn in question.conversation if turn.role == "assistant" and turn.loss]
+    if any(not "".join(map(str, answer)).strip() for answer in answers):
+        return "text", "has an empty answer", "add it, or leave the question out of the manifest"
     choices = choice_texts(question)
     if not any(choices):
         return None

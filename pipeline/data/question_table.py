@@ -19,7 +19,7 @@ class QuestionTable:
 
     Attributes:
         clip: (questions,) index of each question's clip.
-        number: (questions,) index of each question among those of its clip.
+        number: (questions,) index of each question among those of its clip that are in the table.
         characters: (questions,) characters of question and answer together.
         task, dataset: (questions,) indices into `tasks` and `datasets`.
         duration_s: (clips,) duration of each clip.
@@ -102,11 +102,11 @@ def read_table(clips: MdsReader, *, is_text: bool) -> tuple[QuestionTable, froze
     conversations: dict[int, tuple[str, list[str | None]]] = {}  # question -> its id, and the clip at each placeholder
     total = 0
     for shard in range(len(clips.shard_sizes)):
-        rows: list[tuple[int, int, int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, int]] = []
         for sample in clips.samples(shard):
             dataset = datasets.setdefault(sample["dataset"], len(datasets))
             prefixes: dict[Hashable, int] = {_prefix({}, is_text): 0}
-            for number, question in enumerate(sample["questions"]):
+            for question in sample["questions"]:
                 source = question.get("dataset")
                 source_code = dataset if source is None else datasets.setdefault(source, len(datasets))
                 characters = len(question["question"]) + len(question["answer"])
@@ -114,10 +114,10 @@ def read_table(clips: MdsReader, *, is_text: bool) -> tuple[QuestionTable, froze
                 prefix = prefixes.setdefault(_prefix(question, is_text), len(prefixes))
                 if question.get("turns") is not None and not is_text:
                     conversations[total + len(rows)] = question["question_id"], _clips_of(question)
-                rows.append((len(durations), number, characters, task, source_code, prefix))
+                rows.append((len(durations), characters, task, source_code, prefix))
             durations.append(sample["duration_s"])
         total += len(rows)
-        shard_rows.append(np.array(rows, np.int64).reshape(-1, 6))
+        shard_rows.append(np.array(rows, np.int64).reshape(-1, 5))
     columns = np.concatenate(shard_rows)
     index_of = _find(clips, {clip_id for _, ids in conversations.values() for clip_id in ids if clip_id is not None})
     missing = {q for q, (_, ids) in conversations.items() if any(c is not None and c not in index_of for c in ids)}
@@ -129,10 +129,10 @@ def read_table(clips: MdsReader, *, is_text: bool) -> tuple[QuestionTable, froze
         indices = tuple(own if clip_id is None else index_of[clip_id] for clip_id in ids if question not in missing)
         if question not in missing and indices != (own,):
             audio[int(new_index[question])] = indices
-    clip, question_numbers, character_counts, task_codes, dataset_codes, prefix_codes = columns[kept].T
+    clip, character_counts, task_codes, dataset_codes, prefix_codes = columns[kept].T
     table = QuestionTable(
         clip=np.ascontiguousarray(clip),
-        number=np.ascontiguousarray(question_numbers, np.int32),
+        number=(np.arange(len(clip)) - np.searchsorted(clip, clip)).astype(np.int32),
         characters=np.ascontiguousarray(character_counts, np.int32),
         task=np.ascontiguousarray(task_codes, np.int32),
         dataset=np.ascontiguousarray(dataset_codes, np.int32),

@@ -42,6 +42,57 @@ class RowLengths:
             packed_examples, self._row_length, self._rows_of, rank=ranks.rank, world_size=ranks.world_size
         )
 
+    def check_longest(self, source: int, selected: Ints, groups: Ints, questions_per_sequence: int) -> None:
+        """Checks that no row that a sampler may pack is longer than `train.micro_batch_tokens`.
+
+        Does nothing if no bound is set, or if the tokens of the set are not counted yet.
+
+        Args:
+            source: index of the set.
+            selected: indices of the questions to train on.
+            groups: clip of each question, or its clip and the code of its prefix; see `PackedSampler`.
+
+        Raises:
+            UserError: the longest possible row is too long; names one of its questions.
+        """
+        feature_set = self._sets[source]
+        if self._max_tokens is None or feature_set.table.tokens is None:
+            return
+        counts = self._counts_of(source)
+        suffixes = counts[selected, 1].copy()
+        further = np.flatnonzero(np.isin(selected, np.fromiter(feature_set.table.audio, np.int64)))
+        for position in further.tolist():
+            _, *others = feature_set.table.audio[int(selected[position])] or (0,)
+            suffixes[position] += sum(self._positions_of(source, clip) - 1 for clip in others)
+        _, group = np.unique(groups.reshape(len(groups), -1)[selected], axis=0, return_inverse=True)
+        group = group.reshape(-1)
+        order = np.lexsort((-suffixes, group))
+        sizes = np.bincount(group)
+        starts = np.cumsum(sizes) - sizes
+        packed = np.arange(len(order)) - np.repeat(starts, sizes) < questions_per_sequence
+        totals = np.add.reduceat(np.where(packed, suffixes[order], 0), starts)
+        longest_question = selected[order[starts]]  # of each group
+        totals += counts[longest_question, 0] - 1
+        own = np.array([self._positions_of(source, int(clip)) for clip in feature_set.table.clip[longest_question]])
+        totals += own
+        longest = int(totals.argmax())
+        if totals[longest] > self._max_tokens:
+            index = int(longest_question[longest])
+            clip = feature_set.clip(int(feature_set.table.clip[index]))
+            name = clip.questions[feature_set.table.number[index]].question_id
+            raise self._too_long(int(totals[longest]), f"a row with question '{name}' may have")
+
+    def _positions_of(self, source: int, clip: int) -> int:
+        """Returns the positions of a clip's audio."""
+        feature_set = self._sets[source]
+        if self._audio_positions is None or feature_set.is_text:
+            return 0
+        return self._audio_positions(float(feature_set.table.duration_s[clip]))
+
+    def _too_long(self, positions: float, what: str) -> UserError:
+        fault = f"is {self._max_tokens}, and {what} {positions:.0f} positions"
+        return UserError("train.micro_batch_tokens", fault, "raise it, or lower data.questions_per_sequence")
+
     def tokenise(self, selected: Ints) -> None:
         """Tokenises only these questions of the first set, where no others are read."""
         feature_set = self._sets[0]
@@ -61,8 +112,7 @@ class RowLengths:
         if len(counts):
             prefix_tokens = int(counts[0, 0])
         positions = prefix_tokens + int(counts[:, 1].sum()) - max(len(audio), 1)
-        if self._audio_positions is not None and not feature_set.is_text:
-            positions += sum(self._audio_positions(table.duration_s[clip]) for clip in audio)
+        positions += sum(self._positions_of(example.source, clip) for clip in audio)
         return float(positions)
 
     def _counts_of(self, source: int) -> Ints:
@@ -80,6 +130,5 @@ class RowLengths:
         if self._max_tokens is None:
             return self._max_rows
         if longest > self._max_tokens:
-            fault = f"is {self._max_tokens}, and a row has {longest:.0f} positions"
-            raise UserError("train.micro_batch_tokens", fault, "raise it, or lower data.questions_per_sequence")
+            raise self._too_long(longest, "a row has")
         return min(self._max_rows, int(self._max_tokens // longest))

@@ -21,7 +21,7 @@ from pipeline.core.feature_contract import Question
 from pipeline.core.streams import IntegrationKind
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.conversation import Prompt
-from pipeline.data.length_errors import too_many_positions
+from pipeline.data.length_errors import prompt_too_long, too_many_positions
 from pipeline.inference.decoding import greedy_decoding
 from pipeline.inference.token_streamer import TokenStreamer
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
@@ -107,7 +107,9 @@ def load_responder(folder: Path, max_new_tokens: int, number: int = 0) -> Respon
     model = load_model(folder, config)
     # Not data.max_text_tokens, which bounds training: a benchmark's prompts may be longer, up to the model's own limit.
     max_text_tokens = model.config.language_model.max_position_embeddings
-    chat_template = ChatTemplate(load_tokenizer(folder), config.data.system_prompt, max_text_tokens=max_text_tokens)
+    chat_template = ChatTemplate(
+        load_tokenizer(folder), config.data.system_prompt, max_text_tokens=max_text_tokens, length_error=prompt_too_long
+    )
     device = f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     return Responder(model.to(device), chat_template, max_new_tokens)
 

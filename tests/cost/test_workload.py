@@ -83,10 +83,10 @@ def test_a_measured_workload_is_that_of_the_selected_questions(tmp_path: Path) -
 
     short, long = measure(tasks=["short"]), measure(tasks=["long"])
     assert (short.questions, long.questions) == (6, 6)
-    assert long.answer_tokens - short.answer_tokens == len("a long answer") - len("yes")
+    assert long.answer_tokens > short.answer_tokens + 2
     mixed = measure(tasks=["short"], mixture=[{"tasks": ["long"], "share": 0.5}])
     assert mixed.questions == 12
-    assert mixed.answer_tokens == (short.answer_tokens + long.answer_tokens) / 2
+    assert mixed.answer_tokens == round((short.answer_tokens + long.answer_tokens) / 2)
 
 
 def test_preparation_counts_whole_windows_and_does_not_guess() -> None:

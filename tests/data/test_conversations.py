@@ -173,7 +173,10 @@ def test_the_table_leaves_out_questions_whose_clips_the_set_lacks(dialogues):
         "plain", "dialogue", "other", "system", "text", "last",
     ]  # fmt: skip
     assert dialogues.left_out == {"missing"}
-    assert dialogues.table.number.tolist() == [0, 1, 2, 3, 4, 6]
+    assert dialogues.table.number.tolist() == [0, 1, 2, 3, 4, 5]
+    assert [question.question_id for question in dialogues.clip(0).questions] == [
+        question.question_id for question in dialogues.questions()
+    ]
     assert dialogues.table.audio == {1: (0, 2, 3), 2: (2, 0), 4: ()}
     assert dialogues.table.prefix.tolist() == [0, 0, 1, 2, 3, 0]
     assert dialogues.table.audio_of([1, 5, 0], 0) == (0, 2, 3)

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import DataConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.core.errors import UserError
+from pipeline.core.ranks import Ranks
 from pipeline.data import question_check_cache, question_check_measure
 from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.data.feature_set import FeatureSet
+from pipeline.data.loader import TrainingLoader
 from pipeline.data.question_check import CheckedSelection, QuestionChecker, Selection
 from pipeline.data.question_check_cache import FOLDER
 from tests.helpers.feature_sets import byte_tokenizer, frames_of, write_rows
@@ -91,6 +93,7 @@ def no_template() -> PreTrainedTokenizerBase:
 MISTAKES: dict[str, tuple[dict[str, Any], Callable[[], PreTrainedTokenizerBase], str, str]] = {
     "too long": ({"answer": "a" * 2000}, byte_tokenizer, "text_tokens", "data.max_text_tokens is 1024"),
     "mark of a turn": ({"answer": "### Response: no"}, no_template, "text", "'### Response:', which marks a turn"),
+    "no answer": ({"answer": " "}, byte_tokenizer, "text", "has an empty answer"),
     "no choice": ({"choices": ["dog", "cat"], "answer": "cow"}, byte_tokenizer, "choices", "none of its choices"),
 }
 
@@ -249,3 +252,26 @@ def test_another_process_that_checks_the_same_is_waited_for(
     refuse_to_measure(monkeypatch)
     assert check(features, chat).count == 120
     assert files[0].parent == tmp_path / "set" / FOLDER
+
+
+def test_the_longest_row_that_may_be_packed_is_refused_before_the_first_step(
+    tmp_path: Path, chat: ChatTemplate
+) -> None:
+    """A row of both questions is too long with the long one; a row of one question fits."""
+    features = write_set(tmp_path / "set", answer="a" * 300)
+    check(features, chat)
+
+    def build(questions_per_sequence: int, bound: int) -> TrainingLoader:
+        data = DataConfig(train="unused", questions_per_sequence=questions_per_sequence)
+        train = TrainConfig(micro_batch_size=4, micro_batch_tokens=bound, global_batch_size=8)
+        return TrainingLoader([features], chat, data, train, Ranks(0, 1, 0, 1), lambda seconds: 10)
+
+    rows = [chat.row(features.clip(7).questions[:count]) for count in (1, 2)]
+    longest = len(rows[1].input_ids) - 1 + 10
+    build(2, longest)
+    fault = (
+        rf"train\.micro_batch_tokens: is {longest - 1}, and a row with question '{BAD}' may have {longest} positions"
+    )
+    with pytest.raises(UserError, match=fault):
+        build(2, longest - 1)
+    build(1, longest - 1)  # the remedy: fewer questions in a row

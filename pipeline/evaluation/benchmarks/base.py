@@ -121,7 +121,7 @@ def read_text(file: Path) -> str:
         UserError: the file is not UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")  # not as text, which would change the ends of lines in a field
     except UnicodeDecodeError as error:
         raise UserError(file, f"is not UTF-8 ({error})", "download the file again") from error
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
-from pipeline.config import TrainConfig
+from pipeline.config import DataConfig, TrainConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question, Turn
 from pipeline.core.labels import IGNORE_INDEX
 from pipeline.core.ranks import Ranks
 from pipeline.data.chat_template import AUDIO_TOKEN, ChatTemplate, load_tokenizer
 from pipeline.data.feature_set import FeatureSet
-from pipeline.data.loader import evaluation_batches
+from pipeline.data.loader import TrainingLoader, evaluation_batches
 from tests.data.test_chat_template import GEMMA, LLAMA3, MISTRAL, THINKING
 from tests.helpers.feature_sets import CHATML, byte_tokenizer, frames_of, write_feature_set, write_rows
 
@@ -202,6 +204,21 @@ def test_batches_hold_the_clips_of_each_row_in_the_order_of_its_placeholders(dia
     seconds = [sum(1.0 + clip for clip in clips[question_id]) for question_id in batch["question_ids"]]
     positions = batch["attention_mask"].sum(1).numpy() - placeholders + 10 * np.array(seconds)
     assert (np.diff(positions) <= 0).all()
+
+
+def test_every_clip_of_a_row_is_prefetched(dialogues, chatml, tmp_path, monkeypatch):
+    prefetched = set()
+    monkeypatch.setattr(FeatureSet, "prefetch", lambda self, index, process, processes: prefetched.add(index))
+    remote = FeatureSet(dialogues.folder, ["log_mel"], tmp_path / "cache")
+    data = DataConfig(train=str(dialogues.folder), questions_per_sequence=2)
+    loader = TrainingLoader(
+        [remote], chatml, data, TrainConfig(global_batch_size=2, micro_batch_size=1), Ranks(0, 1, 0, 1)
+    )
+    next(iter(loader))
+    deadline = time.monotonic() + 10
+    while prefetched != {0, 2, 3} and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert prefetched == {0, 2, 3}
 
 
 def test_conversations_of_a_text_set_have_no_placeholder(tmp_path, chatml):

@@ -140,13 +140,17 @@ class QuestionChecker:
     def _positions(self, feature_set: FeatureSet, measured: Measurements) -> Ints:
         """Returns how many positions each question takes with its audio; of those that surely fit, a lower bound."""
         table = feature_set.table
-        positions = measured.text_tokens - measured.placeholders
+        placeholders = np.ones(len(table), np.int64)  # that of a question about no clip is dropped later
+        for index, clips in table.audio.items():
+            placeholders[index] = max(1, len(clips))
+        positions = measured.text_tokens - placeholders
         if self._max_positions is None or feature_set.is_text or not len(table.duration_s):
             return positions
         longest = self._audio_positions(float(table.duration_s.max()))
-        for index in np.flatnonzero((positions + longest > self._max_positions) & ~measured.has_other_audio):
-            positions[index] += self._audio_positions(float(table.duration_s[table.clip[index]]))
-        for index, clips in measured.audio_clips.items():
+        may_be_too_long = positions + longest > self._max_positions
+        may_be_too_long[list(table.audio)] = True
+        for index in map(int, np.flatnonzero(may_be_too_long)):
+            clips = table.audio.get(index, (int(table.clip[index]),))
             positions[index] += sum(self._audio_positions(float(table.duration_s[clip])) for clip in clips)
         return positions
 

@@ -130,20 +130,19 @@ def _read(files: Sequence[Path], count: int) -> Measurements | None:
                 tokens = arrays["tokens"].astype(np.int64)
                 values = json.loads(arrays["json"].tobytes())
             faults = {int(index): (str(f[0]), str(f[1]), str(f[2])) for index, f in values["faults"].items()}
-            audio_clips = {int(index): [int(clip) for clip in clips] for index, clips in values["audio_clips"].items()}
         except FileNotFoundError:
             continue
         except (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             logger.info(f"{file} cannot be read ({type(error).__name__}); the questions are checked again")
             continue
-        if tokens.shape == (count, 2) and all(0 <= index < count for index in (*faults, *audio_clips)):
-            return Measurements(tokens[:, 0], tokens[:, 1], faults, audio_clips)
+        if tokens.shape == (count, 2) and all(0 <= index < count for index in faults):
+            return Measurements(tokens[:, 0], tokens[:, 1], faults)
     return None
 
 
 def _write(files: Sequence[Path], measured: Measurements) -> None:
     """Writes the measurements to the first folder that takes them; without one, the next start measures again."""
-    values = json.dumps({"faults": measured.faults, "audio_clips": measured.audio_clips})
+    values = json.dumps({"faults": measured.faults})
     data = io.BytesIO()
     np.savez_compressed(
         data,

@@ -35,33 +35,16 @@ class Measurements:
     Attributes:
         prefix_tokens, suffix_tokens: (questions,) tokens up to and including the first placeholder, and after it.
         faults: index of a question that cannot be tokenised -> reason, fault and remedy.
-        audio_clips: index of a question about other clips than its own alone -> clips of its placeholders, in order.
     """
 
     prefix_tokens: NDArray[np.int64]
     suffix_tokens: NDArray[np.int64]
     faults: dict[int, Fault]
-    audio_clips: dict[int, list[int]]
 
     @property
     def text_tokens(self) -> NDArray[np.int64]:
         """(questions,) tokens of each question, a clip counted as one."""
         return self.prefix_tokens + self.suffix_tokens
-
-    @property
-    def placeholders(self) -> NDArray[np.int64]:
-        """(questions,) placeholders among the tokens; that of a question about no clip is dropped later."""
-        counts = np.ones(len(self.suffix_tokens), np.int64)
-        for question, clips in self.audio_clips.items():
-            counts[question] = max(1, len(clips))
-        return counts
-
-    @property
-    def has_other_audio(self) -> NDArray[np.bool_]:
-        """(questions,) whether a question is in `audio_clips`."""
-        mask = np.zeros(len(self.suffix_tokens), bool)
-        mask[list(self.audio_clips)] = True
-        return mask
 
 
 @dataclass(frozen=True)
@@ -81,7 +64,6 @@ class _Part:
     first_question: int
     tokens: NDArray[np.int32]
     faults: dict[int, Fault]
-    other_clips: dict[int, list[str | None]]
 
 
 def measure(feature_set: FeatureSet, chat_template: ChatTemplate, processes: int) -> Measurements:
@@ -97,16 +79,13 @@ def measure(feature_set: FeatureSet, chat_template: ChatTemplate, processes: int
     table = feature_set.table
     tokens = np.zeros((len(table), 2), np.int64)
     faults: dict[int, Fault] = {}
-    other_clips: dict[int, list[str | None]] = {}
     parts = _measure_here if processes == 1 or len(table) < MIN_QUESTIONS_FOR_PROCESSES else _measure_in_processes
     with progress(len(table), "questions checked") as bar:
         for part in parts(feature_set, chat_template, processes):
             tokens[part.first_question : part.first_question + len(part.tokens)] = part.tokens
             faults |= part.faults
-            other_clips |= part.other_clips
             bar.advance(len(part.tokens))
-    audio_clips = _resolve(feature_set, other_clips, faults)
-    return Measurements(tokens[:, 0], tokens[:, 1], dict(sorted(faults.items())), audio_clips)
+    return Measurements(tokens[:, 0], tokens[:, 1], dict(sorted(faults.items())))
 
 
 def _tasks(feature_set: FeatureSet) -> list[_Task]:
@@ -168,11 +147,10 @@ def _measure_in_worker(task: _Task) -> _Part:
 
 
 def _measure_task(clips: MdsReader, chat_template: ChatTemplate, task: _Task, *, is_text: bool) -> _Part:
-    stored = (q for index in range(task.first_clip, task.last_clip) for q in questions_of(clips[index]))
-    questions = [question for question in stored if question.question_id not in task.left_out]
+    samples = (clips[index] for index in range(task.first_clip, task.last_clip))
+    questions = [question for sample in samples for question in questions_of(sample, task.left_out)]
     tokens = np.zeros((len(questions), 2), np.int32)
     faults: dict[int, Fault] = {}
-    other_clips: dict[int, list[str | None]] = {}
     lengths = _lengths(chat_template, questions, is_text)
     for number, (question, length) in enumerate(zip(questions, lengths, strict=True)):
         index = task.first_question + number
@@ -182,9 +160,7 @@ def _measure_task(clips: MdsReader, chat_template: ChatTemplate, task: _Task, *,
         tokens[number] = length
         if (fault := _answer_fault(question)) is not None:
             faults[index] = fault
-        if question.turns is not None and not is_text:
-            other_clips[index] = _clips_of(question)
-    return _Part(task.first_question, tokens, faults, other_clips)
+    return _Part(task.first_question, tokens, faults)
 
 
 def _lengths(
@@ -214,34 +190,3 @@ def _answer_fault(question: Question) -> Fault | None:
     if named(question.answer, choices):  # several of them
         return None
     return "choices", f"has the answer {question.answer!r}, which is none of its choices", "correct or remove it"
-
-
-def _clips_of(question: Question) -> list[str | None]:
-    """Returns the id of the clip at each placeholder of a conversation; None for the clip of the question."""
-    ids = [None, *(question.clips or [])]
-    return [ids[part] for turn in question.conversation for part in turn.content if isinstance(part, int)]
-
-
-def _resolve(
-    feature_set: FeatureSet, other_clips: dict[int, list[str | None]], faults: dict[int, Fault]
-) -> dict[int, list[int]]:
-    """Returns the index of the clip at each placeholder; adds a fault where the set has no clip of that id."""
-    wanted = {clip_id for ids in other_clips.values() for clip_id in ids if clip_id is not None}
-    index_of: dict[str, int] = {}
-    if wanted:
-        first = 0
-        for shard, size in enumerate(feature_set.clips.shard_sizes):
-            for index, sample in enumerate(feature_set.clips.samples(shard), start=first):
-                if sample["clip_id"] in wanted:
-                    index_of[sample["clip_id"]] = index
-            first += size
-    resolved = {}
-    for question, ids in sorted(other_clips.items()):
-        missing = [clip_id for clip_id in ids if clip_id is not None and clip_id not in index_of]
-        if missing:
-            fault = f"names the clip '{missing[0]}', which the set does not hold"
-            faults[question] = ("clips", fault, "prepare the set again")
-        else:
-            own = int(feature_set.table.clip[question])
-            resolved[question] = [own if clip_id is None else index_of[clip_id] for clip_id in ids]
-    return resolved

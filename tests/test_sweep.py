@@ -81,7 +81,7 @@ def test_a_budget_is_equal_for_all_trials(experiment: Path, tmp_path: Path) -> N
         ({"grid": None, "questions": [{"question": "?", "runs": [{}]}]}, "questions.0.runs"),
         ({"grid": None, "questions": [{"question": "?", "runs": [{}, {}]}]}, "questions.0.runs: repeats a value"),
         ({"budget": {"steps": 1, "tokens": 2}}, "exactly one of steps, tokens and flops"),
-        ({"grid": {"train.micro_batch_size": [3]}}, "are not divisible"),
+        ({"grid": {"data.questions_per_sequence": [5]}}, "are not divisible"),
         ({"grid": {"train.global_batch_size": [2**24], "train.micro_batch_size": [2**24]}}, "does not fit"),
         ({"experiment": "no_such_config"}, "no such config file"),
     ],

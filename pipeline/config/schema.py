@@ -3,6 +3,7 @@ import torch."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -47,7 +48,7 @@ class DataConfig(Strict):
             ranks of a node and by later jobs; None reads the sets in place.
         cache_gib: approximate limit for the copies of each feature column; None means no limit. It should exceed the
             features of shuffle_block_clips clips.
-        system_prompt: text before the audio; empty for none.
+        system_prompt: text before the audio. Empty: none, also where the chat template has a default one; null: that one.
         tasks, datasets: tasks and datasets whose questions are used; None uses all. Also selects validation questions.
         mixture: further questions to train on. An epoch remains one pass over the questions of `train`.
         questions_per_sequence: number of questions about one clip that share its audio in one sequence; 1 is the common
@@ -67,7 +68,7 @@ class DataConfig(Strict):
     validation: Location | None = None
     cache: Path | None = None
     cache_gib: Annotated[float, Field(gt=0)] | None = None
-    system_prompt: str = "You listen to audio and answer questions about it."
+    system_prompt: str | None = "You listen to audio and answer questions about it."
     tasks: list[str] | None = None
     datasets: list[str] | None = None
     mixture: list[MixtureConfig] = []
@@ -131,10 +132,12 @@ class TrainConfig(Strict):
         steps, epochs, tokens: length of the training, by exactly one of them. An epoch visits every selected question
             once. Tokens are text tokens over all ranks; the learning rate then follows the share of them that was seen.
         global_batch_size: questions per optimizer step over all ranks.
-        micro_batch_size: sequences per rank and forward pass.
+        micro_batch_size: largest number of sequences per rank and forward pass. A rank with fewer sequences per step,
+            or with a number that it does not divide, has a smaller last pass: one config runs on any number of ranks
+            that divides the global batch.
         micro_batch_tokens: positions per rank and forward pass, including padding: text and, as far as the lengths of
-            clips determine it, audio in the sequence. micro_batch_size is then an upper bound, long sequences form
-            smaller micro-batches, and the number of passes per step varies.
+            clips determine it, audio in the sequence. Long sequences then form smaller micro-batches, and the number of
+            passes per step varies.
         warmup_fraction: share of the steps in which the learning rate rises linearly, before the cosine decay.
         compile: let torch compile the language model's feed-forward layers, which takes a minute at the start and saves
             passes over memory; not under ZeRO-3.
@@ -271,30 +274,27 @@ class ExperimentConfig(Strict):
                 "train.connector_learning_rate", "has no effect on a model without encoders", "remove it"
             )
 
+    def rows_per_rank(self, world_size: int) -> int:
+        """Returns the number of sequences per rank and optimizer step.
+
+        Raises:
+            UserError: the global batch is not divisible.
+        """
+        unit = self.data.questions_per_sequence * world_size
+        rows, remainder = divmod(self.train.global_batch_size, unit)
+        if remainder:
+            raise UserError(
+                "train.global_batch_size",
+                f"{self.train.global_batch_size} questions are not divisible by questions_per_sequence "
+                f"{self.data.questions_per_sequence} x {world_size} ranks = {unit}",
+                f"use a multiple of {unit}",
+            )
+        return rows
+
     def gradient_accumulation_steps(self, world_size: int) -> int:
         """Returns the number of micro-batches per rank and optimizer step; with `micro_batch_tokens`, the lowest one.
 
         Raises:
             UserError: the global batch is not divisible.
         """
-        per_pass = self.train.micro_batch_size * self.data.questions_per_sequence * world_size
-        steps, remainder = divmod(self.train.global_batch_size, per_pass)
-        if self.train.micro_batch_tokens is not None:
-            unit = self.data.questions_per_sequence * world_size
-            if self.train.global_batch_size % unit:
-                raise UserError(
-                    "train.global_batch_size",
-                    f"{self.train.global_batch_size} questions are not divisible by questions_per_sequence "
-                    f"{self.data.questions_per_sequence} x {world_size} ranks = {unit}",
-                    f"use a multiple of {unit}",
-                )
-            return steps + (remainder > 0)
-        if remainder or not steps:
-            raise UserError(
-                "train.global_batch_size",
-                f"{self.train.global_batch_size} questions are not divisible by micro_batch_size "
-                f"{self.train.micro_batch_size} x questions_per_sequence {self.data.questions_per_sequence} x "
-                f"{world_size} ranks = {per_pass}",
-                f"use a multiple of {per_pass}",
-            )
-        return steps
+        return math.ceil(self.rows_per_rank(world_size) / self.train.micro_batch_size)

@@ -95,7 +95,7 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
     row = row_shape(config, workload)
     micro, accumulation = _micro_batches(config, cluster, size, row)
     ds_config = build_ds_config(train.zero, train, world_size=cluster.gpus, accumulation=accumulation, on_gpu=on_gpu)
-    run = _Run(config, cluster, workload, size, row, micro * accumulation, ds_config)
+    run = _Run(config, cluster, workload, size, row, config.rows_per_rank(cluster.gpus), ds_config)
     zero = zero_memory(ds_config, size.groups, size.frozen, world_size=cluster.gpus, on_gpu=on_gpu)
 
     execution = run.execution(checkpointing=train.gradient_checkpointing)
@@ -134,12 +134,11 @@ def predict(config: ExperimentConfig, cluster: ClusterConfig, workload: Workload
 
 def _micro_batches(config: ExperimentConfig, cluster: ClusterConfig, size: ModelSize, row: RowShape) -> tuple[int, int]:
     """Rows of a micro-batch, and micro-batches of a step; where tokens bound a micro-batch, those of mean length."""
-    accumulation, train = config.gradient_accumulation_steps(cluster.gpus), config.train
-    if train.micro_batch_tokens is None:
-        return train.micro_batch_size, accumulation
-    length = sequence_shape(size.config, row).length
-    micro = max(1, min(train.micro_batch_size, train.micro_batch_tokens // length))
-    return micro, math.ceil(train.global_batch_size / (config.data.questions_per_sequence * cluster.gpus * micro))
+    rows, train = config.rows_per_rank(cluster.gpus), config.train
+    micro = min(train.micro_batch_size, rows)
+    if train.micro_batch_tokens is not None:
+        micro = max(1, min(micro, train.micro_batch_tokens // sequence_shape(size.config, row).length))
+    return micro, math.ceil(rows / micro)
 
 
 def _why_not(memory: dict[str, int], host: int, cluster: ClusterConfig) -> str:

@@ -24,10 +24,8 @@ def search(
     """
     if policies is None:
         policies = sorted(p.stem for p in POLICIES.glob("*.json") if "nvme" not in p.stem)
-    per_rank, remainder = divmod(config.train.global_batch_size, config.data.questions_per_sequence * cluster.gpus)
-    micro_batch_sizes = [2**n for n in range(per_rank.bit_length()) if per_rank % 2**n == 0]
-    if remainder or not micro_batch_sizes:
-        config.gradient_accumulation_steps(cluster.gpus)  # raises with the reason
+    rows = config.rows_per_rank(cluster.gpus)
+    micro_batch_sizes = [2**n for n in range(rows.bit_length()) if rows % 2**n == 0]
     predictions = []
     for policy in policies:
         for checkpointing in (False, True):

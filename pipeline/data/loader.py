@@ -82,12 +82,11 @@ class TrainingLoader:
         for source, (feature_set, selected) in enumerate(zip(self._sets, selections, strict=True)):
             self._lengths.check_longest(source, selected, _groups(feature_set), data.questions_per_sequence)
         self._ranks = ranks
-        per_rank = 1 if train.micro_batch_tokens else train.micro_batch_size
-        if self._examples_per_step % (per_rank * ranks.world_size):
+        if self._examples_per_step % ranks.world_size:
             raise UserError(
                 "train.global_batch_size",
-                f"{self._examples_per_step} sequences do not divide into {per_rank} x {ranks.world_size} ranks",
-                f"use a multiple of {per_rank * ranks.world_size} sequences",
+                f"{self._examples_per_step} sequences do not divide into {ranks.world_size} ranks",
+                f"use a multiple of {ranks.world_size} sequences",
             )
         self._start = 0  # packed examples consumed before the current iterator
         self._yielded = 0  # steps yielded by the current iterator

@@ -113,9 +113,15 @@ def test_the_global_batch_must_be_divisible(config_file: Path) -> None:
     assert config.gradient_accumulation_steps(world_size=2) == 1
     assert config.gradient_accumulation_steps(world_size=1) == 2
     with pytest.raises(
-        UserError, match=r"train.global_batch_size: 96 questions are not divisible .* use a multiple of 144"
+        UserError, match=r"train.global_batch_size: 96 questions are not divisible .* use a multiple of 30"
     ):
-        config.gradient_accumulation_steps(world_size=3)
+        config.gradient_accumulation_steps(world_size=5)
+
+
+def test_a_micro_batch_is_an_upper_bound(config_file: Path) -> None:
+    config = load(config_file, "train.global_batch_size=96", "train.micro_batch_size=16")
+    assert [config.rows_per_rank(world_size) for world_size in (4, 32)] == [24, 3]
+    assert [config.gradient_accumulation_steps(world_size) for world_size in (4, 32)] == [2, 1]
 
 
 def test_urls_keep_their_slashes_and_remote_sets_need_a_cache(config_file: Path, tmp_path: Path) -> None:

@@ -86,6 +86,15 @@ def language_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("gpus", [1, 8, 16, 32, 64, 128])
+@pytest.mark.parametrize("recipe", sorted(LANGUAGE_MODELS))
+def test_the_global_batch_of_every_recipe_divides(recipe: str, gpus: int) -> None:
+    for stage in resolve_stages(load_config(ExperimentConfig, recipe)).values():
+        rows, passes = stage.rows_per_rank(gpus), stage.gradient_accumulation_steps(gpus)
+        assert rows * gpus * stage.data.questions_per_sequence == stage.train.global_batch_size
+        assert passes == -(-rows // stage.train.micro_batch_size)
+
+
 @pytest.mark.parametrize("recipe", LANGUAGE_MODELS)
 def test_every_recipe_passes_its_checks_with_every_integration(
     recipe: str,

@@ -182,8 +182,17 @@ def test_a_users_error_crosses_from_a_worker_unchanged(features, tmp_path, worke
 
 
 def test_a_global_batch_that_does_not_divide_is_named(features, chat):
-    with pytest.raises(UserError, match="multiple of 8 sequences"):
-        loader(features, chat, world_size=4, examples_per_step=12)
+    with pytest.raises(UserError, match="multiple of 4 sequences"):
+        loader(features, chat, world_size=4, examples_per_step=6)
+
+
+def test_the_last_micro_batch_holds_the_remaining_rows(features, chat):
+    """Every rank has micro-batches of the same sizes, and the questions of a step are those of even micro-batches."""
+    ranks = [loader(features, chat, rank, 2, examples_per_step=10, micro_batch_size=4) for rank in range(2)]
+    for steps in itertools.islice(zip(*ranks, strict=True), 4):
+        assert [[len(batch["input_ids"]) for batch in batches] for batches in steps] == [[4, 1]] * 2
+    uneven = [loader(features, chat, rank, 2, examples_per_step=10, micro_batch_size=4) for rank in range(2)]
+    assert take(uneven, 4) == take([loader(features, chat, examples_per_step=10, micro_batch_size=5)], 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

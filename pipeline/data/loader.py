@@ -21,6 +21,7 @@ from pipeline.data.collate import Batch, Example, collate
 from pipeline.data.feature_set import FeatureSet
 from pipeline.data.row_lengths import AudioPositions, RowLengths
 from pipeline.data.sampler import Ints, MixtureSampler, PackedExample, PackedSampler, Sampler
+from pipeline.data.shared_memory import batch_bytes, fitting_workers
 
 _PREFETCHED_BATCHES = 4  # per worker
 _PREFETCHED_EXAMPLES = 256  # per round, from a remote feature set
@@ -81,6 +82,8 @@ class TrainingLoader:
         self._lengths = RowLengths(self._sets, chat_template, train, audio_positions)
         for source, (feature_set, selected) in enumerate(zip(self._sets, selections, strict=True)):
             self._lengths.check_longest(source, selected, _groups(feature_set), data.questions_per_sequence)
+        size = batch_bytes(sets, train.micro_batch_size, feature_dtype(train).itemsize)
+        self._workers = fitting_workers(data.workers, size, _PREFETCHED_BATCHES)
         self._ranks = ranks
         if self._examples_per_step % ranks.world_size:
             raise UserError(
@@ -109,7 +112,7 @@ class TrainingLoader:
         if any(feature_set.is_cached for feature_set in self._sets):
             threading.Thread(target=self._prefetch, args=(self._start, stopped), daemon=True).start()
         try:
-            batches = _load(self._dataset, chain.from_iterable(plan), self._data.workers)
+            batches = _load(self._dataset, chain.from_iterable(plan), self._workers)
             for step in steps:
                 micro_batches = list(islice(batches, len(step)))
                 self._yielded += 1

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pipeline.config import DataConfig
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
+from pipeline.core.gguf import refuse_gguf
 from pipeline.core.labels import IGNORE_INDEX
 from pipeline.data.conversation import (
     Conversation,
@@ -56,6 +57,7 @@ def load_tokenizer(language_model: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no usable tokenizer.
     """
+    refuse_gguf(language_model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(language_model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -81,7 +83,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: a tokenizer from `load_tokenizer`.
-        system_prompt: system text of questions without their own; empty for none.
+        system_prompt: system text of questions without their own; see `split_template` for "" and None.
         max_text_tokens: a longer conversation is an error and never truncated.
         length_error: makes that error from the conversation's name, its tokens and the bound.
         loss_on: `answer` (with its end of turn), or `all_text`, which adds the user's texts and the template around
@@ -101,14 +103,14 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        system_prompt: str,
+        system_prompt: str | None,
         *,
         max_text_tokens: int,
         length_error: Callable[[str, int, int], UserError] = too_many_text_tokens,
         loss_on: Literal["answer", "all_text"] = "answer",
     ) -> None:
         for marker in MARKERS:
-            if marker in system_prompt:
+            if marker in (system_prompt or ""):
                 remedy = "remove it: the pipeline places the audio, the question and the answer"
                 raise UserError("data.system_prompt", f"contains {marker}", remedy)
         self._tokenizer = tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import jinja2
@@ -46,12 +46,19 @@ class TemplateParts:
     after_answer: str
 
 
-def split_template(tokenizer: PreTrainedTokenizerBase, system_text: str) -> TemplateParts:
-    """Renders the tokenizer's chat template with a system text, empty for none, and returns its fixed texts.
+def split_template(tokenizer: PreTrainedTokenizerBase, system_text: str | None) -> TemplateParts:
+    """Renders the tokenizer's chat template and returns its fixed texts.
+
+    Args:
+        system_text: the system text. Empty: none, also where the template has a default one (Qwen2.5, SmolLM2). None:
+            the template's default, which is no text in most templates.
 
     Raises:
-        UserError: the template cannot be used.
+        UserError: the template cannot be used, or writes its default text also where the system text is empty.
     """
+    if system_text is None or system_text == "":
+        parts = _split(tokenizer, "")
+        return parts if system_text is None else _without_default(tokenizer, parts)
     if not system_text.strip():
         return _split(tokenizer, system_text)
     marked = _split(tokenizer, _SYSTEM)
@@ -63,6 +70,71 @@ def split_template(tokenizer: PreTrainedTokenizerBase, system_text: str) -> Temp
     if len(start) >= len(before) + len(after) and start.startswith(before) and start.endswith(after):
         parts = replace(parts, start=(before, start.removeprefix(before).removesuffix(after), after))
     return parts
+
+
+def default_system_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the system text that the template writes where a conversation has none; empty if it writes none.
+
+    Raises:
+        UserError: the template cannot be used.
+    """
+    return _default_text(tokenizer, _split(tokenizer, ""))
+
+
+def describe_system_text(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> str | None:
+    """Returns what the model reads in place of a system text that a config leaves empty; None if it names one.
+
+    Args:
+        system_prompt: `data.system_prompt`.
+
+    Raises:
+        UserError: the template cannot be used.
+    """
+    if system_prompt is not None and system_prompt.strip():
+        return None
+    default = default_system_text(tokenizer)
+    if system_prompt is None:
+        written = f"the template writes its own system text, '{default}'" if default else "there is no system text"
+        return f"data.system_prompt is null: {written}"
+    replaced = f" in place of the template's own, '{default}' (null keeps that one)" if default else ""
+    return f"data.system_prompt is empty: there is no system text{replaced}"
+
+
+def _default_text(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts) -> str:
+    """Returns what begins a conversation without a system text and is no part of one with a system text."""
+    try:
+        before, _, after = _split(tokenizer, _SYSTEM).start[0].partition(_SYSTEM)
+    except UserError:  # the template takes no system text, so what it writes is not in place of one
+        return ""
+    (start,) = parts.start
+    head = _length_in_common(start, before)
+    tail = _length_in_common(start[head:][::-1], after[::-1])
+    return start[head : len(start) - tail].strip()
+
+
+def _length_in_common(text: str, other: str) -> int:
+    """Returns the length of the longest common beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, other, strict=False)))
+
+
+def _without_default(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts) -> TemplateParts:
+    """Replaces the template's default system text by an empty system turn; `parts` if there is no default text."""
+    default = _default_text(tokenizer, parts)
+    if not default:
+        return parts
+    prompt, conversation = (
+        _apply_template(
+            tokenizer, [{"role": "system", "content": ""}, *_without_system(""), *answer], prompt=not answer
+        )
+        for answer in ([], [{"role": "assistant", "content": _ANSWER}])
+    )
+    empty = _split_rendered(tokenizer, prompt, conversation)
+    if default in empty.start[0]:
+        fault = f"writes its own system text also where data.system_prompt is empty: '{default}'"
+        raise unusable_template(
+            tokenizer, fault, "set data.system_prompt to null to train with that text, or to a text of your own"
+        )
+    return empty
 
 
 def split_next_turn(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts) -> str:
@@ -101,6 +173,10 @@ def split_next_turn(tokenizer: PreTrainedTokenizerBase, parts: TemplateParts) ->
 def _split(tokenizer: PreTrainedTokenizerBase, system_text: str) -> TemplateParts:
     has_template = tokenizer.chat_template is not None
     prompt, conversation = _render(tokenizer, system_text) if has_template else _render_ltu(tokenizer, system_text)
+    return _split_rendered(tokenizer, prompt, conversation)
+
+
+def _split_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str, conversation: str) -> TemplateParts:
     positions = [conversation.find(marker) for marker in MARKERS]
     if any(conversation.count(marker) != 1 for marker in MARKERS) or positions != sorted(positions):
         raise unusable_template(tokenizer, "does not show audio, question and answer once each, in this order")
@@ -155,7 +231,8 @@ def _render_ltu(tokenizer: PreTrainedTokenizerBase, system_text: str) -> tuple[s
     return prompt, prompt + _ANSWER
 
 
-def unusable_template(tokenizer: PreTrainedTokenizerBase, fault: str) -> UserError:
+def unusable_template(
+    tokenizer: PreTrainedTokenizerBase, fault: str, remedy: str = "use a language model with another chat template"
+) -> UserError:
     """Returns the error about a chat template with this fault."""
-    remedy = "use a language model with another chat template"
     return UserError(tokenizer.name_or_path or "the tokenizer", f"its chat template {fault}", remedy)

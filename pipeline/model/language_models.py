@@ -8,6 +8,7 @@ from typing import Any
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from pipeline.core.errors import UserError
+from pipeline.core.gguf import refuse_gguf
 
 _LLAMA_3: dict[str, Any] = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
 
@@ -44,7 +45,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def published_shape(name: str) -> LlamaConfig | None:
     """Returns the config of a listed language model by the last part of its Hub name (`meta-llama/Llama-3.2-1B`, or its
-    instruction-tuned variant); None if it is not listed."""
+    instruction-tuned variant); None if it is not listed.
+
+    Raises:
+        UserError: it is a folder of GGUF files.
+    """
+    refuse_gguf(name)
     shape = SHAPES.get(name.rpartition("/")[2].lower().removesuffix("-instruct"))
     return None if shape is None else LlamaConfig(**_LLAMA_3, **shape)
 
@@ -53,8 +59,9 @@ def language_model_config(name: str) -> PretrainedConfig:
     """Returns the config of a Hugging Face folder or Hub name.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is a folder of GGUF files.
     """
+    refuse_gguf(name)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

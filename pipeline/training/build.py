@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from pipeline.config import ExperimentConfig, LoraConfig, TrainConfig, load_config
+from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import FeatureContract, load_contract
 from pipeline.core.ranks import Ranks
@@ -20,6 +21,7 @@ from pipeline.cost.flops import whole_time_steps
 from pipeline.data.chat_template import ChatTemplate, build_chat_template
 from pipeline.data.feature_set import FeatureSet, open_mixture
 from pipeline.data.loader import TrainingLoader
+from pipeline.data.template_parts import describe_system_text
 from pipeline.engine import (
     Engine,
     build_ds_config,
@@ -80,6 +82,8 @@ def build_components(config: ExperimentConfig, ranks: Ranks) -> Components:
     tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, train.loss_on)
     sets = check_questions(config, chat_template)
     if ranks.is_main:
+        if note := describe_system_text(tokenizer, config.data.system_prompt):
+            logger.info(note)
         sets.report(config.output)
         sets.write_list(config.output)
     positions = audio_positions(config, sets.train.contract)

@@ -29,6 +29,7 @@ from pipeline.data.inspection import (
 )
 from pipeline.data.loader import TrainingLoader
 from pipeline.data.sampler import Ints, PackedExample
+from pipeline.data.template_parts import describe_system_text
 from pipeline.model.language_models import language_model_config
 from pipeline.training.build import audio_positions, check_questions
 
@@ -82,6 +83,7 @@ class TrainingData:
             if self.num_unfit
             else "",
             "order": order if self._epoch is None else f"that of training, epoch {self._epoch}",
+            "system": describe_system_text(self.tokenizer, self.config.data.system_prompt) or "",
             "bounds": f"data.max_text_tokens {max_tokens:,}; the language model's positions: {limit}",
             "marks": f"⟨audio⟩ is the place of a clip; tokens with loss are {style.legend}",
         }

@@ -91,10 +91,11 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
 
     from pipeline.data.chat_template import build_chat_template
     from pipeline.data.loader import TrainingLoader
+    from pipeline.data.template_parts import describe_system_text
     from pipeline.model import count_parameters
     from pipeline.training.build import audio_positions, build_empty_model, check_questions, total_steps
 
-    _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
+    tokenizer, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
     parameters = count_parameters(build_empty_model(config, contract, chat_template.audio_token_id))
     sets = check_questions(config, chat_template)
     sets.report()
@@ -113,7 +114,8 @@ def describe(config: ExperimentConfig, contract: FeatureContract, streams: Seque
     seconds = 0.0 if sets.train.is_text else sequences * float(np.mean(table.duration_s[clips]))
     steps = total_steps(config.train, loader) or math.ceil((config.train.tokens or 0) / text_tokens)
     frames = seconds * sum(contract.encoders[name].frame_rate_hz for name in config.model.encoders)
-    lines = []
+    note = describe_system_text(tokenizer, config.data.system_prompt)
+    lines = [note] if note else []
     for stream in streams:
         location = (
             "in the sequence, all layers" if stream.integration == "plits" else f"layers {list(stream.audio_layers)}"

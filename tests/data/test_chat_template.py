@@ -5,6 +5,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
 from pipeline.core.labels import IGNORE_INDEX
 from pipeline.data.chat_template import AUDIO_TOKEN, ChatTemplate, load_tokenizer
+from pipeline.data.template_parts import describe_system_text
 from tests.helpers.feature_sets import CHATML, byte_tokenizer
 
 SYSTEM = "You listen."
@@ -42,7 +43,15 @@ THINKING = CHATML.replace(
 NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}" + CHATML.removeprefix(
     "{% for message in messages %}"
 ).replace("message[", "m[").replace("{% endfor %}", "{% endif %}{% endfor %}")
+# As SmolLM2's and Qwen2.5's: a system text of the template's own where a conversation has none.
+WITH_DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are Smol.<|im_end|>\n{% endif %}" + CHATML
+)
+STUBBORN = WITH_DEFAULT.replace(
+    "{% if messages[0]['role'] != 'system' %}", "{% if messages[0]['role'] != 'system' or not messages[0]['content'] %}"
+)
 TEMPLATES = {
+    "with_default": WITH_DEFAULT,
     "no_system": NO_SYSTEM,
     "chatml": CHATML,
     "llama3": LLAMA3,
@@ -130,6 +139,45 @@ def test_loss_on_all_text_leaves_out_the_prefix_and_the_first_token_after_the_au
 
 def test_no_system_prompt_means_no_system_turn(chatml):
     assert "system" not in chatml.decode(template(chatml, system="").prefix)
+
+
+def _tokenizer_with(chat_template, folder):
+    byte_tokenizer(chat_template).save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_an_empty_system_prompt_is_empty_where_the_template_has_a_default_one(tmp_path):
+    tokenizer = _tokenizer_with(WITH_DEFAULT, tmp_path)
+    prefix = tokenizer.decode(template(tokenizer, system="").prefix)
+    assert prefix == f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{AUDIO_TOKEN}"
+    of_question = template(tokenizer).prefix_of(QUESTIONS[0].model_copy(update={"system": ""}))
+    assert tokenizer.decode(of_question) == prefix
+
+
+def test_null_is_the_default_system_text_of_the_template(tmp_path):
+    tokenizer = _tokenizer_with(WITH_DEFAULT, tmp_path)
+    assert "You are Smol." in tokenizer.decode(template(tokenizer, system=None).prefix)
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral", "no_system", "ltu"])
+def test_without_a_default_text_null_and_empty_are_the_same(tmp_path, name):
+    tokenizer = _tokenizer_with(TEMPLATES[name], tmp_path)
+    assert template(tokenizer, system=None).prefix == template(tokenizer, system="").prefix
+    assert describe_system_text(tokenizer, "") == "data.system_prompt is empty: there is no system text"
+
+
+def test_a_template_that_replaces_an_empty_system_text_refuses_it_by_name(tmp_path):
+    tokenizer = _tokenizer_with(STUBBORN, tmp_path)
+    with pytest.raises(UserError, match=r"own system text also .* empty: 'You are Smol\.'; set .* null"):
+        template(tokenizer, system="")
+    assert "You are Smol." in tokenizer.decode(template(tokenizer, system=None).prefix)
+
+
+def test_what_stands_in_place_of_an_empty_system_prompt_is_reported(tmp_path):
+    tokenizer = _tokenizer_with(WITH_DEFAULT, tmp_path)
+    assert "writes its own system text, 'You are Smol.'" in describe_system_text(tokenizer, None)
+    assert "in place of the template's own, 'You are Smol.'" in describe_system_text(tokenizer, "")
+    assert describe_system_text(tokenizer, "Listen.") is None
 
 
 def test_a_prompt_does_not_depend_on_the_day(tmp_path):

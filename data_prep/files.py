@@ -1,7 +1,7 @@
 """Opens the files of manifests: local paths, object stores through fsspec, and members of tar and Parquet files.
 
-A member is addressed as `file.tar#offset:size` or `file.parquet#group/row`. The readers of these formats create such
-addresses; a plain file name may contain a `#`.
+A member is addressed as `file.tar#offset:size` or `file.parquet#group/row`, and one of several sounds of a row as
+`file.parquet#group/row/n`. The readers of these formats create such addresses; a plain file name may contain a `#`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BYTE_ORDER_MARKS = [  # UTF-32 first: its mark begins with that of UTF-16
     (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 ]
-_PARQUET_ROW = re.compile(r"(?P<file>.+\.parquet)#(?P<group>\d+)/(?P<row>\d+)$")
+_PARQUET_ROW = re.compile(r"(?P<file>.+\.parquet)#(?P<group>\d+)/(?P<row>\d+)(?:/(?P<sound>\d+))?$")
 
 
 def is_remote(path: str) -> bool:
@@ -85,7 +85,8 @@ def open_audio(path: str) -> str | BinaryIO:
             tar.seek(int(match["offset"]))
             return io.BytesIO(tar.read(int(match["size"])))
     if match := _PARQUET_ROW.match(path):
-        return io.BytesIO(_audio_of_row_group(match["file"], int(match["group"]))[int(match["row"])])
+        sounds = _audio_of_row_group(match["file"], int(match["group"]))[int(match["row"])]
+        return io.BytesIO(sounds[int(match["sound"] or 0)])
     file = open_file(path)
     if is_remote(path):
         return file
@@ -125,14 +126,13 @@ def parent(path: str) -> str:
 
 
 def audio_column(schema: Any, path: str) -> str:
-    """Returns the column of a Parquet file with embedded audio: a struct with `bytes`, as Hugging Face writes it.
+    """Returns the column of a Parquet file with embedded audio: a struct with `bytes`, as Hugging Face writes it, or a
+    list of them.
 
     Raises:
         UserError: there is no such column, or there are several; names the file.
     """
-    embedded = [column.name for column in schema if "bytes" in [f.name for f in getattr(column.type, "fields", [])]]
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    columns = [name for name in embedded if features.get(name, {}).get("_type", "Audio") == "Audio"]
+    columns = audio_columns(schema)
     if not columns:
         raise UserError(path, "has no column of embedded audio", "give a file of the Hugging Face audio layout")
     if len(columns) > 1:
@@ -140,12 +140,39 @@ def audio_column(schema: Any, path: str) -> str:
     return columns[0]
 
 
+def audio_columns(schema: Any) -> list[str]:
+    """Returns the columns of a Parquet file with embedded audio."""
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    return [
+        column.name
+        for column in schema
+        if _holds_bytes(column.type) and _kind(features.get(column.name, {})) in (None, "Audio")
+    ]
+
+
+def _holds_bytes(kind: Any) -> bool:
+    fields = getattr(getattr(kind, "value_type", kind), "fields", [])
+    return "bytes" in [field.name for field in fields]
+
+
+def _kind(feature: Any) -> str | None:
+    """Returns the type that Hugging Face's metadata states for a column, or for the entries of its lists."""
+    if isinstance(feature, list):
+        feature = feature[0] if feature else {}
+    while isinstance(feature, dict) and feature.get("_type") in ("List", "Sequence", "LargeList"):
+        feature = feature.get("feature", {})
+    kind: str | None = feature.get("_type") if isinstance(feature, dict) else None
+    return kind
+
+
 @functools.lru_cache(maxsize=4)  # consecutive clips are in the same row group
-def _audio_of_row_group(path: str, group: int) -> list[bytes]:
+def _audio_of_row_group(path: str, group: int) -> list[list[bytes]]:
+    """Returns the sounds of each row, of which there is one in a column that holds no lists."""
     import pyarrow.parquet
 
     with open_file(path) as stream:
         file = pyarrow.parquet.ParquetFile(stream)
         column = audio_column(file.schema_arrow, path)
         values = file.read_row_group(group, columns=[column]).column(0).to_pylist()
-    return [(value or {}).get("bytes") or b"" for value in values]
+    rows = [value if isinstance(value, list) else [value] for value in values]
+    return [[(sound or {}).get("bytes") or b"" for sound in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Reads archives with embedded audio that hold no questions: Parquet and WebDataset."""
+"""Reads archives with embedded audio: Parquet and WebDataset."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from data_prep.audio.containers import (
     suffix,
 )
 from data_prep.config import TableConfig
-from data_prep.files import audio_column, open_file
+from data_prep.files import audio_column, audio_columns, open_file
 from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.json_records import parse_json
 from data_prep.manifests.rows import ClipRow
-from data_prep.manifests.templates import TableRow, fill_row
+from data_prep.manifests.table_rows import fill_row, holds_conversations
+from data_prep.manifests.templates import TableRow, refuse_unused_times
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 
@@ -29,10 +30,12 @@ from pipeline.core.errors import UserError
 def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
     """Yields the rows of a Hugging Face dataset with embedded audio; the other columns are the fields.
 
-    A row that holds a path but no bytes takes its audio from that file; a row with neither is rejected.
+    A row that holds a path but no bytes takes its audio from that file; a row with neither is rejected. Conversations
+    may have several sounds, in a list, or name files.
 
     Raises:
-        UserError: the file is not Parquet, or has no column, or several, of embedded audio.
+        UserError: the file is not Parquet, has no column, or several, of embedded audio, or has a column of lists of
+            sounds and no conversations.
     """
     import pyarrow
     import pyarrow.parquet
@@ -40,24 +43,54 @@ def read_parquet(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRo
     try:
         with open_file(path) as stream:
             file = pyarrow.parquet.ParquetFile(stream)
-            column = audio_column(file.schema_arrow, path)
-            field_columns = [field.name for field in file.schema_arrow if field.name != column]
+            schema = file.schema_arrow
+            names = dict.fromkeys(schema.names)
+            refuse_unused_times(table, names, path)
+            is_conversation = holds_conversations(names, table)
+            if is_conversation and not audio_columns(schema):
+                yield from _rows_about_files(file, path, table)
+                return
+            column = audio_column(schema, path)
+            has_lists = hasattr(schema.field(column).type, "value_type")
+            if has_lists and not is_conversation:
+                remedy = "give a file with one sound a row, or with the conversations in a column `messages`"
+                raise UserError(path, f"has a list of sounds in its column '{column}'", remedy)
             for group in range(file.num_row_groups):
-                rows = file.read_row_group(group, columns=[*field_columns, f"{column}.path"]).to_pylist()
-                is_embedded = _embedded_rows(file, group, column, len(rows))
+                parts = [*(name for name in names if name != column), column if has_lists else f"{column}.path"]
+                rows = file.read_row_group(group, columns=parts).to_pylist()
+                is_embedded = None if has_lists else _embedded_rows(file, group, column, len(rows))
                 for row, fields in enumerate(rows):
-                    location = f"{path}#{group}/{row}"
                     address = f"{posixpath.basename(path)}#{group}/{row}"
-                    name = (fields.pop(column) or {}).get("path")
-                    audio = address if is_embedded[row] else name
-                    if not audio:
+                    stored = fields.pop(column)
+                    if is_embedded is None:
+                        sounds = [_sound(sound, f"{address}/{n}") for n, sound in enumerate(stored or [])]
+                        clip_id = None
+                    else:
+                        clip_id = (stored or {}).get("path") or address
+                        sounds = [address if is_embedded[row] else (stored or {}).get("path")]
+                    audio = [sound for sound in sounds if sound]
+                    if not audio or len(audio) < len(sounds):
                         yield RejectedRow(
                             clip_id=address, reason="empty_field", detail=f"the field '{column}' is empty"
                         )
                     else:
-                        yield fill_row(TableRow({**fields, "audio": audio}, location, name or address), table)
+                        fields["audio"] = audio[0]
+                        yield fill_row(TableRow(fields, f"{path}#{group}/{row}", clip_id, sounds=audio), table)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(path, f"cannot be read ({error})", "give a Parquet file") from error
+
+
+def _rows_about_files(file: Any, path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
+    """Yields conversations whose sounds are files that a column names."""
+    for group in range(file.num_row_groups):
+        for row, fields in enumerate(file.read_row_group(group).to_pylist()):
+            yield fill_row(TableRow(fields, f"{path}#{group}/{row}"), table)
+
+
+def _sound(stored: dict[str, Any] | None, address: str) -> str | None:
+    """Returns the address of one of several sounds of a row, or its path where it holds no bytes."""
+    path: str | None = (stored or {}).get("path")
+    return address if (stored or {}).get("bytes") else path
 
 
 def _embedded_rows(file: Any, group: int, column: str, rows: int) -> list[bool]:
@@ -101,8 +134,10 @@ def read_webdataset(path: str, table: TableConfig) -> Iterator[ClipRow | Rejecte
                     yield RejectedRow(clip_id=location, reason="no_audio", detail=f"has no audio beside {members}")
                     continue
                 count += 1
-                fields = {**_fields(sample, path), "__key__": sample.key, "audio": _audio_of(sample, location)}
-                yield fill_row(TableRow(fields, location, sample.key), table)
+                fields, audio = _fields(sample, path), _audio_of(sample, location)
+                refuse_unused_times(table, fields, location)
+                fields |= {"__key__": sample.key, "audio": audio}
+                yield fill_row(TableRow(fields, location, sample.key, sounds=[audio]), table)
     except (OSError, tarfile.TarError) as error:
         raise UserError(path, f"cannot be read ({error})", "give an uncompressed tar file") from error
     if not count:

@@ -155,15 +155,22 @@ def read_messages(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedR
     LLaMA-Factory, which refuses such rows, its row is rejected.
     """
 
-    def convert(value: Any, location: str) -> ClipRow:
-        is_exchange = isinstance(value, dict) and not {"messages", "conversations"} & value.keys()
-        row = _chat_of(validate_row(_Query, value, location)) if is_exchange else validate_row(_Chat, value, location)
-        refuse_fields(value, frozenset({"system", "history"} if is_exchange else {"system"}))
-        missing: MissingPlaceholders = "in front" if {"messages", "query"} & value.keys() else "refused"
-        record = Record(row.turns, _audios(row.audios), missing, row.system, segment_of(value))
-        return _clip(*conversation_of(record, location, table.task), table)
+    return _foreign_rows(path, lambda value, location: messages_row(value, location, table))
 
-    return _foreign_rows(path, convert)
+
+def messages_row(value: Any, location: str, table: TableConfig) -> ClipRow:
+    """Returns the row of one record of a chat; see `read_messages`.
+
+    Raises:
+        UserError: a field is missing or has the wrong type.
+        Unsupported: a feature set cannot hold the record.
+    """
+    is_exchange = isinstance(value, dict) and not {"messages", "conversations"} & value.keys()
+    row = _chat_of(validate_row(_Query, value, location)) if is_exchange else validate_row(_Chat, value, location)
+    refuse_fields(value, frozenset({"system", "history"} if is_exchange else {"system"}))
+    missing: MissingPlaceholders = "in front" if {"messages", "query"} & value.keys() else "refused"
+    record = Record(row.turns, _audios(row.audios), missing, row.system, segment_of(value))
+    return _clip(*conversation_of(record, location, table.task), table)
 
 
 def read_audio_flamingo(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:

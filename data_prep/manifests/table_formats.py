@@ -1,4 +1,4 @@
-"""Reads tables that hold no questions: CSV and TSV, and a folder per class.
+"""Reads tables: CSV and TSV, and a folder per class.
 
 The templates of `TableConfig` make the clip, the question and the answers from the fields of a row.
 """
@@ -17,8 +17,8 @@ from data_prep.config import TableConfig
 from data_prep.files import open_utf8
 from data_prep.manifests.clips import RejectedRow
 from data_prep.manifests.rows import ClipRow
-from data_prep.manifests.segment_fields import DURATION_FIELDS, END_FIELDS, START_FIELDS
-from data_prep.manifests.templates import TableRow, fill_row
+from data_prep.manifests.table_rows import fill_row
+from data_prep.manifests.templates import TableRow, refuse_unused_times
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 
@@ -30,7 +30,6 @@ KNOWN_TABLES: list[tuple[set[str], dict[str, Any]]] = [
     ({"youtube_id", "start_time", "caption"}, {"audio": "{youtube_id}.wav", "answers": ["{caption}"]}),  # AudioCaps
     ({"filename", "fold", "target", "category"}, {"audio": "{filename}", "answers": ["{category}"]}),  # ESC-50
 ]  # fmt: skip
-_EDGES = (START_FIELDS, END_FIELDS, DURATION_FIELDS)
 SPLITS = {"train", "test", "val", "valid", "validation", "dev", "eval", "training", "testing"}
 
 
@@ -54,7 +53,7 @@ def read_csv(path: str, table: TableConfig) -> Iterator[ClipRow | RejectedRow]:
                 raise UserError(f"{path}:1", f"column '{repeated[0]}' occurs twice", "rename one of them")
             templates = _known_table(table, columns)
             if templates is table:
-                _refuse_unused_times(table, columns, path)
+                refuse_unused_times(table, columns, path)
             for line, cells in rows:
                 if len(cells) != len(columns):
                     fault = f"has {len(cells)} fields, the header has {len(columns)}"
@@ -142,24 +141,6 @@ def _is_audio(file: Path) -> bool:
         return is_audio(file.name, b"")
     with file.open("rb") as stream:
         return is_audio(file.name, stream.read(HEAD_BYTES))
-
-
-def _refuse_unused_times(table: TableConfig, columns: Sequence[str], path: str) -> None:
-    """Checks that a table whose columns select segments is not read as whole files.
-
-    Raises:
-        UserError: it has columns of a start and of an end or a duration, which no template names.
-    """
-    edges = [next((name for name in columns if name.lower() in fields), None) for fields in _EDGES]
-    start, end = edges[0], edges[1] or edges[2]
-    if start is None or end is None or {"start", "end"} & table.model_fields_set:
-        return
-    if any(f"{{{name}}}" in template for name in (start, end) for template in (table.audio, table.clip_id or "")):
-        return  # the files are named by their times: they are cut already
-    end_column = "{COLUMN OF THE END}" if edges[1] is None else f"{{{end}}}"
-    remedy = f'set `table: {{start: "{{{start}}}", end: "{end_column}"}}` with columns in seconds'
-    fault = f"has columns '{start}' and '{end}', which no template names"
-    raise UserError(path, fault, f"{remedy}, or `table: {{start: null}}` where the files are cut already")
 
 
 def _known_table(table: TableConfig, columns: Sequence[str]) -> TableConfig:

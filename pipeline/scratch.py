@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from typing import Annotated
 
 from pydantic import Field
@@ -72,22 +73,34 @@ def _count_parameters(file: Path) -> int:
 
 
 def _texts(manifest: Path) -> Iterator[str]:
-    """Yields the questions and answers of a manifest, on which the tokenizer is trained.
+    """Yields the questions, the answers and the turns of a manifest, on which the tokenizer is trained.
 
     Raises:
         UserError: the manifest cannot be read, or is not one.
     """
     try:
-        for line in manifest.read_text(encoding="utf-8").splitlines():
-            for question in json.loads(line)["questions"]:
-                yield question["question"]
-                yield question["answer"]
+        with manifest.open(encoding="utf-8") as lines:
+            for line in lines:  # not `splitlines`, which splits at characters that JSON allows within a text
+                if line.strip():
+                    for question in json.loads(line)["questions"]:
+                        yield from _texts_of(question)
     except OSError as error:
         raise UserError(
             manifest, f"cannot be read ({error})", "give a manifest, for example one of `pal synth`"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(manifest, f"is not a manifest ({error!r})", "give JSON lines with questions") from error
+        raise UserError(
+            manifest, f"is not a manifest of our own format ({error!r})", "give JSON lines with `questions`"
+        ) from error
+
+
+def _texts_of(question: dict[str, Any]) -> Iterator[str]:
+    if "turns" not in question:
+        yield question["question"]
+        yield question["answer"]
+    for turn in question.get("turns") or ():
+        content = turn["content"]
+        yield from (part for part in ([content] if isinstance(content, str) else content) if isinstance(part, str))
 
 
 if __name__ == "__main__":

@@ -88,5 +88,6 @@ def tidy(content: Sequence[str | int]) -> list[str | int]:
 
 
 def text_of(content: Sequence[str | int]) -> str:
-    """Returns the text of a user turn without its sounds."""
-    return " ".join(part.strip() for part in content if isinstance(part, str) and part.strip())
+    """Returns the text of a user turn, with `<audio>` for its sounds except those in front of all text."""
+    first = next((position for position, part in enumerate(content) if isinstance(part, str)), len(content))
+    return "".join(part if isinstance(part, str) else "<audio>" for part in content[first:]).strip()

@@ -41,7 +41,7 @@ def prompt_text(question: Question) -> str:
 def choice_lines(question: Question) -> str:
     """Returns what `prompt_text` adds below the text; empty if the question has no choices, or its text names them."""
     choices = choice_texts(question)
-    if not any(choices) or _names_all(question.question, choices):
+    if not any(choices) or _names_all(question.question.replace("<audio>", " "), choices):
         return ""
     if len(choices) > len(LETTERS):
         return f"Answer with one of these, word for word: {', '.join(dict.fromkeys(filter(None, choices)))}."

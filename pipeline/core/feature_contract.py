@@ -60,7 +60,8 @@ class Question(Strict):
 
     Attributes:
         question_id: id that is unique in the feature set.
-        question, answer: text of the last user turn without its clips, and the last answer.
+        question, answer: text of the last user turn, with `<audio>` for its clips except those in front of all text,
+            and the last answer.
         dataset, domain: those of the question where they differ from the clip's, because several datasets ask about
             the same audio; None, which is not stored, means the clip's.
         system: system text in place of `data.system_prompt`; None, which is not stored, means that one.

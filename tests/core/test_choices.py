@@ -2,12 +2,16 @@
 
 import pytest
 
-from pipeline.core.choices import choice_texts, letters_offered, prompt_text
+from pipeline.core.choices import choice_lines, choice_texts, letters_offered, prompt_text
 from pipeline.core.feature_contract import Question
 
 
 def ask(text: str, choices: list[str] | None, answer: str = "dog") -> Question:
     return Question(question_id="q", question=text, answer=answer, choices=choices)
+
+
+def test_the_place_of_a_sound_names_no_choice() -> None:
+    assert choice_lines(ask("Is <audio> an image?", ["audio", "image"])) == "A. audio\nB. image"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,22 @@ def test_an_exchange_with_the_clip_in_front_is_a_plain_question(tmp_path, questi
     }
 
 
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Compare <audio> with <audio>.", "Compare <audio> with <audio>."),
+        ("<audio> or <audio>?", "or <audio>?"),
+        ("<audio><audio> Which?", "Which?"),
+        ("Listen:<audio> <audio>", "Listen:<audio> <audio>"),
+    ],
+)
+def test_the_question_of_a_conversation_shows_where_its_sounds_are(tmp_path, content, text):
+    _, stored = read(tmp_path, {"turns": [user(content), ASSISTANT], "other_audio": ["b.wav"]})
+    assert stored.question == text
+    _, again = read(tmp_path, {"turns": [user(content), ASSISTANT], "other_audio": ["b.wav"], "question": text})
+    assert again == stored
+
+
 def test_an_answer_without_loss_is_kept(tmp_path):
     _, stored = read(tmp_path, {"turns": [user("Hello."), {**ASSISTANT, "loss": False}, user("Loud?"), ASSISTANT]})
     assert [turn.loss for turn in stored.turns[1::2]] == [False, True]

@@ -102,10 +102,12 @@ class RowLengths:
         self._token_counts[0][selected] = list(self._chat_template.token_counts(questions))
 
     def _row_length(self, example: PackedExample) -> float:
-        """Returns the positions of a row; its characters, which sort rows as well, where positions are not bounded."""
-        feature_set = self._sets[example.source]
-        table = feature_set.table
-        if self._max_tokens is None:
+        """Returns the positions of a row, with its audio in the sequence: a micro-batch is padded to its longest row.
+
+        Returns its characters where positions are not bounded and the tokens of the set are not counted yet.
+        """
+        table = self._sets[example.source].table
+        if self._max_tokens is None and table.tokens is None:
             return float(table.characters[example.questions].sum())
         counts = self._counts_of(example.source)[example.questions]
         audio, prefix_tokens = table.audio_of(example.questions, example.clip), len(self._chat_template.prefix)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config import DataConfig, TrainConfig
@@ -275,3 +276,31 @@ def test_the_longest_row_that_may_be_packed_is_refused_before_the_first_step(
     with pytest.raises(UserError, match=fault):
         build(2, longest - 1)
     build(1, longest - 1)  # the remedy: fewer questions in a row
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 16])
+def test_rows_are_sorted_by_their_audio_too(micro_batch_size: int, tmp_path: Path, chat: ChatTemplate) -> None:
+    """Without a bound on positions too: audio in the sequence is most of a row, and texts do not tell its length."""
+    seconds = np.random.default_rng(0).choice([2.0, 30.0], CLIPS)
+    rows = [
+        {
+            "clip_id": f"clip-{clip}",
+            "duration_s": seconds[clip],
+            "dataset": "d",
+            "domain": "sound",
+            "questions": [{"question_id": f"{clip}", "question": "What?", "answer": "a" * (clip % 7 + 1), "task": "t"}],
+        }
+        for clip in range(CLIPS)
+    ]
+    write_rows(tmp_path / "set", rows, {"log_mel": [frames_of(clip, 8) for clip in range(CLIPS)]})
+    features = FeatureSet(tmp_path / "set", ["log_mel"])
+    check(features, chat)
+    train = TrainConfig(micro_batch_size=micro_batch_size, global_batch_size=48, precision="fp32")
+    data = DataConfig(train="unused", questions_per_sequence=1)
+    loader = TrainingLoader([features], chat, data, train, Ranks(0, 1, 0, 1), lambda seconds: round(25 * seconds))
+    used = padded = 0.0
+    for batch in next(iter(loader)):
+        lengths = batch["attention_mask"].sum(1) - 1 + 25 * torch.tensor(batch["audio_s"])
+        used += float(lengths.sum())
+        padded += float(lengths.max()) * len(lengths)
+    assert padded / used < 1.2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,17 @@ if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` 
     from numpy.typing import NDArray
 
     from pipeline.core.feature_contract import Question
+    from pipeline.core.streams import IntegrationKind
     from pipeline.data.feature_set import Clip, FeatureSet
+    from pipeline.evaluation.generate_answers import ClipGroup
     from pipeline.inference.responder import Reply, Responder
     from pipeline.model import AttentionMass
 
-NOTHING = "none"
+NOTHING, PLAIN = "none", "plain"  # rows of `masking`: no pathway hidden; no audio at all
+GAP_NOTE = (
+    "Hidden audio keeps its positions, so the question stands behind a gap that is in no text; `plain` has no\n"
+    "gap and is what the language model answers by itself. Their difference is the effect of the gap alone."
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,10 +128,14 @@ def attention_mass(
 def score_without_pathways(
     responder: Responder, features: FeatureSet, clips: Sequence[int], batch_size: int
 ) -> dict[str, Any]:
-    """Scores the model with every combination of pathways hidden at inference, from none to all of them.
+    """Scores the model with every combination of pathways hidden at inference, and without any audio.
+
+    Where all pathways are hidden, the audio's positions remain: the question is as far from the text before the audio
+    as in training. Without audio there are neither placeholders nor such a gap, as in training on text alone.
 
     Returns:
-        hidden pathways (`none`, `lal`, `plits`, `lal+plits`, ...) -> scores as `scoring.score` returns them.
+        hidden pathways (`none`, `lal`, `plits`, `lal+plits`, ...), then `plain` -> scores of `scoring.score`, with
+        `condition`, what the model attends to.
     """
     from pipeline.evaluation.generate_answers import generate_answers, group_clips
     from pipeline.evaluation.question_sets import make_predictions
@@ -132,13 +143,32 @@ def score_without_pathways(
 
     kinds = sorted({spec.integration for spec in responder.model.specs})
     groups = group_clips(features.table, {clip: clip for clip in clips}, batch_size)
+    without_audio = [replace(group, audio=None) for group in groups]
+    conditions: list[tuple[str, Sequence[IntegrationKind], Sequence[ClipGroup]]] = [
+        ("+".join(hidden) or NOTHING, hidden, groups)
+        for hidden in chain.from_iterable(combinations(kinds, count) for count in range(len(kinds) + 1))
+    ]
     results = {}
-    for hidden in chain.from_iterable(combinations(kinds, count) for count in range(len(kinds) + 1)):
+    for name, hidden, condition_groups in [*conditions, (PLAIN, (), without_audio)]:
         answers: dict[int, Reply] = {}
-        for group_answers in generate_answers(responder, features, groups, batch_size, hidden=hidden):
+        for group_answers in generate_answers(responder, features, condition_groups, batch_size, hidden=hidden):
             answers |= group_answers
-        results["+".join(hidden) or NOTHING] = score(make_predictions(features, answers))
+        condition = _describe_condition(hidden, kinds, plain=name == PLAIN)
+        results[name] = {"condition": condition, **score(make_predictions(features, answers))}
     return results
+
+
+def _describe_condition(
+    hidden: Sequence[IntegrationKind], kinds: Sequence[IntegrationKind], *, plain: bool = False
+) -> str:
+    """Returns what the model attends to in a row of `masking`, in words."""
+    if plain:
+        return "text alone: no audio, no gap"
+    if not hidden:
+        return "text and audio"
+    if len(hidden) < len(kinds):
+        return f"without {' and '.join(hidden)}"
+    return "audio hidden, its positions kept (gap)"
 
 
 def _probe_question(responder: Responder, features: FeatureSet, index: int) -> tuple[Clip, Question, AttentionMass]:
@@ -160,10 +190,16 @@ def _print_tables(results: dict[str, Any]) -> None:
     scores = results["masking"]
     domains = list(scores[NOTHING]["by_domain"])
     accuracies = [
-        [hidden, *(f"{group['accuracy']:.1%}" for group in (row, *(row["by_domain"][domain] for domain in domains)))]
+        [
+            row["condition"],
+            hidden,
+            *(f"{group['accuracy']:.1%}" for group in (row, *(row["by_domain"][domain] for domain in domains))),
+        ]
         for hidden, row in scores.items()
     ]
-    print(f"\naccuracy\n{format_table([['hidden', 'all', *domains], *accuracies], right=True)}")
+    headings = ["the model attends to", "hidden", "all", *domains]
+    print(f"\naccuracy\n{format_table([headings, *accuracies], right=True)}")
+    print(GAP_NOTE)
 
 
 def _draw(
@@ -185,13 +221,13 @@ def _draw(
     plots.plot_attention_by_head(heads, f"Attention to audio by head: {name}").savefig(out / "attention_by_head.png")
     accuracies = [
         plots.DomainAccuracy(
-            f"{'nothing' if label == NOTHING else label.upper()} hidden",
+            row["condition"],
             {domain: (group["accuracy"], *group["ci95"]) for domain, group in row["by_domain"].items()},
             {},
         )
-        for label, row in results["masking"].items()
+        for row in results["masking"].values()
     ]
-    title = f"Accuracy with audio hidden: {name}"
+    title = f"Accuracy with audio hidden or left out: {name}"
     plots.plot_accuracy_by_domain(accuracies, {}, title).savefig(out / "masking.png")
     _draw_clips(responder, features, clips, arguments)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.arguments import add_config, add_dry_run, add_json, write_results
@@ -124,7 +124,7 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
     """Runs the trials that are not finished; returns the results of all trials in their order."""
     from pipeline.config import TrackingConfig, dump_config
     from pipeline.core import provenance
-    from pipeline.experiments.trials import run_trial
+    from pipeline.experiments.trials import is_finished, run_trial
     from pipeline.tracking import writer
 
     sweep.output.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,9 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
     except Exception as error:  # MLflow raises errors of many libraries; the trials run without a parent
         logger.warning(f"MLflow does not answer ({type(error).__name__}); the trials are recorded without a parent run")
         parent = None
-    with progress(len(trials), "trials") as bar:
-        report = _result_reporter(bar)
+    finished = {trial.name for trial in trials if is_finished(trial)}
+    with progress(len(trials), "trials", len(finished), alike=True) as bar:
+        report = _result_reporter(bar, finished)
         if ray_address is not None:
             from pipeline.experiments.ray_trials import run_on_cluster
 
@@ -152,13 +153,17 @@ def run(sweep: SweepConfig, trials: Sequence[Trial], ray_address: str | None) ->
     return results
 
 
-def _result_reporter(bar: Progress) -> Callable[[str, Row], None]:
-    """Returns a function that shows the result of a trial when it ends."""
-    finished = 0
+def _result_reporter(bar: Progress, known: Collection[str]) -> Callable[[str, Row], None]:
+    """Returns a function that shows the result of a trial when it ends.
+
+    Args:
+        known: trials that an earlier start finished, which count as done from the beginning.
+    """
+    finished = len(known)
 
     def report(name: str, result: Row) -> None:
         nonlocal finished
-        finished += 1
+        finished += name not in known
         if result["status"] == "FAILED":
             logger.error(f"{name}: {result['error']}")
         metrics = [

@@ -22,7 +22,9 @@ def test_the_command_writes_shares_scores_and_pictures(exported: Path, tmp_path:
         for shares in (row, *row["by_head"], *row["by_domain"].values()):
             assert sum(shares[kind] for kind in ("text", "lal", "plits")) == pytest.approx(1)
         assert (row["lal"] > 0) == (row["layer"] < 1), "a third of three layers"
-    assert list(figures["masking"]) == ["none", "lal", "plits", "lal+plits"]
+    assert list(figures["masking"]) == ["none", "lal", "plits", "lal+plits", "plain"]
+    conditions = [row["condition"] for row in figures["masking"].values()]
+    assert conditions[-2:] == ["audio hidden, its positions kept (gap)", "text alone: no audio, no gap"]
     assert all(set(row) >= {"accuracy", "ci95", "by_domain"} for row in figures["masking"].values())
     names = {file.name for file in out.iterdir()}
     assert names >= {"attention_by_layer.png", "attention_by_head.png", "masking.png"}

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 logger = logging.getLogger("pal")
+RATE_OVER_S = 600.0  # a bar's time left follows from the rate in this time
 PLAIN_EVERY_S = 15.0  # seconds between two progress lines if there is no terminal for a bar
 
 
@@ -53,20 +54,26 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
 class Progress:
     """Shows the progress of long work on stderr: as a bar on a terminal, otherwise as a log line every 15 s.
 
+    The time left follows from the rate since the first units were finished, because these take the start-up with them
+    (imports, loading a model, starting workers).
+
     Args:
         total: number of units of work.
         unit: plural name of the units ("clips").
         done: number of units that were finished before this process started.
+        alike: whether the first units take no longer than the others, as trials that start processes of their own do.
+            The rate is then that since the start.
     """
 
-    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+    def __init__(self, total: int, unit: str, done: int = 0, *, alike: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
         self._total, self._unit = total, unit
         self._done = self._initially_done = done
-        self._start = self._last = time.monotonic()
+        self._last = time.monotonic()
+        self._rate_from = (done, self._last) if alike else None  # units, time
         console = Console(stderr=True)
         self._bar: Bar | None = None
         if console.is_terminal:
@@ -77,7 +84,7 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Bar(*columns, console=console)
+            self._bar = Bar(*columns, console=console, speed_estimate_period=RATE_OVER_S)
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
@@ -92,11 +99,15 @@ class Progress:
             self._bar.update(self._task, completed=done, description=note)
             return
         now = time.monotonic()
+        if self._rate_from is None and done > self._initially_done:
+            self._rate_from = done, now
         if not force and now - self._last < PLAIN_EVERY_S:
             return
         self._last = now
-        rate = (done - self._initially_done) / max(now - self._start, 1e-9)
-        remaining = f"{format_duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
+        first_done, start = self._rate_from or (done, now)
+        rate = (done - first_done) / max(now - start, 1e-9)
+        known = rate > 0 or done >= self._total
+        remaining = f"{format_duration((self._total - done) / (rate or 1))} left" if known else "time left unknown"
         logger.info(", ".join(filter(None, (f"{done}/{self._total} {self._unit}", note, remaining))))
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -110,9 +121,9 @@ class Progress:
 
 
 @contextmanager
-def progress(total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+def progress(total: int, unit: str, done: int = 0, *, alike: bool = False) -> Iterator[Progress]:
     """Opens a `Progress` and closes it at the end of the block."""
-    display = Progress(total, unit, done)
+    display = Progress(total, unit, done, alike=alike)
     try:
         yield display
     finally:

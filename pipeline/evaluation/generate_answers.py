@@ -53,11 +53,12 @@ class ClipGroup:
 
     Attributes:
         questions: indices of the questions, clip by clip.
-        audio: clip -> the clip whose audio replaces its own; other clips keep theirs.
+        audio: clip -> the clip whose audio replaces its own; other clips keep theirs. None: the prompts have no audio
+            and no placeholders.
     """
 
     questions: Sequence[int]
-    audio: AudioPairing
+    audio: AudioPairing | None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def prompt_rows(
     question_set: QuestionSet,
     clip_numbers: ClipNumbers,
     questions: Sequence[int],
-    audio: Mapping[int, int],
+    audio: Mapping[int, int] | None,
     max_rows: int,
 ) -> Iterator[PromptRows]:
     """Yields the prompts of questions, at most `max_rows` distinct beginnings at a time.
@@ -47,7 +47,7 @@ def prompt_rows(
     Args:
         clip_numbers: clips of the set by their ids.
         questions: indices of the questions.
-        audio: clip -> the clip whose audio replaces its own.
+        audio: clip -> the clip whose audio replaces its own; None leaves all audio out of the prompts.
 
     Raises:
         UserError: a question that the model cannot take, or that names a clip which is not in the set.
@@ -57,9 +57,10 @@ def prompt_rows(
     for index in questions:
         own = int(question_set.table.clip[index])
         question = question_set.clip(own).questions[question_set.table.number[index]]
-        prompt = responder.prompt_of(question, has_audio=not question_set.is_text)
+        prompt = responder.prompt_of(question, has_audio=audio is not None and not question_set.is_text)
         clips = clip_numbers.of_question(own, question)
-        prefix = tuple(prompt.prefix), tuple(audio.get(clips[number], clips[number]) for number in prompt.clips)
+        named_clips = [clips[number] for number in prompt.clips]
+        prefix = tuple(prompt.prefix), tuple((audio or {}).get(clip, clip) for clip in named_clips)
         if prefix not in numbers:
             if len(numbers) == max_rows:
                 yield rows

@@ -225,10 +225,10 @@ class Responder:
         """Returns the prompt of a question, in which earlier answers are those of its turns.
 
         Args:
-            has_audio: False for the questions of a set of text, whose plain questions are about no clip.
+            has_audio: False omits the placeholders: for a set of text, or for the model's answers without any audio.
         """
-        prompt = self.chat_template.prompt_of(question)
-        return prompt if has_audio or not prompt.clips else Prompt(prompt.prefix[:-1], prompt.suffix, ())
+        prompt, placeholder = self.chat_template.prompt_of(question), self.chat_template.audio_token_id
+        return prompt if has_audio else Prompt([i for i in prompt.prefix if i != placeholder], prompt.suffix, ())
 
     def _warn_of_positions(self, positions: Mapping[str, int]) -> None:
         """Warns once if a prompt takes more positions than the language model has.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.core.console import format_duration
 from pipeline.core.units import GIB
 
 
@@ -57,6 +58,12 @@ class ThroughputMeter:
     def __init__(self) -> None:
         self._lap = Throughput()
         self._lap_start = time.perf_counter()
+        self._laps_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Time spent training in this process, without pauses."""
+        return self._laps_s + time.perf_counter() - self._lap_start
 
     def count(self, questions: int, text_tokens: int, audio_s: float) -> None:
         """Adds one micro-batch."""
@@ -83,7 +90,35 @@ class ThroughputMeter:
         now = time.perf_counter()
         lap, self._lap = self._lap, Throughput()
         lap.elapsed_s, self._lap_start = now - self._lap_start, now
+        self._laps_s += lap.elapsed_s
         return lap
+
+
+class TimeLeft:
+    """Estimates the remaining time of a run by the steps that this process took after its first one.
+
+    The first step compiles kernels and fills caches, and may take as long as many others; a resumed run may be on
+    another machine than its first steps.
+    """
+
+    def __init__(self) -> None:
+        self._start: tuple[int, float] | None = None
+
+    def begin(self, done: int, elapsed_s: float) -> None:
+        """Notes the progress of the run and the time after a step; calls after the first one change nothing."""
+        self._start = self._start or (done, elapsed_s)
+
+    def estimate(self, done: int, goal: int, elapsed_s: float) -> str:
+        """Returns `2 min 10 s left`, or `time left unknown` before the second step of this process.
+
+        Args:
+            done, goal: progress of the run, in steps or tokens.
+            elapsed_s: time since the training began in this process.
+        """
+        if self._start is None or done <= self._start[0]:
+            return "time left unknown" if done < goal else f"{format_duration(0)} left"
+        rate = (elapsed_s - self._start[1]) / (done - self._start[0])
+        return f"{format_duration(rate * max(0, goal - done))} left"
 
 
 def peak_memory_gib(device: torch.device) -> float:

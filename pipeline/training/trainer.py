@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.config import ExperimentConfig
-from pipeline.core.console import format_duration, logger
+from pipeline.core.console import logger
 from pipeline.core.ranks import Ranks
 from pipeline.data.feature_set import FeatureSet
 from pipeline.engine import ParameterGroup
@@ -28,7 +28,14 @@ from pipeline.training.lr_schedule import lr_multiplier
 from pipeline.training.run_dir import RunRecord
 from pipeline.training.run_tracking import start_tracker
 from pipeline.training.step_metrics import TaskLosses, step_flops
-from pipeline.training.throughput import THROUGHPUT_FIELDS, Throughput, ThroughputMeter, peak_flops, peak_memory_gib
+from pipeline.training.throughput import (
+    THROUGHPUT_FIELDS,
+    Throughput,
+    ThroughputMeter,
+    TimeLeft,
+    peak_flops,
+    peak_memory_gib,
+)
 from pipeline.training.validation import validation_loss
 
 MODEL, SKIPPED = "model", "skipped.jsonl"
@@ -58,7 +65,7 @@ class Trainer:
         self.engine, self.loader = self.components.engine, self.components.loader
         self.total_steps = self.components.total_steps
         self.goal = self.train.tokens or self.total_steps or 0  # in tokens or in steps
-        self.throughput_meter = ThroughputMeter()
+        self.throughput_meter, self.time_left = ThroughputMeter(), TimeLeft()
         self.peak_flops = peak_flops(self.engine.device, self.train.precision, self.train.peak_tflops)
         self.skipped_in_a_row = 0
         self.gradients_checked = False
@@ -139,6 +146,7 @@ class Trainer:
         applied = self.engine.step(multiplier)
         if tasks is not None or not applied:
             self._log_step(loss, multiplier, micro_batches, tasks or TaskLosses([]))
+        self.time_left.begin(self.done, self.throughput_meter.elapsed_s)
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if not applied:
             self._log_skipped(micro_batches)
@@ -218,13 +226,12 @@ class Trainer:
                 **{f"train/{name}": value for name, value in rates.items()},
             }
         )
-        elapsed_s = self.throughput.elapsed_s / self.ranks.world_size
         logger.info(
             f"{self._position}  loss {mean_loss:7.4f}  "
             f"lr {format_rates(self.engine.groups, multiplier)}  grad {norm:6.3f}  "
             f"{rates['samples_per_s']:7.1f} questions/s  wait {rates['data_wait_fraction']:4.0%}  "
             + (f"mfu {rates['mfu']:4.0%}  " if "mfu" in rates else "")
-            + f"{format_duration(elapsed_s * max(0, self.goal - self.done) / self.done)} left"
+            + self.time_left.estimate(self.done, self.goal, self.throughput_meter.elapsed_s)
         )
 
     @property

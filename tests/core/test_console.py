@@ -79,16 +79,37 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(
         clock[0] = console.PLAIN_EVERY_S - 1
         display.update(30)
         assert capsys.readouterr().err == "", "too early for a line"
-        clock[0] = 20.0
+        clock[0] = 24.0
         display.update(40, "1.0 clips/s")
         assert capsys.readouterr().err == "pal: 40/100 clips, 1.0 clips/s, 1 min 00 s left\n"
-        clock[0] = 21.0
+        clock[0] = 25.0
         display.update(41, force=True)
         assert capsys.readouterr().err.startswith("pal: 41/100 clips, ")
 
 
+def test_the_time_left_does_not_count_the_start(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    display = Progress(100, "clips")
+    for clock[0], done in ((30.0, 0), (300.0, 10), (310.0, 20)):
+        display.update(done, force=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("clips, ")[2] for line in lines] == [
+        "time left unknown",
+        "time left unknown",
+        "1 min 20 s left",
+    ]
+
+
+def test_units_with_a_start_of_their_own_are_counted_from_the_beginning(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = Progress(4, "trials", 1, alike=True)
+    clock[0] = 60.0
+    display.update(2, force=True)
+    assert capsys.readouterr().err == "pal: 2/4 trials, 2 min 00 s left\n"
+
+
 def test_advance_counts_units(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    display = Progress(4, "questions")
+    display = Progress(4, "questions", alike=True)
     for clock[0] in (10.0, 20.0):
         display.advance()
     display.close()

@@ -1,11 +1,14 @@
 """Conversations of a prepared set are answered after their own history, system text and clips, as in one pass."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.core.labels import IGNORE_INDEX
 from pipeline.core.streams import Preset
 from pipeline.data.feature_set import FeatureSet
 from pipeline.evaluation.baselines import swap_audio
@@ -89,6 +92,30 @@ def test_every_question_is_answered_as_its_whole_conversation_in_one_pass(tmp_pa
         for batch_size in (3, 64):
             assert answers_of(responder, features, pairing, batch_size) == expected, batch_size
         assert len(set(expected.values())) > len(expected) / 2, "the answers depend on what is read"
+
+
+def test_without_audio_the_prompts_are_those_of_text_alone(tmp_path: Path) -> None:
+    responder, features = build_responder(tmp_path / "tokenizer", "lal"), write_set(tmp_path / "set")
+    template = responder.chat_template
+    groups = group_clips(features.table, {clip: clip for clip in range(4)}, 64)
+    without_audio = [replace(group, audio=None) for group in groups]
+    answers = [answer for group in generate_answers(responder, features, without_audio, 64) for answer in group.items()]
+    assert len(answers) == len(features.table)
+    for index, reply in answers:
+        question = features.clip(int(features.table.clip[index])).questions[features.table.number[index]]
+        prompt = template.prompt_of(question)
+        ids = [token for token in prompt.prefix + prompt.suffix if token != template.audio_token_id]
+        if question.turns is None:
+            row = template.row([question], audio=False)
+            assert ids == row.input_ids[row.labels == IGNORE_INDEX].tolist(), "as in training on text"
+        generated = responder.model.generate(
+            torch.tensor([ids]),
+            max_new_tokens=responder.max_new_tokens,
+            do_sample=False,
+            eos_token_id=template.end_token_id,
+            pad_token_id=template.pad_token_id,
+        )
+        assert reply.text == template.decode(generated[0].tolist())
 
 
 def test_questions_that_begin_alike_share_a_row_and_each_clip_is_encoded_once(

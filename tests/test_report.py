@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from pipeline import plots
 from pipeline.core.errors import UserError
 from pipeline.experiments.run_report import write_report
 from pipeline.report import main
@@ -150,6 +151,21 @@ def test_runs_without_evaluation_or_with_the_same_name_are_shown(uri: str, tmp_p
     assert (done["status"], failed["status"]) == ("FINISHED", "FAILED")
     assert failed["accuracy"] is None
     assert done["accuracy"] == 0.5
+
+
+def test_the_curve_of_a_failed_run_says_so(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+
+    def recording(curves: list[plots.Curve], title: str) -> Any:
+        labels.extend(curve.label for curve in curves)
+        return plot_loss_curves(curves, title)
+
+    plot_loss_curves = plots.plot_loss_curves
+    monkeypatch.setattr(plots, "plot_loss_curves", recording)
+    assert main(["mixed", "--uri", uri, "--out", str(tmp_path), "--no-log"]) == 0
+    done, failed = labels
+    assert "at step" not in done and failed.endswith(" (failed at step 3)")
+    assert (tmp_path / "loss.png").is_file()
 
 
 def test_an_evaluation_without_scores_is_shown_as_unscored(uri: str, tmp_path: Path) -> None:

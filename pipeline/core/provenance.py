@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from pipeline.core.units import GIB
 
+_SAMPLE_BYTES = 1 << 16
 _PACKAGES = ("torch", "deepspeed", "transformers", "mosaicml-streaming", "mlflow", "ray", "numpy", "pal-pipeline")
 
 
@@ -35,6 +37,39 @@ def git_state() -> dict[str, str]:
         return {"git.commit": commit, "git.changed": str(bool(git("status", "--porcelain"))).lower()}
     except (OSError, subprocess.SubprocessError):
         return {}
+
+
+def language_model_identity(name: str) -> dict[str, str]:
+    """Returns `language_model`, the folder that a name or path stands for, and `language_model_hash` of its content.
+
+    The hash covers the content of `config.json` and of the index of the weights, and of each file of weights its name,
+    its size and samples of 64 KiB, so that it costs no time and yet differs between models of one shape. A name on the
+    Hub stands for its newest folder in the local cache; without one there is no hash.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:
+            cached = None
+        if not isinstance(cached, str):
+            return {"language_model": name}
+        folder = Path(cached).parent
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name == "config.json" or file.name.endswith(".index.json"):
+            digest.update(f"{file.name}\n".encode() + file.read_bytes())
+        elif file.suffix in (".safetensors", ".bin"):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as stream:
+                for position in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+                    stream.seek(position)
+                    digest.update(stream.read(_SAMPLE_BYTES))
+    return {"language_model": str(folder.resolve()), "language_model_hash": digest.hexdigest()[:16]}
 
 
 def machine() -> str:

@@ -88,7 +88,7 @@ def _figures(experiment: str, runs: Sequence[TrainedRun], pooled: Sequence[Row])
 
     figures = {}
     readable = len(runs) <= MAX_CURVES
-    curves = [Curve(run.label, *zip(*run.losses, strict=True)) for run in runs if run.losses]
+    curves = [Curve(run.curve_label, *zip(*run.losses, strict=True)) for run in runs if run.losses]
     if curves and readable:
         figures["loss"] = plot_loss_curves(curves, f"Training loss: {experiment}")
     for benchmark in sorted({benchmark for run in runs for benchmark in run.scored}):

@@ -63,7 +63,9 @@ def plot_loss_curves(curves: Sequence[Curve], title: str) -> Figure:
         window = max(1, round(SMOOTHING_FRACTION * len(curve.losses)))
         longest_window = max(longest_window, window)
         axes.plot(curve.steps, curve.losses, color=colour, alpha=0.18, linewidth=0.8)
-        axes.plot(curve.steps, _running_mean(curve.losses, window), style, color=colour, linewidth=2, label=curve.label)
+        mean = _running_mean(curve.losses, window)
+        marker = "o" if len(curve.losses) == 1 else None  # a line through one point is invisible
+        axes.plot(curve.steps, mean, style, color=colour, linewidth=2, marker=marker, label=curve.label)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -48,6 +48,16 @@ class TrainedRun:
     evaluations: Mapping[str, Any]
 
     @property
+    def curve_label(self) -> str:
+        """The label, with how and where a run ended that did not finish."""
+        outcome = {"KILLED": "stopped", "FAILED": "failed", "RUNNING": "running", "SCHEDULED": "running"}.get(
+            self.status
+        )
+        if outcome is None or not self.losses:
+            return self.label
+        return f"{self.label} ({outcome} at step {self.losses[-1][0]})"
+
+    @property
     def scored(self) -> dict[str, Any]:
         """Returns the evaluations with scores; where a benchmark's publishers withhold all answers there are none."""
         return {benchmark: scores for benchmark, scores in self.evaluations.items() if "accuracy" in scores}

@@ -41,6 +41,7 @@ def start_tracker(
             **{f"resolved.{kind}_parameters": n for kind, n in count_parameters(components.model).items()},
             "resolved.audio_layers": [list(stream.audio_layers) for stream in streams],
             "resolved.world_size": world_size,
+            **{f"resolved.{k}": v for k, v in provenance.language_model_identity(config.model.language_model).items()},
         },
         tags={
             "pal.kind": "train",

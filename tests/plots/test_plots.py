@@ -44,6 +44,8 @@ def test_loss_curves_show_every_run_and_its_mean(tmp_path: Path) -> None:
     raw, mean = axes.lines[:2]
     assert np.allclose(raw.get_ydata(), losses)
     assert np.allclose(np.asarray(mean.get_ydata())[10], losses[7:11].mean())  # 4 % of 100 points
+    (point,) = plot_loss_curves([Curve("stopped", [1], [4.0])], "Loss of demo").axes[0].lines[1:]
+    assert point.get_marker() == "o", "a line through one point is invisible"
     figure.savefig(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 

@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--majority-from", metavar="SET", help="baseline: also score the most frequent answers of this training set"
     )
+    parser.add_argument(
+        "--wer",
+        action="append",
+        default=[],
+        metavar="TASK",
+        help="also compute word error rates of this task; tasks named transcription, transcribe, asr, ... have them",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only N clips of each benchmark, evenly spaced")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions per batch (default: 64)")
     parser.add_argument(
@@ -137,6 +144,7 @@ def _evaluate(arguments: argparse.Namespace, locations: Mapping[str, str], journ
         swap_audio=arguments.swap_audio,
         majority_from=arguments.majority_from,
         writes_predictions=arguments.predictions is not None,
+        transcription_tasks=arguments.wer,
     )
     results = {}
     with open_answer_generator(settings) as generator:

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 
 from pipeline import plots
 from pipeline.core.errors import UserError
+from pipeline.experiments import tables
 from pipeline.experiments.run_report import write_report
 from pipeline.report import main
 from pipeline.tracking.reader import LOSS, TrainedRun
@@ -151,6 +152,20 @@ def test_runs_without_evaluation_or_with_the_same_name_are_shown(uri: str, tmp_p
     assert (done["status"], failed["status"]) == ("FINISHED", "FAILED")
     assert failed["accuracy"] is None
     assert done["accuracy"] == 0.5
+
+
+def test_word_error_rates_are_in_the_tables() -> None:
+    rates = {"wer": 0.4, "wer_ci95": [0.3, 0.5], "wer_whisper_english": 0.35}
+    with_words = scores(0.5) | rates
+    with_words["by_task"]["transcription"] = {**with_words["by_task"]["what"], **rates}
+    runs = [
+        TrainedRun(name, name, 0.0, {}, name, "FINISHED", {}, {}, [], {"held-out": evaluation})
+        for name, evaluation in (("lal", with_words), ("plits", scores(0.5)))
+    ]
+    headings, rows = tables.comparison_cells(tables.make_table(runs))
+    column = headings.index("WER %\n(95 % interval)")
+    assert [row[column] for row in rows] == ["40.0 (30.0 to 50.0)", "-"]
+    assert tables.task_cells(runs, "held-out")[1][0] == ["transcription", "50.0 (WER 40.0)", "-"]
 
 
 def test_the_curve_of_a_failed_run_says_so(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ Does not know how answers are generated or where results are written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from pipeline.evaluation.question_sets import (
     open_question_set,
 )
 from pipeline.evaluation.scoring import Prediction, score
+from pipeline.evaluation.word_errors import add_word_errors
 
 OWN_AUDIO, SWAPPED_AUDIO = "own", "swapped"  # values of `audio` in the predictions
 
@@ -41,12 +42,14 @@ class EvaluationOptions:
         swap_audio: also answer with another clip's audio.
         majority_from: training set whose majority baseline is scored as well.
         writes_predictions: whether the caller writes the predictions to a file, not the scores alone.
+        transcription_tasks: tasks whose answers are transcripts, beside those whose names say so.
     """
 
     limit: int | None = None
     swap_audio: bool = False
     majority_from: str | None = None
     writes_predictions: bool = True
+    transcription_tasks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,10 @@ class BenchmarkResult:
 
     Attributes:
         scores: the scores of `scoring.score`, those of the controls under `swapped_audio` and `majority_baseline`, and
-            the metrics of a published benchmark. Questions whose answers the publishers withhold are counted as
-            `unscored`; where all are withheld there are no scores. `truncated_answers` counts the answers that ended at
-            the bound on new tokens, `decoding` holds the settings of decoding.
+            the metrics of a published benchmark. Transcriptions have word error rates (`word_errors`). Questions whose
+            answers the publishers withhold are counted as `unscored`; where all are withheld there are no scores.
+            `truncated_answers` counts the answers that ended at the bound on new tokens, `decoding` holds the settings
+            of decoding.
         predictions: predictions as plain JSON, in storage order, each with `decoding`.
         official_files: name -> text of the files that official scorers read.
     """
@@ -83,6 +87,8 @@ def evaluate_benchmark(
     if benchmark is not None:
         _check_benchmark(benchmark, source, options)
 
+    tasks = _transcription_tasks(question_set, source, options)
+
     def predict(pairing: Mapping[int, int]) -> list[Prediction]:
         predictions = make_predictions(question_set, generator.generate(question_set, source, clips, pairing))
         _warn_of_truncated(source.location, predictions, generator)
@@ -92,7 +98,7 @@ def evaluate_benchmark(
     if _can_swap(question_set, source, options):
         swapped_pairing = swap_audio(question_set, conversation_clips(question_set, clips))
     predictions = predict({clip: clip for clip in clips})
-    scores = _score_generated(predictions) | {"decoding": generator.decoding}
+    scores = _score_generated(predictions, tasks) | {"decoding": generator.decoding}
     official_files: dict[str, str] = {}
     if benchmark is not None:
         scores |= _benchmark_metrics(benchmark, predictions)
@@ -102,14 +108,14 @@ def evaluate_benchmark(
     lines = [{"audio": OWN_AUDIO, **prediction.to_json(), **decoding} for prediction in predictions]
     if swapped_pairing is not None:
         swapped = predict(swapped_pairing)
-        scores["swapped_audio"] = _score_generated(swapped)
+        scores["swapped_audio"] = _score_generated(swapped, tasks)
         lines += [{"audio": SWAPPED_AUDIO, **prediction.to_json(), **decoding} for prediction in swapped]
     if options.majority_from is not None:
         baseline = majority_baseline(open_feature_set(options.majority_from, [], source.cache))
         guesses = [replace(p, prediction=baseline.predict(p.task, p.question)) for p in predictions]
         if benchmark is not None:
             guesses = apply_benchmark_rules(guesses, benchmark)
-        scores["majority_baseline"] = _score_answered(guesses)
+        scores["majority_baseline"] = _score_answered(guesses, tasks)
     return BenchmarkResult(scores, lines, official_files)
 
 
@@ -177,16 +183,32 @@ def _warn_of_truncated(name: str, predictions: Sequence[Prediction], generator: 
         )
 
 
-def _score_generated(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _transcription_tasks(question_set: QuestionSet, source: QuestionSource, options: EvaluationOptions) -> set[str]:
+    """Returns the tasks that are transcriptions whatever their names; warns of those that the set lacks."""
+    if isinstance(question_set, BenchmarkClips):
+        known = {item.task for item in question_set.benchmark.items}
+        if question_set.benchmark.has_transcripts:
+            return known
+    else:
+        known = set(question_set.table.tasks)
+    if absent := sorted(set(options.transcription_tasks) - known):
+        tasks = ", ".join(sorted(known))
+        logger.warning(f"{source.location}: --wer names {', '.join(absent)}, but the set has the tasks {tasks}")
+    return set(options.transcription_tasks)
+
+
+def _score_generated(predictions: Sequence[Prediction], tasks: Collection[str]) -> dict[str, Any]:
     """Scores generated answers, and counts those that were truncated."""
     truncated = sum(prediction.truncated for prediction in predictions)
-    return _score_answered(predictions) | {"truncated_answers": truncated}
+    return _score_answered(predictions, tasks) | {"truncated_answers": truncated}
 
 
-def _score_answered(predictions: Sequence[Prediction]) -> dict[str, Any]:
+def _score_answered(predictions: Sequence[Prediction], tasks: Collection[str]) -> dict[str, Any]:
     """Scores the questions that have a reference answer; counts the others."""
     answered = [prediction for prediction in predictions if prediction.answer]
     unscored = len(predictions) - len(answered)
     if not answered:
         return {"unscored": unscored, "clips": len({prediction.clip_id for prediction in predictions})}
-    return score(answered) | ({"unscored": unscored} if unscored else {})
+    scores = score(answered) | ({"unscored": unscored} if unscored else {})
+    add_word_errors(scores, answered, tasks)
+    return scores

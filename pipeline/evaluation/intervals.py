@@ -32,17 +32,29 @@ def bootstrap_ci95(values: npt.NDArray[np.float64], clips: Sequence[str], seed: 
         clips: the clip of each value; the order of the values does not matter.
         seed: random seed of the resampling.
     """
+    return bootstrap_ratio_ci95(values, np.ones(len(values)), clips, seed)
+
+
+def bootstrap_ratio_ci95(
+    numerators: npt.NDArray[np.float64], denominators: npt.NDArray[np.float64], clips: Sequence[str], seed: int = 0
+) -> tuple[float, float]:
+    """Returns the interval of `bootstrap_ci95` for the ratio of two sums, such as errors over words.
+
+    Args:
+        denominators: none is negative, and their sum is positive.
+    """
     from scipy import stats  # takes a second to import, which `--help` must not
 
     names, clip_of_value = np.unique(np.asarray(clips), return_inverse=True)
-    sums = np.bincount(clip_of_value, weights=values)
-    counts = np.bincount(clip_of_value)
+    sums = np.bincount(clip_of_value, weights=numerators)
+    counts = np.bincount(clip_of_value, weights=denominators)
     if len(names) == 1:  # scipy needs two
         mean = float(sums[0] / counts[0])
         return mean, mean
 
     def mean_of_clips(sums: npt.NDArray[Any], counts: npt.NDArray[Any], axis: int) -> npt.NDArray[Any]:
-        mean: npt.NDArray[Any] = sums.sum(axis) / counts.sum(axis)
+        # A sample of clips may hold no word; a count of questions is never below one.
+        mean: npt.NDArray[Any] = sums.sum(axis) / np.maximum(counts.sum(axis), 1)
         return mean
 
     low, high = stats.bootstrap(

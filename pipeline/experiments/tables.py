@@ -28,6 +28,9 @@ def make_table(runs: Sequence[TrainedRun]) -> list[Row]:
         shared |= {metric: run.metrics.get(metric) for metric in ("final_loss", *COSTS)}
         for benchmark, scores in run.evaluations.items() or [(None, None)]:
             rows.append(shared | {"benchmark": benchmark} | _scores_row(scores, domains))
+            if scores and "wer" in scores:
+                rows[-1] |= {"wer": scores["wer"], "wer_low": scores["wer_ci95"][0], "wer_high": scores["wer_ci95"][1]}
+                rows[-1]["wer_whisper_english"] = scores.get("wer_whisper_english")
     return rows
 
 
@@ -72,6 +75,8 @@ def comparison_cells(table: Sequence[Row]) -> Cells:
     columns |= {f"{domain}\n%": _percent_cell(f"accuracy_{domain}") for domain in domains}
     columns["swapped\naudio %"] = _percent_cell("swapped_audio_accuracy")
     columns["majority\nbaseline %"] = _percent_cell("majority_baseline_accuracy")
+    if any("wer" in row for row in table):
+        columns["WER %\n(95 % interval)"] = _word_errors_cell
     columns["final\nloss"] = _number_cell("final_loss", ".3f")
     columns["questions\nper s"] = _number_cell("samples_per_s", ".1f")
     columns["peak\nGiB"] = _number_cell("peak_memory_gib", ".2f")
@@ -94,14 +99,18 @@ def pooled_cells(pooled: Sequence[Row]) -> Cells:
 
 
 def task_cells(runs: Sequence[TrainedRun], benchmark: str) -> Cells:
-    """Returns the accuracy by task: one row per task, one column per run."""
+    """Returns the accuracy by task, and word error rates of transcriptions: one row per task, one column per run."""
     tasks = {run.label: run.scored[benchmark]["by_task"] for run in runs if benchmark in run.scored}
     names = sorted({task for scores in tasks.values() for task in scores})
     rows = [
-        [name, *(f"{100 * scores[name]['accuracy']:.1f}" if name in scores else "-" for scores in tasks.values())]
-        for name in names
+        [name, *(_task_cell(scores[name]) if name in scores else "-" for scores in tasks.values())] for name in names
     ]
     return ["task", *(f"{label} %" for label in tasks)], rows
+
+
+def _task_cell(scores: Mapping[str, Any]) -> str:
+    accuracy = f"{100 * scores['accuracy']:.1f}"
+    return f"{accuracy} (WER {100 * scores['wer']:.1f})" if "wer" in scores else accuracy
 
 
 def _number_cell(column: str, form: str, scale: float = 1) -> Callable[[Row], str]:
@@ -110,6 +119,12 @@ def _number_cell(column: str, form: str, scale: float = 1) -> Callable[[Row], st
 
 def _percent_cell(column: str) -> Callable[[Row], str]:
     return _number_cell(column, ".1f", 100)
+
+
+def _word_errors_cell(row: Row) -> str:
+    if "wer" not in row:
+        return "-"
+    return f"{100 * row['wer']:.1f} ({100 * row['wer_low']:.1f} to {100 * row['wer_high']:.1f})"
 
 
 def _accuracy_cell(row: Row) -> str:

@@ -44,6 +44,7 @@ class Benchmark(ABC):
         name: name of the benchmark on the command line.
         files: patterns of the questions' file in the folder.
         caveat: limitation of the scores that their reader must know; empty if there is none.
+        has_transcripts: whether all answers are transcripts, which have word error rates.
         file: file of the questions.
         items: questions, in the order of the file.
 
@@ -54,6 +55,7 @@ class Benchmark(ABC):
     name: str
     files: Sequence[str]
     caveat = ""
+    has_transcripts = False
 
     def __init__(self, location: Path) -> None:
         self.file = location if location.is_file() else self._find(location)

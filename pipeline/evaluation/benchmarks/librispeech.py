@@ -1,13 +1,13 @@
-"""LibriSpeech: transcripts, scored by jiwer's word error rate (the extra `speech`)."""
+"""LibriSpeech: transcripts, scored by word error rates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from pipeline.core.errors import UserError
-from pipeline.core.text_forms import canonical, words
+from pipeline.core.text_forms import words
 from pipeline.evaluation.benchmarks.base import Benchmark, Item, read_text
+from pipeline.evaluation.word_errors import plain_words, word_errors
 
 PROMPT = "Write down what is said, word for word."
 
@@ -17,15 +17,12 @@ class LibriSpeech(Benchmark):
 
     name = "librispeech"
     files = ()
+    has_transcripts = True
 
     def _find(self, folder: Path) -> Path:
         return folder
 
     def _read(self) -> list[Item]:
-        try:
-            import jiwer  # noqa: F401
-        except ImportError as error:
-            raise UserError("librispeech", "needs jiwer", "pip install 'pal-pipeline[speech]'") from error
         items = []
         for transcript in sorted(self.file.glob("*/*/*.trans.txt")):
             if transcript.name.startswith("."):
@@ -43,28 +40,4 @@ class LibriSpeech(Benchmark):
 
     def is_correct(self, item: Item, prediction: str) -> bool:
         """Returns whether every word is right."""
-        return self._wer([item.answer], [prediction]) == 0
-
-    def extra_metrics(self, predictions: Mapping[str, str]) -> dict[str, float | None]:
-        """Returns `wer`: substituted, deleted and inserted words over the words of the transcripts."""
-        answered = [
-            (item.answer, predictions[item.question_id]) for item in self.items if item.question_id in predictions
-        ]
-        return {"wer": self._wer(*map(list, zip(*answered, strict=True)))}
-
-    @staticmethod
-    def _wer(references: list[str], hypotheses: list[str]) -> float:
-        """Returns the word error rate of the canonical forms without case and punctuation, which transcripts lack."""
-        import jiwer
-
-        plain = jiwer.Compose(
-            [
-                jiwer.ToLowerCase(),
-                jiwer.SubstituteRegexes({r"[^\w\s']": " "}),
-                jiwer.RemoveMultipleSpaces(),
-                jiwer.Strip(),
-                jiwer.ReduceToListOfListOfWords(),
-            ]
-        )
-        references, hypotheses = list(map(canonical, references)), list(map(canonical, hypotheses))
-        return float(jiwer.wer(references, hypotheses, reference_transform=plain, hypothesis_transform=plain))
+        return word_errors(plain_words(item.answer), plain_words(prediction)) == 0

@@ -1,4 +1,5 @@
-"""`pal evaluate MODEL BENCHMARK...`: generates and scores an exported model's answers, with controls.
+"""`pal evaluate MODEL BENCHMARK...`: generates and scores an exported model's answers, with controls, and computes the
+perplexity of a text file before and after the training.
 
 Neither the number of processes nor an interruption changes the results; the batch size changes the last bits of the
 logits, and so an answer only where two tokens are almost equally likely.
@@ -20,6 +21,8 @@ from pipeline.core.arguments import add_encoder_option, add_json, require_positi
 from pipeline.core.console import logger
 from pipeline.core.errors import EXIT_FAILURE, UserError, run_command
 
+TEXT = "text"  # kind of `text=FILE`
+
 if TYPE_CHECKING:  # torch and streaming take seconds to import, which `--help` must not
     from pipeline.config import ExperimentConfig
     from pipeline.evaluation.evaluate_benchmark import BenchmarkResult
@@ -35,24 +38,35 @@ def main(argv: Sequence[str]) -> int:
             "--share", "would lose its answers", "give --predictions FILE in a folder that all nodes can write to"
         )
 
+    texts = {name: Path(location.partition("=")[2]) for name, location in locations.items() if name == TEXT}
+    if texts and arguments.share:
+        raise UserError(
+            "--share", "applies to questions, not to text=FILE", "evaluate the text in a command of its own"
+        )
+    perplexities = {name: _evaluate_text(arguments, file) for name, file in texts.items()}
+    locations = {name: location for name, location in locations.items() if name not in texts}
+    if not locations and not (arguments.model / "config.yaml").is_file():  # a plain language model
+        write_results(perplexities, arguments.json)
+        return 0
+
     from pipeline.inference.responder import load_config_of
 
     config, _ = load_config_of(arguments.model)
     with tempfile.TemporaryDirectory(prefix="pal-evaluate-") as temporary:
         journal = output.with_name(f"{output.name}.partial") if output else Path(temporary)
         try:
-            results = _evaluate(arguments, locations, journal)
+            results = _evaluate(arguments, locations, journal) if locations else {}
         except BrokenProcessPool:
             logger.error("a process was killed (out of memory?); the same command resumes the evaluation")
             return EXIT_FAILURE
     if arguments.share:
         logger.info(f"answers are in {journal}; after all shares, the same command without --share computes the scores")
         return 0
-    _log_to_run(config, results)
+    _log_to_run(config, results, perplexities)
     if arguments.predictions:
         _write_predictions(arguments.predictions, results)
-    write_results({name: result.scores for name, result in results.items()}, arguments.json)
-    if output:
+    write_results({**perplexities, **{name: result.scores for name, result in results.items()}}, arguments.json)
+    if output and locations:
         shutil.rmtree(journal)
     return 0
 
@@ -69,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="BENCHMARK",
         help="prepared feature set: a folder or a URL; or mmau=FOLDER (mmar, mmsu, esc50, dcase2017, "
-        "vocalsound, fsd50k, gtzan, audiocaps, clotho, librispeech)",
+        "vocalsound, fsd50k, gtzan, audiocaps, clotho, librispeech); or text=FILE for the perplexity of held-out text, "
+        "for which MODEL may also be a plain language model",
     )
     parser.add_argument("--swap-audio", action="store_true", help="control: also answer with other clips' audio")
     parser.add_argument(
@@ -158,6 +173,21 @@ def _evaluate(arguments: argparse.Namespace, locations: Mapping[str, str], journ
     return results
 
 
+def _evaluate_text(arguments: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Computes and prints the perplexity of a text file, beside that of the language model before the training."""
+    from pipeline.evaluation.perplexity import evaluate_text
+
+    scores = evaluate_text(arguments.model, file, arguments.limit)
+    low, high = scores["perplexity_ci95"]
+    line = f"{file}: perplexity {scores['perplexity']:.4g} ({low:.4g} to {high:.4g})"
+    if "base" in scores:
+        increase = scores["increase"]
+        line += f", before the training {scores['base']['perplexity']:.4g}; "
+        line += "{:+.3f} nats per token ({:+.3f} to {:+.3f})".format(increase["nats_per_token"], *increase["ci95"])
+    print(f"{line}, {scores['tokens']:,} tokens in {scores['documents']:,} documents")
+    return scores
+
+
 def _write_predictions(file: Path, results: Mapping[str, BenchmarkResult]) -> None:
     """Writes all predictions to one file, and the files for official scorers beside it."""
     lines = [{"benchmark": name, **line} for name, result in results.items() for line in result.predictions]
@@ -167,7 +197,9 @@ def _write_predictions(file: Path, results: Mapping[str, BenchmarkResult]) -> No
             file.with_name(f"{file.stem}.{name}").write_text(text, encoding="utf-8")
 
 
-def _log_to_run(config: ExperimentConfig, results: Mapping[str, BenchmarkResult]) -> None:
+def _log_to_run(
+    config: ExperimentConfig, results: Mapping[str, BenchmarkResult], perplexities: Mapping[str, dict[str, Any]]
+) -> None:
     """Adds scores and correctness per question to the MLflow run that trained the model, if that run is known.
 
     Correctness per question lets runs be compared question by question."""
@@ -181,6 +213,11 @@ def _log_to_run(config: ExperimentConfig, results: Mapping[str, BenchmarkResult]
         return
     metrics: dict[str, float] = {}
     artifacts = {}
+    for name, scores in perplexities.items():
+        artifacts[f"{writer.EVALUATIONS}/{name}.json"] = json.dumps(scores, indent=2)
+        metrics |= {f"eval/{name}/{metric}": value for metric, value in _scalar_metrics(scores).items()}
+        if "increase" in scores:
+            metrics[f"eval/{name}/increase"] = scores["increase"]["nats_per_token"]
     for name, result in results.items():
         scores = result.scores
         artifacts[f"{writer.EVALUATIONS}/{name}.json"] = json.dumps(scores, indent=2)

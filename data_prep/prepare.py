@@ -212,7 +212,7 @@ def _extract(
 
 
 def _report_left_out(config: PrepareConfig, store: Store, commits: Mapping[int, Commit]) -> None:
-    """Logs how many clips were rejected or have a warning, by reason; logs nothing where there is none."""
+    """Logs how many clips and conversations were rejected or have a warning, by reason, if there are any."""
     rejects = [RejectedClip.model_validate_json(line) for line in store.read(REJECTS).splitlines()]
     for name, reasons in (
         (REJECTS, [reject.reason for reject in rejects]),
@@ -220,7 +220,8 @@ def _report_left_out(config: PrepareConfig, store: Store, commits: Mapping[int, 
     ):
         if reasons:
             counts = ", ".join(f"{count} {reason}" for reason, count in collections.Counter(reasons).most_common())
-            logger.warning(f"{config.output}/{name} lists {len(reasons)} clips: {counts}")
+            entries = "entry" if len(reasons) == 1 else "entries"
+            logger.warning(f"{config.output}/{name} has {len(reasons)} {entries}: {counts}")
 
 
 def _clips_done(commits: Mapping[int, Commit]) -> int:

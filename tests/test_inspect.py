@@ -190,7 +190,9 @@ def test_a_mistake_is_one_line(
 
 def test_the_error_about_a_rejected_clip_gives_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     features = write_feature_set(tmp_path / "set", [1])
+    other = {"clip_id": "of two\u2028lines", "reason": "missing", "detail": "no such file"}
     reject = {"clip_id": "gone", "reason": "missing", "detail": "no such file"}
-    (features / "rejects.jsonl").write_text(json.dumps(reject) + "\n")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in (other, reject)]
+    (features / "rejects.jsonl").write_text("".join(lines), encoding="utf-8")
     assert inspect(features, "--clip", "gone") == 2
     assert "was rejected when" in (error := capsys.readouterr().err) and "missing: no such file" in error

@@ -62,7 +62,7 @@ class ClipIndex:
     def _rejected(self, clip_id: str) -> str | None:
         """Returns the reason and detail with which a clip was rejected; None for a clip that never was."""
         file = self._features.folder / _REJECTS
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        for line in file.read_bytes().splitlines() if file.is_file() else []:  # of text, it splits within JSON too
             row = json.loads(line)
             if row["clip_id"] == clip_id:
                 return f"{row['reason']}: {row['detail']}"
@@ -94,7 +94,7 @@ class StoredSet:
             "encoders": ", ".join(names),
             "datasets": _counts(table.datasets, table.dataset),
             "tasks": _counts(table.tasks, table.task),
-            "rejected": f"{counted(contract.rejected, 'clip')}, listed in {_REJECTS}" if contract.rejected else "",
+            "rejected": f"{contract.rejected:,}, listed in {_REJECTS}" if contract.rejected else "",
         }
         lines = [field_lines(label, text, style) for label, text in fields.items() if text]
         return "\n".join([style.heading(str(self.features.folder)), *lines])

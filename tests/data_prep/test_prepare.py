@@ -95,7 +95,7 @@ def test_a_run_with_a_killed_worker_gives_the_same_bytes_as_an_undisturbed_run(c
     killer.join(timeout=1)
     assert not killer.is_alive()
     assert hashes(tmp_path / "set") == hashes(tmp_path / "whole")
-    assert "rejects.jsonl lists 3 clips: 1 duplicate_id, 1 outside_root, 1 undecodable" in caplog.text
+    assert "rejects.jsonl has 3 entries: 1 duplicate_id, 1 outside_root, 1 undecodable" in caplog.text
     figures = json.loads((tmp_path / "out.json").read_text())
     assert {k: figures[k] for k in ("clips", "written", "rejected")} == {"clips": 14, "written": 11, "rejected": 3}
     assert figures.keys() >= {"audio_hours", "wall_s", "clips_per_s", "bytes", "fingerprint"}

@@ -141,6 +141,7 @@ class TableConfig(Strict):
         audio: path of the audio.
         start, end: seconds from the beginning of the file at which the clip starts and ends; None means its beginning
             and its end. A table with columns of these times needs them: `null` for files that are cut already.
+        duration: seconds after the start, in place of `end`.
         question: question of all rows, since tables hold answers only; required for tables. Among the JSON formats,
             SLAM-LLM uses it for rows without a prompt.
         answers: answers of a row; each becomes a question of its own.
@@ -151,11 +152,18 @@ class TableConfig(Strict):
     audio: str = "{audio}"
     start: str | None = None
     end: str | None = None
+    duration: str | None = None
     question: str | None = None
     answers: list[str] = Field(default=["{answer}"], min_length=1)
     task: str = "unspecified"
     dataset: str = "unspecified"
     domain: str = "unspecified"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TableConfig:
+        if self.end is not None and self.duration is not None:
+            raise InvalidConfig("table.duration", "is given beside table.end", "remove one of the two")
+        return self
 
 
 class WorkersConfig(Strict):

@@ -64,7 +64,11 @@ class Templates:
             EmptyField: a field that a template names is empty.
             UserError: a field is missing, or a time is no number.
         """
-        return self._seconds("start", self._table.start), self._seconds("end", self._table.end)
+        start = self._seconds("start", self._table.start)
+        duration = self._seconds("duration", self._table.duration)
+        if duration is not None:
+            return start, (start or 0.0) + duration
+        return start, self._seconds("end", self._table.end)
 
     def _seconds(self, key: str, template: str | None) -> float | None:
         if template is None:
@@ -88,12 +92,12 @@ def refuse_unused_times(table: TableConfig, columns: Iterable[str], where: str) 
     columns = list(columns)
     edges = [next((name for name in columns if name.lower() in fields), None) for fields in _EDGES]
     start, end = edges[0], edges[1] or edges[2]
-    if start is None or end is None or {"start", "end"} & table.model_fields_set:
+    if start is None or end is None or {"start", "end", "duration"} & table.model_fields_set:
         return
     if any(f"{{{name}}}" in template for name in (start, end) for template in (table.audio, table.clip_id or "")):
         return  # the files are named by their times: they are cut already
-    end_column = "{COLUMN OF THE END}" if edges[1] is None else f"{{{end}}}"
-    remedy = f'set `table: {{start: "{{{start}}}", end: "{end_column}"}}` with columns in seconds'
+    key = "duration" if edges[1] is None else "end"
+    remedy = f'set `table: {{start: "{{{start}}}", {key}: "{{{end}}}"}}` with columns in seconds'
     fault = f"has columns '{start}' and '{end}', which no template names"
     raise UserError(where, fault, f"{remedy}, or `table: {{start: null}}` where the files are cut already")
 

@@ -11,9 +11,11 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.audio.fragments import split_fragment
+from data_prep.config import PrepareConfig
 from data_prep.files import open_audio
 from data_prep.manifests.clips import Clip, RejectedRow
 from data_prep.manifests.reader import audio_path, audio_roots, read_clips
+from pipeline.config import load_config
 from pipeline.core.errors import UserError
 from tests.data_prep.test_archive_formats import write_tar
 from tests.data_prep.test_manifest_formats import wav_bytes
@@ -135,10 +137,10 @@ def test_lists_of_sounds_need_conversations(tmp_path):
         read(parquet(tmp_path, audios=[[embedded(0)]], answer=["rain"]), question="What?")
 
 
-@pytest.mark.parametrize(("end", "template"), [("end", "{end}"), ("duration", "{COLUMN OF THE END}")])
+@pytest.mark.parametrize(("end", "value"), [("end", 2.5), ("duration", 1.0)])
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_times_of_an_archive_need_templates(tmp_path, kind, end, template):
-    fields = {"start": 1.5, end: 2.5, "answer": "rain"}
+def test_times_of_an_archive_need_templates(tmp_path, kind, end, value):
+    fields = {"start": 1.5, end: value, "answer": "rain"}
     if kind == "tar":
         members = [("a.wav", WAVS[0]), ("a.json", json.dumps(fields).encode())]
         manifest = write_tar(tmp_path / "m.tar", members)
@@ -146,8 +148,13 @@ def test_times_of_an_archive_need_templates(tmp_path, kind, end, template):
         manifest = parquet(tmp_path, audio=[embedded(0)], **{key: [value] for key, value in fields.items()})
     with pytest.raises(UserError, match=f"has columns 'start' and '{end}'") as error:
         read(manifest, question="What?")
-    assert f'table: {{start: "{{start}}", end: "{template}"}}' in str(error.value)
+    assert f'table: {{start: "{{start}}", {end}: "{{{end}}}"}}' in str(error.value)
     ((clip, _),), _ = read(manifest, question="What?", start=None)
     assert clip.end_s is None
-    ((clip, _),), _ = read(manifest, question="What?", start="{start}", end=f"{{{end}}}")
+    ((clip, _),), _ = read(manifest, question="What?", start="{start}", **{end: f"{{{end}}}"})
     assert (clip.start_s, clip.end_s) == (1.5, 2.5)
+
+
+def test_a_table_has_an_end_or_a_duration():
+    with pytest.raises(UserError, match=r"table\.duration: is given beside table\.end"):
+        load_config(PrepareConfig, "demo_prepare", ["table.end={end}", "table.duration={duration}"])

@@ -157,4 +157,4 @@ def test_times_of_an_archive_need_templates(tmp_path, kind, end, value):
 
 def test_a_table_has_an_end_or_a_duration():
     with pytest.raises(UserError, match=r"table\.duration: is given beside table\.end"):
-        load_config(PrepareConfig, "demo_prepare", ["table.end={end}", "table.duration={duration}"])
+        load_config(PrepareConfig, "demo_prepare", ["table.end='{end}'", "table.duration='{duration}'"])

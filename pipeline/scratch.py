@@ -72,7 +72,7 @@ def _count_parameters(file: Path) -> int:
 
 
 def _texts(manifest: Path) -> Iterator[str]:
-    """Yields the questions, the answers and the turns of a manifest, on which the tokenizer is trained.
+    """Yields the texts of a manifest, on which the tokenizer is trained: system texts, questions, answers and turns.
 
     Raises:
         UserError: the manifest cannot be read, or is not one.
@@ -94,6 +94,8 @@ def _texts(manifest: Path) -> Iterator[str]:
 
 
 def _texts_of(question: dict[str, Any]) -> Iterator[str]:
+    if question.get("system"):
+        yield question["system"]
     if "turns" not in question:
         yield question["question"]
         yield question["answer"]

@@ -49,11 +49,11 @@ def test_the_spread_of_the_weights_is_a_setting_of_the_config(inputs: list[str])
 
 def test_texts_of_conversations_are_read_and_unusual_line_separators_kept(inputs: list[str]) -> None:
     turns = [{"role": "user", "content": [0, "zebra zebra"]}, {"role": "assistant", "content": "quagga\u2028quagga"}]
-    row = {"clip_id": "c", "audio": "c.wav", "questions": [{"turns": turns}] * 5}
+    row = {"clip_id": "c", "audio": "c.wav", "questions": [{"turns": turns, "system": "okapi okapi"}] * 5}
     Path(inputs[2]).write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
     assert main(inputs) == 0
     tokenizer = AutoTokenizer.from_pretrained(inputs[1])
-    assert all(len(tokenizer(word)["input_ids"]) < len(word) for word in ("zebra", "quagga"))
+    assert all(len(tokenizer(word)["input_ids"]) < len(word) for word in ("zebra", "quagga", "okapi"))
 
 
 @pytest.mark.parametrize(

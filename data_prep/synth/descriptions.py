@@ -1,94 +1,104 @@
 """Words what a clip sounds like, and questions about it, from its plan. From such text a language model learns to read
-before it encodes any audio: every answer of a clip follows from its description.
+before it encodes any audio: a description states every answer of a clip behind one word that names it, in random order.
 
 Held-out descriptions and questions have wordings of their own, made of the words of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from data_prep.synth.music import MusicPlan
-from data_prep.synth.plan import Plan
+from data_prep.synth.plan import Fact, Plan
 from data_prep.synth.questions import WORDINGS
-from data_prep.synth.sounds import SoundPlan
-from data_prep.synth.speech import SpeechPlan
 
-# Of a domain: the wordings for training, and those for held-out descriptions.
-DESCRIPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "sound": (
-        (
-            "You hear {items}.",
-            "The sounds are {items}.",
-            "There is {items}.",
-            "In this clip: {items}.",
-            "The clip is {items}.",
-        ),
-        ("In this clip you hear {items}.", "The sounds you hear: {items}."),
-    ),
-    "music": (
-        (
-            "A {tempo} melody of {count} notes, {contour}. It plays {items}.",
-            "You hear {count} {tempo} notes, {items}. The shape is {contour}.",
-            "It plays {items}. The tempo is {tempo}, the shape is {contour}, with {count} notes.",
-            "The melody is {contour}. It has {count} notes, and plays {items}. It is {tempo}.",
-            "The instrument is {items}. A {contour} melody, {tempo}, {count} notes.",
-        ),
-        (
-            "You hear {items}. The melody is {tempo} and {contour}. It has {count} notes.",
-            "A melody of {count} notes: {items}. The shape is {contour}, the tempo is {tempo}.",
-        ),
-    ),
-    "speech": (
-        (
-            "A {speaker} says {items}. The {vowel} is long.",
-            "You hear a {speaker}, with a long {vowel}: {items}.",
-            "They say {items}. It is said by a {speaker}, and the {vowel} is long.",
-            "The {speaker} is speaking: {items}. There is a long {vowel}.",
-            "The long vowel is {vowel}. The voice is a {speaker}. You hear {items}.",
-        ),
-        (
-            "The voice is a {speaker}: {items}. The long vowel is {vowel}.",
-            "You hear {items}. It is said by a {speaker}, with a long {vowel}.",
-        ),
-    ),
+# How a description begins, and what separates two of its facts.
+DESCRIPTIONS: tuple[tuple[str, str], ...] = (
+    ("You hear: ", ", "),
+    ("You hear ", " and "),
+    ("In this clip: ", ", "),
+    ("In this clip, ", ". "),
+    ("The clip: ", ". "),
+    ("There is ", ", and "),
+)
+HELD_OUT_DESCRIPTIONS: tuple[tuple[str, str], ...] = (("In this clip you hear: ", ", and "), ("The clip is: ", " and "))
+NAMES: dict[str, str] = {  # what a description calls the answer of a task: one word, in front of the answer
+    "sound.what": "sound",
+    "sound.count": "number",
+    "sound.first": "first",
+    "sound.last": "last",
+    "sound.direction": "whistle",
+    "sound.loudest": "loudest",
+    "sound.longest": "longest",
+    "music.what": "instrument",
+    "music.first": "first",
+    "music.last": "last",
+    "music.count": "number",
+    "music.contour": "shape",
+    "music.tempo": "tempo",
+    "music.highest": "highest",
+    "speech.transcribe": "speech",
+    "speech.count": "number",
+    "speech.first": "first",
+    "speech.last": "last",
+    "speech.speaker": "voice",
+    "speech.longest": "longest",
 }
+HARD_TASKS = frozenset(  # several facts of a description could be the answer, or it has several words
+    {
+        "sound.first",
+        "sound.last",
+        "sound.loudest",
+        "sound.longest",
+        "music.first",
+        "music.last",
+        "speech.transcribe",
+        "speech.first",
+        "speech.last",
+    }
+)
+EASY_TASK_SHARE = 0.4  # probability that another task is asked
 MORE_QUESTIONS: dict[str, tuple[str, ...]] = {  # beside those about audio
-    "sound.what": ("What do you hear?", "Which sound is in the clip?"),
-    "sound.count": ("What is the number of sounds?", "How many sounds are in the clip?"),
-    "sound.first": ("Name the first sound.", "Which is the first sound?"),
-    "sound.last": ("Name the last sound.", "Which is the last sound?"),
-    "sound.direction": ("Describe the whistle.", "How does the whistle move?"),
-    "sound.loudest": ("What sound is loudest?", "Which is loud?"),
-    "sound.longest": ("What sound is longest?", "Which is long?"),
-    "music.what": ("What plays the melody?", "Which is the instrument?"),
-    "music.first": ("Name the first instrument.", "Which is the first instrument?"),
-    "music.last": ("Name the last instrument.", "Which is the last instrument?"),
-    "music.count": ("How many notes do you hear?", "What is the number of notes?"),
-    "music.contour": ("What is the shape?", "What is the contour of the melody?"),
-    "music.tempo": ("What is the tempo of the melody?", "Name the tempo."),
-    "music.highest": ("Which note of the melody is the highest?", "What is the highest note?"),
-    "speech.transcribe": ("Transcribe the syllables.", "Write down the speech."),
-    "speech.count": ("What is the number of syllables?", "How many syllables are in the clip?"),
-    "speech.first": ("Name the first syllable.", "Which is the first syllable?"),
-    "speech.last": ("Name the last syllable.", "Which is the last syllable?"),
-    "speech.speaker": ("Who is it: a man, a woman or a child?", "Which voice do you hear?"),
-    "speech.longest": ("Name the longest vowel.", "Which vowel is long?"),
+    "sound.what": ("What do you hear?", "Which sound is in the clip?", "What is the sound?"),
+    "sound.count": ("How many sounds are in the clip?", "How many sounds are there?", "What is the number of sounds?"),
+    "sound.first": ("Which sound is first?", "Which is the first sound?", "Name the first sound."),
+    "sound.last": ("Which sound is last?", "Which is the last sound?", "Name the last sound."),
+    "sound.direction": ("How does the whistle move?", "What is the whistle?", "Describe the whistle."),
+    "sound.loudest": ("What sound is loudest?", "Which is the loudest sound?", "Name the sound that is loudest."),
+    "sound.longest": ("What sound is longest?", "Which is the longest sound?", "Name the sound that is longest."),
+    "music.what": ("What plays the melody?", "Which instrument is in the clip?", "What is the instrument?"),
+    "music.first": ("What instrument is first?", "Which is the first instrument?", "Name the first instrument."),
+    "music.last": ("What instrument is last?", "Which is the last instrument?", "Name the last instrument."),
+    "music.count": ("How many notes do you hear?", "How many notes are in the clip?", "What is the number of notes?"),
+    "music.contour": ("What is the contour of the melody?", "What is the shape?", "Name the shape of the melody."),
+    "music.tempo": ("What is the tempo of the melody?", "Is it slow, medium or fast?", "Name the tempo."),
+    "music.highest": (
+        "Which note of the melody is the highest?",
+        "Where is the highest note?",
+        "What is the highest note?",
+    ),
+    "speech.transcribe": ("Transcribe the syllables.", "What do you hear them say?", "What is the speech?"),
+    "speech.count": (
+        "How many syllables are in the clip?",
+        "How many syllables do they say?",
+        "What is the number of syllables?",
+    ),
+    "speech.first": ("Which syllable is first?", "Which is the first syllable?", "Name the first syllable."),
+    "speech.last": ("Which syllable is last?", "Which is the last syllable?", "Name the last syllable."),
+    "speech.speaker": ("Who is it: a man, a woman or a child?", "Which voice do you hear?", "What is the voice?"),
+    "speech.longest": ("What vowel is longest?", "Which is the longest vowel?", "Name the longest vowel."),
 }
 HELD_OUT_QUESTIONS: dict[str, tuple[str, ...]] = {
     "sound.what": ("Which sound is it?",),
     "sound.count": ("Count the sounds you hear.",),
     "sound.first": ("What is the first sound in this clip?",),
     "sound.last": ("What is the last sound in this clip?",),
-    "sound.direction": ("What does the whistle do?",),
-    "sound.loudest": ("Which is the loudest sound?",),
-    "sound.longest": ("Which is the longest sound?",),
+    "sound.direction": ("How is the whistle: rising, falling or steady?",),
+    "sound.loudest": ("Which sound do you hear the loudest?",),
+    "sound.longest": ("Which sound do you hear the longest?",),
     "music.what": ("Which instrument do you hear?",),
-    "music.first": ("What is the first instrument?",),
-    "music.last": ("What is the last instrument?",),
+    "music.first": ("What is the first instrument you hear?",),
+    "music.last": ("What is the last instrument you hear?",),
     "music.count": ("How many notes are in the melody?",),
-    "music.contour": ("Describe the shape of the melody.",),
+    "music.contour": ("Which contour does the melody have?",),
     "music.tempo": ("How fast is it: slow, medium or fast?",),
     "music.highest": ("Where is the highest note of the melody?",),
     "speech.transcribe": ("Write down the syllables they say.",),
@@ -96,51 +106,29 @@ HELD_OUT_QUESTIONS: dict[str, tuple[str, ...]] = {
     "speech.first": ("What is the first syllable you hear?",),
     "speech.last": ("What is the last syllable you hear?",),
     "speech.speaker": ("Whose voice do you hear?",),
-    "speech.longest": ("Which is the longest vowel?",),
+    "speech.longest": ("Which vowel is the longest vowel?",),
 }
 
 
 def describe(plan: Plan, rng: np.random.Generator, *, held_out: bool) -> str:
-    """Returns a description from which every answer of the plan follows, in a random wording."""
-    domain, values = _values(plan)
-    return str(rng.choice(DESCRIPTIONS[domain][held_out])).format(**values)
+    """Returns a description that states every answer of the plan, in random order and a random wording."""
+    wordings = HELD_OUT_DESCRIPTIONS if held_out else DESCRIPTIONS
+    beginning, separator = wordings[rng.integers(len(wordings))]
+    facts = plan.facts()
+    shuffled = [facts[number] for number in rng.permutation(len(facts))]
+    return beginning + separator.join(f"{NAMES[fact.task]} {fact.answer}" for fact in shuffled) + "."
+
+
+def training_questions(plan: Plan, rng: np.random.Generator) -> list[Fact]:
+    """Returns what a training description is asked, in random order: hard tasks twice, others at times."""
+    facts = plan.facts()
+    questions = [
+        fact for fact in facts for _ in range(2 if fact.task in HARD_TASKS else rng.random() < EASY_TASK_SHARE)
+    ]
+    return [questions[number] for number in rng.permutation(len(questions))]
 
 
 def word_question(task: str, rng: np.random.Generator, *, held_out: bool) -> str:
     """Returns a question of a task about a description, in a random wording."""
     wordings = HELD_OUT_QUESTIONS[task] if held_out else WORDINGS[task] + MORE_QUESTIONS[task]
     return str(rng.choice(wordings))
-
-
-def _values(plan: Plan) -> tuple[str, dict[str, str]]:
-    """Returns the domain of a plan and what fills the gaps of its wordings."""
-    facts = dict(plan.facts())
-    if isinstance(plan, SoundPlan):
-        return "sound", {"items": _in_order(_sound_items(plan))}
-    if isinstance(plan, MusicPlan):
-        instruments = [note.instrument for note in plan.notes]
-        items = _in_order(instruments[:1] if len(set(instruments)) == 1 else [instruments[0], instruments[-1]])
-        values = {"items": items, "tempo": plan.tempo, "contour": plan.contour, "count": facts["music.count"]}
-        return "music", values
-    assert isinstance(plan, SpeechPlan)
-    items = _in_order([syllable.text for syllable in plan.syllables])
-    return "speech", {"items": items, "speaker": plan.speaker, "vowel": facts["speech.longest"]}
-
-
-def _sound_items(plan: SoundPlan) -> list[str]:
-    """Returns the events with what sets them apart from the others of the clip."""
-    loudest = max(plan.events, key=lambda event: event.level_db)
-    longest = max(plan.events, key=lambda event: event.duration_s)
-    items = []
-    for event in plan.events:
-        words = [event.kind, *([event.direction] if event.direction else [])]
-        if len(plan.events) > 1:
-            words += ["loud"] * (event is loudest) + ["long"] * (event is longest)
-        items.append(" ".join(words))
-    return items
-
-
-def _in_order(items: Sequence[str]) -> str:
-    """Returns one to three items with the words of their order."""
-    words = {1: ["only"], 2: ["first", "last"], 3: ["first", "then", "last"]}[len(items)]
-    return ", ".join(f"{word} {item}" for word, item in zip(words, items, strict=True))

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.synth.corpus import DOMAINS, HELD_OUT, check_size
-from data_prep.synth.descriptions import describe, word_question
+from data_prep.synth.descriptions import describe, training_questions, word_question
 from data_prep.synth.folder import KIND, finish, read_finished, start, write_lines
 from data_prep.synth.plan import deck
-from data_prep.synth.questions import QUESTIONS_PER_CLIP
 
-REVISION = 1  # raise it with every change that alters the corpus
+REVISION = 2  # raise it with every change that alters the corpus
+SYSTEM_PROMPT = "Listen."  # that of the demo, in front of each description
 STREAM = 2  # of the random numbers of a seed; those of audio have 0 and 1
 
 
@@ -46,15 +46,17 @@ def plan_text(clips: int, seed: int) -> list[Description]:
         domain = list(DOMAINS)[index % len(DOMAINS)]
         clip_id = f"{domain}-text-{index:06d}"
         plan, held_out = next(plans[domain]), next(decks[domain])
-        text, facts = describe(plan, rng, held_out=held_out), plan.facts()
+        text = f"{SYSTEM_PROMPT}\n{describe(plan, rng, held_out=held_out)}"
+        facts = plan.facts() if held_out else training_questions(plan, rng)
         questions = [
             {
                 "question_id": f"{clip_id}-{number}",
-                "question": f"{text}\n{word_question(facts[fact].task, rng, held_out=held_out)}",
-                "answer": facts[fact].answer,
-                "task": facts[fact].task,
+                "system": text,  # not in the question, so that packed questions about a clip share it
+                "question": word_question(fact.task, rng, held_out=held_out),
+                "answer": fact.answer,
+                "task": fact.task,
             }
-            for number, fact in enumerate(rng.permutation(len(facts))[:QUESTIONS_PER_CLIP])
+            for number, fact in enumerate(facts)
         ]
         corpus.append(Description(clip_id, domain, held_out, text, questions))
     return corpus

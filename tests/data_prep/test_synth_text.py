@@ -2,19 +2,24 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from data_prep.synth import main
 from data_prep.synth.corpus import plan_corpus
-from data_prep.synth.descriptions import DESCRIPTIONS, HELD_OUT_QUESTIONS, MORE_QUESTIONS
+from data_prep.synth.descriptions import (
+    DESCRIPTIONS,
+    HARD_TASKS,
+    HELD_OUT_DESCRIPTIONS,
+    HELD_OUT_QUESTIONS,
+    MORE_QUESTIONS,
+    NAMES,
+)
 from data_prep.synth.questions import WORDINGS
 from data_prep.synth.text import plan_text
 from pipeline.core.errors import UserError
-
-NUMBERS = {1: "one", 2: "two", 3: "three"}
-HIGHEST = {"rising": "last", "falling": "first", "up then down": "middle"}
 
 
 @pytest.fixture(scope="module")
@@ -26,35 +31,33 @@ def bytes_by_name(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def read(domain: str, text: str) -> dict[str, str]:
-    """Answers every task from a description alone."""
-    items = re.findall(
-        r"(?:only|first|then|last) (\w+)((?: (?:rising|falling|steady|loud|long)\b)*)", text.replace("up then down", "")
-    )
-    names = [name for name, _ in items]
-    answers = {"first": names[0], "last": names[-1], "count": NUMBERS[len(names)] if domain != "music" else ""}
-    if domain == "sound":
-        marks = {mark: name for name, words in items for mark in words.split()}
-        directions = {"rising", "falling", "steady"} & marks.keys()
-        answers |= {"what": names[0], "loudest": marks.get("loud", ""), "longest": marks.get("long", "")}
-        answers["direction"] = "".join(directions)
-    elif domain == "music":
-        contour = re.search(r"up then down|rising|falling", text)[0]
-        answers |= {"what": names[0], "count": re.search(r"three|four|five", text)[0], "contour": contour}
-        answers |= {"tempo": re.search(r"slow|medium|fast", text)[0], "highest": HIGHEST[contour]}
-    else:
-        longest = re.search(r"long (?:vowel is )?([aiu])\b|the ([aiu]) is long", text, re.IGNORECASE)
-        answers |= {"transcribe": " ".join(names), "longest": longest[1] or longest[2]}
-        answers["speaker"] = re.search(r"\b(man|woman|child)\b", text)[0]
-    return answers
+def facts_in(text: str) -> dict[str, str]:
+    """Returns the facts of a description by their names."""
+    parts = re.split(r",? and |, |\. ", text.rstrip("."))
+    return dict(match.groups() for part in parts if (match := re.search(rf"\b({'|'.join(NAMES.values())}) (.+)", part)))
 
 
 def test_every_answer_follows_from_the_description(planned):
     for clip in planned:
-        answers = read(clip.domain, clip.text)
+        facts = facts_in(clip.text)
         for question in clip.questions:
-            assert question["question"].startswith(f"{clip.text}\n")
-            assert question["answer"] == answers[question["task"].partition(".")[2]], question
+            assert question["system"] == clip.text
+            assert question["answer"] == facts[NAMES[question["task"]]], question
+
+
+def test_a_name_stands_for_one_fact_of_a_description(planned):
+    for clip in planned:
+        tasks = {question["task"] for question in clip.questions}
+        assert len({NAMES[task] for task in tasks}) == len(tasks)
+
+
+def test_training_asks_hard_tasks_twice_and_held_out_descriptions_each_task_once(planned):
+    for clip in planned:
+        counts = Counter(question["task"] for question in clip.questions)
+        if clip.held_out:
+            assert set(counts.values()) == {1}
+        else:
+            assert all(count == 2 for task, count in counts.items() if task in HARD_TASKS)
 
 
 def test_all_tasks_of_audio_are_asked_in_both_parts(planned):
@@ -65,14 +68,14 @@ def test_all_tasks_of_audio_are_asked_in_both_parts(planned):
 
 def test_held_out_wordings_are_new_and_made_of_known_words(planned):
     def words(held_out):
-        texts = [q["question"] for clip in planned if clip.held_out == held_out for q in clip.questions]
+        clips = [clip for clip in planned if clip.held_out == held_out]
+        texts = [clip.text for clip in clips] + [q["question"] for clip in clips for q in clip.questions]
         return set(re.findall(r"\w+", " ".join(texts).lower()))
 
     assert words(True) <= words(False)
     for task, wordings in HELD_OUT_QUESTIONS.items():
         assert not set(wordings) & {*WORDINGS[task], *MORE_QUESTIONS[task]}
-    for training, held_out in DESCRIPTIONS.values():
-        assert not set(training) & set(held_out)
+    assert not set(DESCRIPTIONS) & set(HELD_OUT_DESCRIPTIONS)
 
 
 def test_the_clips_are_others_than_those_of_audio(planned):

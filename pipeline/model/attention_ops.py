@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, reduce
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 KeysValues = tuple[Tensor, Tensor]
+RECOMPILED_TOO_OFTEN = (
+    "FlexAttention has been compiled as often as torch._dynamo.config.recompile_limit allows, and would compute dense "
+    "scores from now on: run with TORCH_LOGS=recompiles to see what changes between batches, raise that limit, or set "
+    'the model\'s attention_path to "sdpa"'
+)
 
 
 def attend(
@@ -74,14 +80,37 @@ def _flex(query: Tensor, joined: KeysValues, mask: BlockMask, scaling: float, so
     def bound(score: Tensor, *_: Tensor) -> Tensor:
         return score if softcap is None else torch.tanh(score / softcap) * softcap
 
-    function: Any = _compiled_flex() if query.is_cuda else flex_attention
+    function: Any = compiled_flex() if query.is_cuda else flex_attention
     score_mod = None if softcap is None else bound
-    return function(query, *joined, score_mod, mask, scale=scaling, enable_gqa=query.shape[1] != joined[0].shape[1])
+    key, value = (x.contiguous() for x in joined)  # with and without audio in front: one compiled entry for both
+    with recompilation_errors():
+        return function(query, key, value, score_mod, mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@contextmanager
+def recompilation_errors() -> Iterator[None]:
+    """Names the remedy where torch's limit of recompilations is reached.
+
+    Raises:
+        RuntimeError: the limit is reached.
+    """
+    try:
+        yield
+    except Exception as error:
+        from torch._dynamo.exc import FailOnRecompileLimitHit  # takes a second, which no other run should pay
+
+        if isinstance(error, FailOnRecompileLimitHit):
+            raise RuntimeError(RECOMPILED_TOO_OFTEN) from error
+        raise
 
 
 @cache
-def _compiled_flex() -> Callable[..., Any]:
-    return torch.compile(flex_attention)  # uncompiled it would materialise all scores
+def compiled_flex() -> Callable[..., Any]:
+    """Returns FlexAttention compiled for any size; uncompiled it would materialise all scores.
+
+    `fullgraph`: at its limit of recompilations torch raises an error, where by default it would continue uncompiled.
+    """
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _explicit(

@@ -169,6 +169,6 @@ class PalModel(PreTrainedModel):
             x_ND = audio.tokens[i]
             if layout.reuses_clips:
                 x_ND = x_ND[layout.sequence_sources[i]]
-            x_ND = x_ND if scale is None else x_ND / scale.to(x_ND)
+            x_ND = x_ND if scale is None else x_ND / scale.to(x_ND.dtype)
             x_BTD = x_BTD.flatten(0, 1).index_copy(0, layout.sequence_entries[i], x_ND).view_as(x_BTD)
         return x_BTD

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from pipeline.model.attention_ops import recompilation_errors
 from pipeline.model.positions import TokenMetadata
 
 
@@ -51,6 +54,15 @@ def block_mask(rule: MaskRule, query: TokenMetadata, key: TokenMetadata) -> Bloc
     def mask_mod(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return rule.mask_mod(query.map(lambda x: x[row, q]), key.map(lambda x: x[row, k]))
 
+    # Tensors of its own: compiled code tells keys that are the queries themselves from keys that are not.
+    key = key.map(lambda x: x.contiguous().view_as(x))
     (rows, queries), keys, device = query.valid.shape, key.valid.shape[1], query.valid.device
-    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    return make(mask_mod, rows, None, queries, keys, device=device)
+    make = compiled_create_block_mask() if device.type == "cuda" else create_block_mask
+    with recompilation_errors(), torch.no_grad():  # in training and validation the same compiled entry
+        return make(mask_mod, rows, None, queries, keys, device=device)
+
+
+@cache
+def compiled_create_block_mask() -> Callable[..., BlockMask]:
+    """Returns the builder of block masks, compiled for any size, without a fall-back to a dense mask."""
+    return torch.compile(create_block_mask, dynamic=True, fullgraph=True)

@@ -22,14 +22,19 @@ class PackedQuestions:
     Attributes:
         prefix_length: P, entries from the left that hold every prefix.
         row: (J,) row of each question.
-        entry: (J, U) flat entry b * T + t of each question's tokens; 0 for padding.
+        entry: (J, U) flat entry b * T + t of each question's tokens; for padding any entries of its row, none twice in
+            succession: the backward pass of a gather on a GPU adds equal indices one after the other.
         valid: (J, U) not padding.
+        tokens: (M,) flat indices j * U + u that are not padding.
+        token_entries: (M,) `entry` of these tokens.
     """
 
     prefix_length: int
     row: Tensor
     entry: Tensor
     valid: Tensor
+    tokens: Tensor
+    token_entries: Tensor
 
     def to(self, device: torch.device) -> PackedQuestions:
         return PackedQuestions(
@@ -37,6 +42,8 @@ class PackedQuestions:
             to_device(self.row, device),
             to_device(self.entry, device),
             to_device(self.valid, device),
+            to_device(self.tokens, device),
+            to_device(self.token_entries, device),
         )
 
     def prefix_metadata(self, metadata: TokenMetadata) -> TokenMetadata:
@@ -67,8 +74,8 @@ class PackedQuestions:
         out_BTHE = like.new_zeros(batch, total, heads, width)
         if prefix_BHPE is not None:
             out_BTHE = torch.cat([prefix_BHPE.transpose(1, 2), out_BTHE[:, self.prefix_length :]], dim=1)
-        question_JUHE = question_JHUE.transpose(1, 2)
-        out_NHE = out_BTHE.flatten(0, 1).index_copy(0, self.entry[self.valid], question_JUHE[self.valid])
+        question_MHE = question_JHUE.transpose(1, 2).flatten(0, 1)[self.tokens]
+        out_NHE = out_BTHE.flatten(0, 1).index_copy(0, self.token_entries, question_MHE)
         return out_NHE.view(batch, total, heads, width).transpose(1, 2)
 
 
@@ -90,10 +97,11 @@ def find_packed_questions(metadata: TokenMetadata) -> PackedQuestions | None:
         for s in segment[row][packed[row]].unique().tolist()
     ]
     longest = max(len(columns) for _, columns in questions)
-    entry = torch.zeros(len(questions), longest, dtype=torch.long)
+    rows = torch.tensor([row for row, _ in questions])
+    entry = rows[:, None] * total + torch.arange(longest) % total
     in_question = torch.zeros_like(entry, dtype=torch.bool)
     for number, (row, columns) in enumerate(questions):
         entry[number, : len(columns)] = row * total + columns
         in_question[number, : len(columns)] = True
-    rows = torch.tensor([row for row, _ in questions])
-    return PackedQuestions(int(in_prefix.sum(1).max()), rows, entry, in_question)
+    tokens = in_question.flatten().nonzero()[:, 0]
+    return PackedQuestions(int(in_prefix.sum(1).max()), rows, entry, in_question, tokens, entry.flatten()[tokens])

@@ -62,7 +62,8 @@ class AudioTokenLayout:
 
     Attributes:
         metadata: (B, S), padded on the right.
-        source: (B, S) index into the flat tokens of these streams, one stream after the other.
+        source: (B, S) index into the flat tokens of these streams, one stream after the other. Those of padding are
+            spread over the tokens: the backward pass of a gather on a GPU adds equal indices one after the other.
         is_view: `source` only splits the flat tokens into rows of equal length, so a view replaces the gather.
     """
 
@@ -124,6 +125,7 @@ def arrange_in_rows(
     width = max(int(per_row.max()), 1)
     column = torch.arange(len(row)) - (per_row.cumsum(0) - per_row)[row]
     padded = torch.zeros(3, batch, width, dtype=torch.long)
+    padded[2] = torch.arange(width) % max(offset, 1)
     padded[:, row, column] = table[:, 1:].T
     valid = torch.zeros(batch, width, dtype=torch.bool)
     valid[row, column] = True

@@ -38,7 +38,11 @@ def main(argv: Sequence[str]) -> int:
             "--share", "would lose its answers", "give --predictions FILE in a folder that all nodes can write to"
         )
 
-    texts = {name: Path(location.partition("=")[2]) for name, location in locations.items() if name == TEXT}
+    texts = {
+        name: Path(location.partition("=")[2])
+        for name, location in locations.items()
+        if location.startswith(f"{TEXT}=")
+    }
     if texts and arguments.share:
         raise UserError(
             "--share", "applies to questions, not to text=FILE", "evaluate the text in a command of its own"

@@ -179,7 +179,7 @@ def test_the_curve_of_a_failed_run_says_so(uri: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(plots, "plot_loss_curves", recording)
     assert main(["mixed", "--uri", uri, "--out", str(tmp_path), "--no-log"]) == 0
     done, failed = labels
-    assert "at step" not in done and failed.endswith(" (failed at step 3)")
+    assert "after step" not in done and failed.endswith(" (failed after step 3)")
     assert (tmp_path / "loss.png").is_file()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from pipeline.config import ExperimentConfig, load_config
+from pipeline.config import ExperimentConfig
 from pipeline.core.console import logger
 from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import Question
@@ -25,8 +25,7 @@ from pipeline.data.length_errors import prompt_too_long, too_many_positions
 from pipeline.inference.decoding import greedy_decoding
 from pipeline.inference.token_streamer import TokenStreamer
 from pipeline.model import AttentionMass, PalConfig, PalForCausalLM, PrefixCache, StreamingAudio, probe_attention
-from pipeline.training import run_dir
-from pipeline.training.exported_model import load_model, read_model_config
+from pipeline.training.exported_model import load_model, read_model_config, read_training_config
 
 Features = Mapping[str, NDArray[np.float16]]
 
@@ -65,15 +64,12 @@ class Answer:
 
 
 def load_config_of(folder: Path) -> tuple[ExperimentConfig, PalConfig]:
-    """Reads how an exported model was trained and its model config; reads no weights.
+    """Reads how an exported model was trained and its model config; reads no weights. Accepts a plain language model.
 
     Raises:
         UserError: the folder is not an exported model.
     """
-    if not (folder / run_dir.CONFIG).is_file():
-        fault = "is not an exported model" if folder.is_dir() else "does not exist"
-        raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
-    config = load_config(ExperimentConfig, folder / run_dir.CONFIG)
+    config = read_training_config(folder)
     return config, read_model_config(folder, config)
 
 
@@ -121,7 +117,7 @@ class Responder:
         max_new_tokens: maximum length of an answer; also an attribute.
 
     Attributes:
-        model: the model, in evaluation mode.
+        model: in evaluation mode.
         chat_template: renders the prompts.
         max_positions: positions that the language model was made for.
         feature_fingerprints: encoder -> fingerprint of the features that the model was trained on.

@@ -55,7 +55,7 @@ class TrainedRun:
         )
         if outcome is None or not self.losses:
             return self.label
-        return f"{self.label} ({outcome} at step {self.losses[-1][0]})"
+        return f"{self.label} ({outcome} after step {self.losses[-1][0]})"
 
     @property
     def scored(self) -> dict[str, Any]:

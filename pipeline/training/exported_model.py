@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from pipeline.config import ExperimentConfig, dump_config
+from pipeline.config import ExperimentConfig, dump_config, load_config, validate_config
+from pipeline.core.errors import UserError
 from pipeline.core.feature_contract import load_contract, write_encoders
 from pipeline.data.chat_template import load_tokenizer
 from pipeline.data.template_parts import AUDIO_TOKEN
@@ -56,6 +57,29 @@ def _save_language_model(
         state_dict = {name.removeprefix(_LANGUAGE_MODEL): tensor for name, tensor in state_dict.items()}
     model.language_model.save_pretrained(folder, state_dict=state_dict)
     AutoTokenizer.from_pretrained(origin, trust_remote_code=False).save_pretrained(folder)
+
+
+def read_training_config(folder: Path) -> ExperimentConfig:
+    """Reads the config that a saved model was trained with.
+
+    A plain language model, which no run of ours trained, gets one for answering sets of text; its prompts have the
+    template's own system text where a question has none.
+
+    Raises:
+        UserError: the folder is neither.
+    """
+    if (folder / run_dir.CONFIG).is_file():
+        return load_config(ExperimentConfig, folder / run_dir.CONFIG)
+    if not (folder / "config.json").is_file():
+        fault = "is not an exported model" if folder.is_dir() else "does not exist"
+        raise UserError(folder, fault, "give the folder `model` of a run, or one made by `pal export`")
+    values = {
+        "output": str(folder),
+        "model": {"language_model": str(folder), "encoders": [], "integration": "none"},
+        "data": {"train": str(folder), "system_prompt": None},
+        "train": {"steps": 1},
+    }
+    return validate_config(ExperimentConfig, values, str(folder))
 
 
 def read_model_config(folder: Path, config: ExperimentConfig) -> PalConfig:

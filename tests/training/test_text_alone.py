@@ -203,6 +203,14 @@ def test_commands_that_need_audio_refuse_it(config: Path, trained: Path) -> None
         evaluate.main([model, str(config.parent / "features")])
 
 
+def test_a_plain_language_model_answers_a_set_of_text_before_any_training(exported: Path, tmp_path: Path) -> None:
+    text, file = write_feature_set(tmp_path / "text", [2], encoders={}), tmp_path / "scores.json"
+    assert evaluate.main([str(exported / "lm"), str(text), f"--json={file}", "--max-new-tokens=2"]) == 0
+    assert json.loads(file.read_text())["text"]["questions"] == 2
+    with pytest.raises(UserError, match="is a language model that was trained on text alone"):
+        probe.main([str(exported / "lm"), str(exported / "set")])
+
+
 def test_integration_and_encoders_follow_from_each_other() -> None:
     def model(**values: Any) -> tuple[list[str], str]:
         common = {"output": "x", "data": {"train": "x"}, "train": {"steps": 1}}

@@ -1,5 +1,5 @@
 """Words what a clip sounds like, and questions about it, from its plan. From such text a language model learns to read
-before it encodes any audio: a description states every answer of a clip behind one word that names it, in random order.
+before it encodes any audio: a description states every answer of a clip with a word that names it, in random order.
 
 Held-out descriptions and questions have wordings of their own, made of the words of the others."""
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.synth.plan import Fact, Plan
+from data_prep.synth.plan import Plan
 from data_prep.synth.questions import WORDINGS
 
 # How a description begins, and what separates two of its facts.
@@ -20,7 +20,7 @@ DESCRIPTIONS: tuple[tuple[str, str], ...] = (
     ("There is ", ", and "),
 )
 HELD_OUT_DESCRIPTIONS: tuple[tuple[str, str], ...] = (("In this clip you hear: ", ", and "), ("The clip is: ", " and "))
-NAMES: dict[str, str] = {  # what a description calls the answer of a task: one word, in front of the answer
+NAMES: dict[str, str] = {  # what a description calls the answer of a task
     "sound.what": "sound",
     "sound.count": "number",
     "sound.first": "first",
@@ -35,27 +35,28 @@ NAMES: dict[str, str] = {  # what a description calls the answer of a task: one 
     "music.contour": "shape",
     "music.tempo": "tempo",
     "music.highest": "highest",
-    "speech.transcribe": "speech",
     "speech.count": "number",
     "speech.first": "first",
     "speech.last": "last",
     "speech.speaker": "voice",
     "speech.longest": "longest",
 }
-HARD_TASKS = frozenset(  # several facts of a description could be the answer, or it has several words
+# Stated as one word (`firstHiss`), which is one token. A small model takes many more steps to learn
+# which of several answers stands behind which name.
+COMPOUND_TASKS = frozenset(
     {
+        "sound.what",
         "sound.first",
         "sound.last",
         "sound.loudest",
         "sound.longest",
         "music.first",
         "music.last",
-        "speech.transcribe",
         "speech.first",
         "speech.last",
+        "speech.longest",
     }
 )
-EASY_TASK_SHARE = 0.4  # probability that another task is asked
 MORE_QUESTIONS: dict[str, tuple[str, ...]] = {  # beside those about audio
     "sound.what": ("What do you hear?", "Which sound is in the clip?", "What is the sound?"),
     "sound.count": ("How many sounds are in the clip?", "How many sounds are there?", "What is the number of sounds?"),
@@ -114,18 +115,21 @@ def describe(plan: Plan, rng: np.random.Generator, *, held_out: bool) -> str:
     """Returns a description that states every answer of the plan, in random order and a random wording."""
     wordings = HELD_OUT_DESCRIPTIONS if held_out else DESCRIPTIONS
     beginning, separator = wordings[rng.integers(len(wordings))]
-    facts = plan.facts()
-    shuffled = [facts[number] for number in rng.permutation(len(facts))]
-    return beginning + separator.join(f"{NAMES[fact.task]} {fact.answer}" for fact in shuffled) + "."
+    statements = _statements(plan)
+    return beginning + separator.join(statements[number] for number in rng.permutation(len(statements))) + "."
 
 
-def training_questions(plan: Plan, rng: np.random.Generator) -> list[Fact]:
-    """Returns what a training description is asked, in random order: hard tasks twice, others at times."""
-    facts = plan.facts()
-    questions = [
-        fact for fact in facts for _ in range(2 if fact.task in HARD_TASKS else rng.random() < EASY_TASK_SHARE)
-    ]
-    return [questions[number] for number in rng.permutation(len(questions))]
+def _statements(plan: Plan) -> list[str]:
+    """Returns what a description states. Where several facts could be an answer, name and answer form one word."""
+    statements = []
+    for fact in plan.facts():
+        if fact.task == "speech.transcribe":  # its first and its last syllable are facts of their own
+            statements += [f"then{syllable.capitalize()}" for syllable in fact.answer.split()[1:-1]]
+        elif fact.task in COMPOUND_TASKS:
+            statements.append(NAMES[fact.task] + fact.answer.capitalize())
+        else:
+            statements.append(f"{NAMES[fact.task]} {fact.answer}")
+    return statements
 
 
 def word_question(task: str, rng: np.random.Generator, *, held_out: bool) -> str:

@@ -48,7 +48,7 @@ class DataConfig(Strict):
             ranks of a node and by later jobs; None reads the sets in place.
         cache_gib: approximate limit for the copies of each feature column; None means no limit. It should exceed the
             features of shuffle_block_clips clips.
-        system_prompt: text before the audio. Empty means none, also where the chat template has a default; null means that.
+        system_prompt: text before the audio; empty for none, null for the default of the chat template.
         tasks, datasets: tasks and datasets whose questions are used; None uses all. Also selects validation questions.
         mixture: further questions to train on. An epoch remains one pass over the questions of `train`.
         questions_per_sequence: number of questions about one clip that share its audio in one sequence; 1 is the common

@@ -37,8 +37,8 @@ def fill_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:
     """Returns the row with its questions or its conversation, rejected if a field that is needed is empty.
 
     Raises:
-        UserError: the row has neither a conversation nor `table.question`, a field is missing or has the wrong type, a
-            time is no number, or fields select a segment that no template names.
+        UserError: the row has neither a conversation nor `table.question`, or both, a field is missing or has the wrong
+            type, a time is no number, or fields select a segment that no template names.
     """
     if holds_conversations(row.fields, table):
         return _conversation_row(row, table)
@@ -46,6 +46,7 @@ def fill_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:
         raise UserError(
             "table.question", f"is not set, and {row.location} has no question", "give the question of all rows"
         )
+    _refuse_unread_conversations(row, table)
     templates = Templates(row, table)
     try:
         audio = templates.fill(table.audio)
@@ -73,6 +74,15 @@ def fill_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:
         )
     except EmptyField as empty:
         return _rejected(row, empty, audio)
+
+
+def _refuse_unread_conversations(row: TableRow, table: TableConfig) -> None:
+    for column in ("messages", "conversations"):
+        named = any(f"{{{column}" in template for template in (str(table.question), *table.answers))
+        if row.fields.get(column) and not named:
+            fault = f"has conversations in its column '{column}', which no template names"
+            remedy = "remove `table.question` to read them, or the column"
+            raise UserError(row.location, fault, remedy)
 
 
 def _conversation_row(row: TableRow, table: TableConfig) -> ClipRow | RejectedRow:

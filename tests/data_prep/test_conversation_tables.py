@@ -158,3 +158,14 @@ def test_times_of_an_archive_need_templates(tmp_path, kind, end, value):
 def test_a_table_has_an_end_or_a_duration():
     with pytest.raises(UserError, match=r"table\.duration: is given beside table\.end"):
         load_config(PrepareConfig, "demo_prepare", ["table.end='{end}'", "table.duration='{duration}'"])
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_beside_a_question_of_all_rows_are_not_passed_over(tmp_path, column):
+    manifest = parquet(tmp_path, audio=[embedded(1)], answer=["rain"], **{column: [DIALOGUE]})
+    with pytest.raises(UserError, match=f"has conversations in its column '{column}', which no template names"):
+        read(manifest, question="What?")
+    ((clip, _),), _ = read(manifest)  # the remedy
+    assert clip.questions[0].turns is not None
+    ((clip, _),), _ = read(manifest, question=f"{{{column}[2][content]}}", answers=[f"{{{column}[3][content]}}"])
+    assert (clip.questions[0].question, clip.questions[0].answer) == ("Sure?", "yes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -122,13 +123,14 @@ def test_a_run_whose_creation_was_not_answered_is_adopted(tmp_path: Path) -> Non
     assert ids == [lost_id]
 
 
-def test_twelve_runs_that_start_at_once_share_a_new_database(tmp_path: Path) -> None:
+def test_twelve_runs_that_start_at_once_share_a_new_database(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.tracking.test_store import record;"
         "tracker, ids = record(Path(sys.argv[1])); assert tracker.failure is None, tracker.failure"
     )
     command = [sys.executable, "-c", program]
-    processes = [subprocess.Popen([*command, str(tmp_path / f"run{number}")]) for number in range(12)]
+    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}  # commands take the folder off the path
+    processes = [subprocess.Popen([*command, str(tmp_path / f"run{number}")], env=environment) for number in range(12)]
     assert [process.wait(280) for process in processes] == [0] * 12
     runs = read_runs(*open_experiment("e", writer.tracking_uri(CONFIG, tmp_path / "run0")))
     assert sorted(run.name for run in runs) == sorted(f"run{number}" for number in range(12))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.core.streams import Gain
@@ -22,77 +21,9 @@ def recompute(function: Callable[..., Any], *inputs: Tensor, draws: bool = False
     Args:
         draws: the function draws random numbers (dropout), which the second call has to draw again.
     """
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in inputs):
-        return function(*inputs)
-    if draws or _is_autocast(inputs[0].device.type):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
-    recomputation = _Recomputation(function, inputs)
-    with saved_tensors_hooks(recomputation.pack, recomputation.unpack):
-        return function(*inputs)
-
-
-def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-class _SaveInputs(torch.autograd.Function):
-    """Saves tensors in the graph, where the hooks of an enclosing checkpoint apply to them."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise AssertionError("nothing depends on the output")
-
-
-class _AllSaved(Exception):
-    """Ends a recomputation as soon as every saved tensor exists again."""
-
-
-class _Recomputation:
-    """Replaces the tensors that a function saves for its backward pass by a second call of the function.
-
-    Does what `torch.utils.checkpoint` does without its generator states, contexts and checks, which cost the host more
-    time than the few operations that are recomputed here in every layer.
-    """
-
-    def __init__(self, function: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
-        self.function = function
-        self.inputs: Any = _SaveInputs.apply(*inputs)
-        self.needs_gradient = [x.requires_grad for x in inputs]
-        self.count = 0
-        self.saved: dict[int, Tensor] = {}
-
-    def pack(self, _: Tensor) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def unpack(self, number: int) -> Tensor:
-        if number not in self.saved:
-            self._run()
-        return self.saved.pop(number)
-
-    def _run(self) -> None:
-        saved: dict[int, Tensor] = {}
-
-        def save(value: Tensor) -> Tensor:
-            saved[len(saved)] = value.detach()
-            if len(saved) == self.count:
-                raise _AllSaved
-            return value
-
-        pairs = zip(self.inputs.grad_fn.saved_tensors, self.needs_gradient, strict=True)
-        inputs = [x.detach().requires_grad_(needed) for x, needed in pairs]
-        try:
-            with torch.enable_grad(), saved_tensors_hooks(save, lambda value: value):
-                self.function(*inputs)
-        except _AllSaved:
-            self.saved = saved
-        else:
-            raise AssertionError("the second call saved fewer tensors than the first")
+    return function(*inputs)
 
 
 def has_dropout(module: nn.Module) -> bool:

@@ -170,16 +170,12 @@ class ChatTemplate:
         """Returns the token ids up to the first placeholder; without a clip, one stands before the first user turn."""
         return self._tokenise_prefix(self._write(question), _name_of(question)).ids
 
-    def lengths(self, questions: Iterable[Question]) -> Iterator[int]:
-        """Yields the number of tokens after the first placeholder for each conversation, without checking it.
+    def token_counts(self, questions: Iterable[Question], *, audio: bool = True) -> Iterator[tuple[int, int]]:
+        """Yields each conversation's tokens up to and including the first placeholder, and after it, without a check.
 
         Raises:
             UserError: see `row`.
         """
-        return (after for _, after in self.token_counts(questions))
-
-    def token_counts(self, questions: Iterable[Question], *, audio: bool = True) -> Iterator[tuple[int, int]]:
-        """Yields the tokens up to and including the first placeholder, and those after it; otherwise as `lengths`."""
         questions = iter(questions)
         while chunk := list(islice(questions, _TOKENISED_AT_ONCE)):
             names = [_name_of(question) for question in chunk]
@@ -203,11 +199,6 @@ class ChatTemplate:
             return Prompt(prefix_ids[:-1], ids[len(prefix_ids) :], ())
         end = len(ids) - ids[::-1].index(self.audio_token_id)
         return Prompt(ids[:end], ids[end:], conversation.clips)
-
-    def prompt(self, question: str) -> list[int]:
-        """Returns the token ids of a plain question up to where the answer begins; see `prompt_of`."""
-        prompt = self.prompt_of(Question(question_id=question, question=question, answer=""))
-        return prompt.prefix + prompt.suffix
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of an answer, without special tokens and surrounding white space."""

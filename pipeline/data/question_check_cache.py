@@ -117,7 +117,7 @@ def _is_locked(lock: Path, stack: ExitStack) -> bool:
         except TimeoutError:
             logger.info(f"another process checks the same questions; waiting for it ({lock})")
             stack.enter_context(file_lock(lock))
-    except (OSError, NotImplementedError):  # filelock raises the latter where a file system has no locks
+    except (OSError, NotImplementedError):  # the latter from filelock 3 on a file system without flock
         return False
     return True
 

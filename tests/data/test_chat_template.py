@@ -114,7 +114,8 @@ def test_the_row_equals_the_rendered_template(chatml):
 def test_the_prompt_is_the_row_up_to_the_answer(tokenizer):
     chat_template = template(tokenizer)
     row = chat_template.row(QUESTIONS[:1])
-    assert chat_template.prompt(QUESTIONS[0].question) == row.input_ids[row.labels == IGNORE_INDEX].tolist()
+    prompt = chat_template.prompt_of(QUESTIONS[0])
+    assert prompt.prefix + prompt.suffix == row.input_ids[row.labels == IGNORE_INDEX].tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["answer", "all_text"])
@@ -206,7 +207,7 @@ def test_long_conversations_are_named_and_never_truncated(chatml):
     with pytest.raises(UserError, match=f"question 'q0': is {length} text tokens long.*raise data.max_text_tokens"):
         template(chatml, max_text_tokens=length - 1).row(QUESTIONS[:1])
     with pytest.raises(UserError, match="text tokens long"):
-        template(chatml, max_text_tokens=120).prompt("x" * 120)
+        template(chatml, max_text_tokens=120).prompt_of(Question(question_id="q", question="x" * 120, answer=""))
 
 
 def test_a_placeholder_in_a_text_is_plain_text(chatml):

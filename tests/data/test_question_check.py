@@ -83,7 +83,7 @@ def test_nothing_is_left_out_of_a_fitting_set(tmp_path: Path, chat: ChatTemplate
     before = features.table.select()
     assert not check(features, chat, max_positions=200).unfit
     assert (features.table.select() == before).all()
-    expected = list(chat.lengths(features.questions()))
+    expected = [after for _, after in chat.token_counts(features.questions())]
     assert features.table.tokens is not None and features.table.tokens.tolist() == expected
 
 

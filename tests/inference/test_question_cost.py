@@ -12,7 +12,7 @@ import soundfile
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.core.feature_contract import read_encoders
+from pipeline.core.feature_contract import Question, read_encoders
 from pipeline.inference.encode_audio import AudioEncoders
 from pipeline.inference.responder import load_responder
 from tests.helpers.corpora import tone
@@ -42,7 +42,8 @@ def test_a_further_question_costs_what_a_text_only_one_does(tmp_path: Path, inte
     soundfile.write(tmp_path / "clip.wav", tone(CLIP_S, 16000), 16000)
     audio_encoders = AudioEncoders(read_encoders(folder / "model", responder.feature_fingerprints, "no set"), {}, "cpu")
     prefix = responder.prefill([audio_encoders.encode(tmp_path / "clip.wav").features])
-    text = torch.tensor([[token for token in chat.prompt(QUESTION) if token != chat.audio_token_id]])
+    prompt = chat.prompt_of(Question(question_id="q", question=QUESTION, answer=""))
+    text = torch.tensor([[token for token in prompt.prefix + prompt.suffix if token != chat.audio_token_id]])
 
     def further_question() -> None:
         responder.answer(prefix, [QUESTION], [0])

@@ -138,7 +138,8 @@ def test_a_benchmark_asks_what_it_was_written_to_ask(kind: str, seed: int, tmp_p
         clip = clips.clip(index)
         sound = loudest_sound(clips.features(index, clip.clip_id)["log_mel"], truth.sounds)
         for question in clip.questions:
-            prompt = user_text(characters(template.prompt(question.question)))
+            asked_for = template.prompt_of(question)
+            prompt = user_text(characters(asked_for.prefix + asked_for.suffix))
             match = next((a for a in remaining if a.sound == sound and is_asked(a, prompt, question.answer)), None)
             assert match is not None, f"sound {sound} is asked {prompt!r}, with the answer {question.answer!r}"
             remaining.remove(match)

@@ -30,7 +30,7 @@ def test_training_refuses_a_clip_that_is_too_long(tmp_path: Path, integration: s
     }
     config = validate_config(ExperimentConfig, values, "test")
     _, chat_template = build_chat_template(config.model.language_model, config.data, config.train.loss_on)
-    question_tokens = next(chat_template.lengths([Question.model_validate(question)]))
+    question_tokens = next(after for _, after in chat_template.token_counts([Question.model_validate(question)]))
     positions = len(chat_template.prefix) - 1 + 5000 + question_tokens
     if fits:
         assert check_questions(config, chat_template).num_unfit == 0

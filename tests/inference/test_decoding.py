@@ -11,12 +11,11 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from pipeline.core.streams import Connector, preset_streams
-from pipeline.data.chat_template import ChatTemplate, load_tokenizer
 from pipeline.inference.decoding import greedy_decoding
 from pipeline.inference.responder import Reply, Responder
 from pipeline.model import PalConfig, PalForCausalLM
 from pipeline.model.random_lm import RandomLanguageModel, save_random_language_model
-from tests.helpers.feature_sets import byte_tokenizer
+from tests.helpers.byte_responders import build_responder
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "penalty": {"repetition_penalty": 5.0},
@@ -34,26 +33,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def responder(tmp_path_factory: pytest.TempPathFactory) -> Responder:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    byte_tokenizer().save_pretrained(folder)
-    tokenizer = load_tokenizer(folder)
-    torch.manual_seed(0)
-    language_model = AutoConfig.for_model(
-        "llama",
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=len(tokenizer),
-        initializer_range=0.5,
-    )
-    streams = preset_streams("lal", ["log_mel"], 2, connector=Connector())
-    audio_token_id = tokenizer.convert_tokens_to_ids("<audio>")
-    fingerprints = {"log_mel": "fingerprint"}
-    config = PalConfig(language_model, streams, {"log_mel": 8}, audio_token_id, feature_fingerprints=fingerprints)
-    model = PalForCausalLM(config)
-    return Responder(model, ChatTemplate(tokenizer, "Listen.", max_text_tokens=128), max_new_tokens=16)
+    return build_responder(tmp_path_factory.mktemp("tokenizer"), "lal", max_new_tokens=16)
 
 
 def replies_of(responder: Responder, settings: dict[str, Any]) -> list[Reply]:

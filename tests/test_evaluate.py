@@ -284,11 +284,6 @@ def test_nodes_answer_their_shares_and_one_node_scores(
     assert (tmp_path / "shared.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_partitions_of_partitions_cover_the_work() -> None:
-    parts = [Partition(node, 3).split(process, 2) for node in range(3) for process in range(2)]
-    assert parts == [Partition(index, 6) for index in range(6)]
-
-
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_number_of_processes(exported: Path, features: FeatureSet, tmp_path: Path) -> None:
     for nproc in (1, 2):
@@ -363,18 +358,6 @@ def test_a_remote_set_is_read_through_the_cache(
     cache = tmp_path / "cache"
     assert evaluate(generator, features.folder, cache=cache).scores["accuracy"] == 1.0
     assert list(cache.rglob("*.mds")), "shards were copied"
-
-
-@pytest.mark.parametrize("singletons", [0, 1, 2, 3])
-def test_every_clip_gets_the_audio_of_another_clip_of_its_domain(singletons: int) -> None:
-    domains = {clip: ("sound", "music")[clip % 2] for clip in range(20)}
-    domains |= {100 + clip: f"domain-{clip}" for clip in range(singletons)}
-    swapped = swap_within_domains(domains)
-    assert swapped.keys() == domains.keys() == set(swapped.values()), "each audio is used once"
-    assert all(clip != other for clip, other in swapped.items())
-    assert swapped == swap_within_domains(dict(reversed(domains.items())))
-    crossing = [clip for clip, other in swapped.items() if domains[clip] != domains[other]]
-    assert len(crossing) <= max(singletons, 2 * (singletons == 1))
 
 
 def test_the_command_writes_scores_and_predictions_and_logs_to_the_run(

@@ -81,3 +81,15 @@ def test_audio_files_that_are_copies_are_no_controls(
     soundfile.write(tmp_path / "a.wav", tone(1.0, 16000)[::-1] ** 3, 16000)
     assert run_command(main, [*arguments, "--json", str(tmp_path / "s.json")]) == 0
     assert json.loads((tmp_path / "s.json").read_text())["mmar"]["swapped_audio"]["questions"] == 3
+
+
+@pytest.mark.parametrize("singletons", [0, 1, 2, 3])
+def test_every_clip_gets_the_audio_of_another_clip_of_its_domain(singletons: int) -> None:
+    domains = {clip: ("sound", "music")[clip % 2] for clip in range(20)}
+    domains |= {100 + clip: f"domain-{clip}" for clip in range(singletons)}
+    swapped = swap_within_domains(domains)
+    assert swapped.keys() == domains.keys() == set(swapped.values()), "each audio is used once"
+    assert all(clip != other for clip, other in swapped.items())
+    assert swapped == swap_within_domains(dict(reversed(domains.items())))
+    crossing = [clip for clip, other in swapped.items() if domains[clip] != domains[other]]
+    assert len(crossing) <= max(singletons, 2 * (singletons == 1))
